@@ -1,0 +1,1 @@
+"""Pruning from Scratch in JAX and Flax: narrower nets from random weights."""
