@@ -1,0 +1,196 @@
+"""Batches as a pure function of (key, step), drawn on the device.
+
+The images of a small set lie on the device as one uint8 array. The order of an
+epoch is a permutation from (key, epoch); crop and flip come from (key, step).
+So the state of the pipeline is the step alone: a run that continues sees
+exactly the batches of one that was never interrupted, on any number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pfs_jax import devices, errors
+
+
+def normalise(
+  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
+) -> jax.Array:
+  """uint8 [..., C] -> float (x / 255 - mean) / std."""
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  mean, std = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
+  return (images.astype(dtype) / 255 - mean) / std
+
+
+def crop_and_flip(
+  images: jax.Array, key: jax.Array, padding: int, flip: bool
+) -> jax.Array:
+  """Random crop of the zero-padded image, and horizontal flip by chance 1/2.
+
+  Args:
+    images: [N, H, W, C] uint8. Raw zeros are padded, before normalising.
+    key: A typed PRNG key.
+    padding: Zeros on each side, 0 for no crop.
+    flip: Whether to flip.
+
+  Returns:
+    [N, H, W, C], as `images`.
+  """
+  n, height, width, _ = images.shape
+  crop_key, flip_key = jax.random.split(key)
+  if padding:
+    offsets = jax.random.randint(crop_key, (n, 2), 0, 2 * padding + 1)
+    padded = jnp.pad(
+      images, ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    )
+    rows = offsets[:, :1] + jnp.arange(height)
+    columns = offsets[:, 1:] + jnp.arange(width)
+    images = padded[
+      jnp.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]
+    ]
+  if flip:
+    flipped = jax.random.bernoulli(flip_key, shape=(n,))
+    images = jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+  return images
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _permutation(key: jax.Array, n: int) -> jax.Array:
+  return jax.random.permutation(key, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """What is done to a training image; hashable, so static under jit.
+
+  Attributes:
+    mean: Per channel, of pixels in 0..1.
+    std: Per channel.
+    padding: Zeros around the image before the random crop; 0 for no crop.
+    flip: Whether to flip horizontally by chance 1/2.
+    dtype: Dtype of the normalised images.
+  """
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  padding: int = 0
+  flip: bool = False
+  dtype: Any = jnp.float32
+
+  def train(self, images: jax.Array, key: jax.Array) -> jax.Array:
+    """Augmented and normalised training images."""
+    images = crop_and_flip(images, key, self.padding, self.flip)
+    return self.test(images)
+
+  def test(self, images: jax.Array) -> jax.Array:
+    """Normalised images, nothing random."""
+    return normalise(images, self.mean, self.std, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayDraw:
+  """One batch (x normalised, y) of an `ArraySource`, inside the program.
+
+  Equal by value, so that a second source does not compile the step again.
+  """
+
+  augmentation: Augmentation
+
+  def __call__(self, resident, item) -> tuple[jax.Array, jax.Array]:
+    """The batch of one step."""
+    images, labels = resident
+    indices, (step, key) = item
+    key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    return self.augmentation.train(images[indices], key), labels[indices]
+
+
+class ArraySource:
+  """Training batches from arrays that lie on the device.
+
+  A step's batch is `draw(resident, item)` inside the compiled program, where
+  `item` is that step's slice of `chunk(step, k)`.
+
+  Attributes:
+    resident: (images, labels), uint8 and int32, on every device.
+    steps_per_epoch: Whole batches in an epoch; what remains of the permutation
+      is left out, other images in each epoch.
+  """
+
+  def __init__(
+    self,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    key: jax.Array,
+    augmentation: Augmentation,
+  ):
+    if not 1 <= batch_size <= len(images):
+      raise errors.UserError(
+        f'batch_size must be in [1, {len(images)}], the number of training '
+        f'images; got {batch_size}.'
+      )
+    self.resident = devices.replicate((images, labels.astype(np.int32)))
+    self.steps_per_epoch = len(images) // batch_size
+    self.draw = ArrayDraw(augmentation)
+    self._batch_size, self._n = batch_size, len(images)
+    self._order_key, self._augment_key = jax.random.split(key)
+    self._epoch, self._order = -1, None
+
+  def _indices(self, step: int) -> np.ndarray:
+    epoch, position = divmod(step, self.steps_per_epoch)
+    if epoch != self._epoch:
+      key = jax.random.fold_in(self._order_key, epoch)
+      self._order = np.asarray(_permutation(key, self._n))
+      self._epoch = epoch
+    start = position * self._batch_size
+    return self._order[start : start + self._batch_size]
+
+  def chunk(self, step: int, k: int) -> Any:
+    """What `draw` needs for steps step .. step + k - 1, leading axis k."""
+    indices = np.stack([self._indices(s) for s in range(step, step + k)])
+    steps = np.arange(step, step + k, dtype=np.uint32)
+    key = jax.random.key_data(self._augment_key)
+    keys = np.broadcast_to(key, (k, *key.shape))
+    return (
+      devices.split_batch(indices, axis=1),
+      devices.replicate((steps, keys)),
+    )
+
+
+class ArrayEvaluation:
+  """Evaluation batches that hold every image exactly once.
+
+  The last batch is padded with images of weight 0. Iterating gives (x, y,
+  weight): uint8 [B, H, W, C], int32 [B], float32 [B], split over the devices.
+  """
+
+  def __init__(
+    self,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    augmentation: Augmentation,
+  ):
+    self.augmentation = augmentation
+    self.size = len(images)
+    n = jax.device_count()
+    self._batch_size = -(-min(batch_size, len(images)) // n) * n
+    self._images, self._labels = images, labels.astype(np.int32)
+
+  def __iter__(self):
+    """Yields (images, labels, weights) on the devices."""
+    for start in range(0, self.size, self._batch_size):
+      x = self._images[start : start + self._batch_size]
+      y = self._labels[start : start + self._batch_size]
+      short = self._batch_size - len(x)
+      weight = np.pad(np.ones(len(x), np.float32), (0, short))
+      x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
+      yield devices.split_batch((x, np.pad(y, (0, short)), weight))

@@ -1,0 +1,191 @@
+"""The registry of models: name to module, gate sizes and cost model.
+
+`width` is the base width of a family (None: its default), so channel expansion
+is a wider one; `counts` are the channels of the gated layers, in the order of
+`gate_sizes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pfs_jax import costs, errors, prune
+from pfs_jax.models import resnet, vgg
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What the registry knows of a model name.
+
+  Attributes:
+    build: (num_classes, width, counts, gated, multiplier, dtype) -> module.
+    gate_sizes: width -> {layer name: channels}, forward order.
+    default_width: The base width that `None` stands for.
+    multiplier: Whether block outputs can be widened too.
+  """
+
+  build: Callable[..., nn.Module]
+  gate_sizes: Callable[[int], dict[str, int]]
+  default_width: int
+  multiplier: bool = False
+
+
+def _family(room, name: str) -> Family:
+  def build(num_classes, width, counts, gated, multiplier, dtype):
+    del multiplier
+    return room.build(name, num_classes, width, counts, gated, dtype)
+
+  return Family(
+    build,
+    functools.partial(room.gate_sizes, room.DEPTHS[name]),
+    room.DEFAULT_WIDTH,
+  )
+
+
+REGISTRY: dict[str, Family] = {
+  name: _family(room, name) for room in (resnet, vgg) for name in room.DEPTHS
+}
+
+
+def family(name: str) -> Family:
+  """The registry's entry; an unknown name lists the known ones."""
+  if name not in REGISTRY:
+    raise errors.UserError(
+      f'config.model.name must be one of {", ".join(REGISTRY)}; got {name!r}.'
+    )
+  return REGISTRY[name]
+
+
+def gate_sizes(name: str, width: int | None = None) -> dict[str, int]:
+  """{layer name: channels} of the gated layers, in forward order."""
+  entry = family(name)
+  return entry.gate_sizes(entry.default_width if width is None else width)
+
+
+def build(
+  name: str,
+  num_classes: int,
+  width: int | None = None,
+  counts: Sequence[int] | None = None,
+  gated: bool = False,
+  multiplier: float = 1.0,
+  dtype: Any = jnp.float32,
+) -> nn.Module:
+  """A Linen module: (x: [N, H, W, C], train=False) -> logits [N, num_classes].
+
+  Args:
+    name: A name of the registry.
+    num_classes: Number of classes.
+    width: Base width; None is the family's default (16 for the CIFAR ResNets,
+      64 for VGG).
+    counts: Channels of the gated layers in the order of `gate_sizes`; None is
+      the full width.
+    gated: Whether gated layers hold a [C] vector in the collection `gates`.
+    multiplier: Widens block outputs in the families that have them.
+    dtype: Dtype of the computation. Parameters, gates and statistics are
+      float32, or float64 with dtype float64 (under `jax_enable_x64`).
+
+  Raises:
+    errors.UserError: Unknown name, wrong number of counts, counts below 1, or a
+      multiplier for a family without one.
+  """
+  entry = family(name)
+  width = entry.default_width if width is None else width
+  if width < 1:
+    raise errors.UserError(f'config.model.width must be >= 1; got {width}.')
+  if multiplier != 1.0 and not entry.multiplier:
+    raise errors.UserError(
+      f'config.model.multiplier must be 1.0 for {name}; got {multiplier}.'
+    )
+  sizes = entry.gate_sizes(width)
+  counts = tuple(sizes.values()) if counts is None else tuple(counts)
+  if len(counts) != len(sizes) or min(counts) < 1:
+    raise errors.UserError(
+      f'counts of {name} must be {len(sizes)} integers >= 1, one for each gated '
+      f'layer; got {len(counts)}, the least {min(counts, default=None)}.'
+    )
+  return entry.build(num_classes, width, counts, gated, multiplier, dtype)
+
+
+def gates_by_layer(name: str, gates: Mapping[str, Any]) -> dict[str, Any]:
+  """The collection `gates` as {layer name: [C]}, in forward order."""
+  flat = {
+    '/'.join(path[:-1]): gate
+    for path, gate in flax.traverse_util.flatten_dict(gates).items()
+  }
+  return {layer: flat[layer] for layer in gate_sizes(name)}
+
+
+@functools.lru_cache(maxsize=64)
+def cost_model(
+  name: str,
+  num_classes: int,
+  image_size: int,
+  channels: int = 3,
+  width: int | None = None,
+  multiplier: float = 1.0,
+) -> costs.CostModel:
+  """MACs and parameters as exact functions of the counts.
+
+  Traced once, abstractly; each later call of `.macs` or `.params` takes
+  microseconds.
+
+  Args:
+    name: A name of the registry.
+    num_classes: Number of classes.
+    image_size: Side of the square images.
+    channels: Channels of the images.
+    width: Base width of the searched network; None is the default.
+    multiplier: As for `build`.
+  """
+  sizes = gate_sizes(name, width)
+  marked = build(
+    name, num_classes, width, costs.marks(len(sizes)), multiplier=multiplier
+  )
+  calls = costs.record_module(marked, (image_size, image_size, channels))
+  return costs.from_calls(calls, tuple(sizes), tuple(sizes.values()))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def init(
+  module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+  """New random variables of a module for images of shape (H, W, C).
+
+  Compiled, so that the forward pass that `module.init` contains is dropped.
+  """
+  return module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+
+
+def build_from(
+  structure: prune.Structure, dtype: Any = jnp.float32
+) -> nn.Module:
+  """The narrow network that a structure describes."""
+  model = dict(structure.model)
+  if not model.get('name'):
+    raise errors.UserError(
+      "structure: model.name is missing: it describes a model of the user's "
+      'own; build that one with surgery.narrow.'
+    )
+  sizes = gate_sizes(model['name'], model.get('width'))
+  if tuple(sizes) != structure.layers:
+    raise errors.UserError(
+      f'structure: the layers of {model["name"]} are '
+      f'{", ".join(sizes)}; got {", ".join(structure.layers)}.'
+    )
+  return build(
+    model['name'],
+    model['num_classes'],
+    width=model.get('width'),
+    counts=structure.counts,
+    multiplier=model.get('multiplier', 1.0),
+    dtype=dtype,
+  )

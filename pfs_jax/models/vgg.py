@@ -1,0 +1,86 @@
+"""VGG16 and VGG19 with BatchNorm, for small images.
+
+Five stages of 3x3 convolutions; every convolution is gated. Layers are named
+conv0 ... conv12 (VGG16) or conv15 (VGG19), in forward order.
+
+Small images: a max pool stands in front of each stage but the first; it is left
+out where it would make a side of the map shorter than 2. So 32x32 and 28x28
+images end at 2x2 and 3x3, 8x8 images at 2x2. The head averages what is left
+(2x2 at 32x32, as published) and is one linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pfs_jax import layers
+
+DEPTHS = {'vgg16': (2, 2, 3, 3, 3), 'vgg19': (2, 2, 4, 4, 4)}
+DEFAULT_WIDTH = 64
+
+
+def gate_sizes(depths: tuple[int, ...], width: int) -> dict[str, int]:
+  """{layer name: channels} of the gated layers, forward order."""
+  widths = [
+    width * min(2**stage, 8) for stage, n in enumerate(depths) for _ in range(n)
+  ]
+  return {f'conv{i}': w for i, w in enumerate(widths)}
+
+
+class VGG(nn.Module):
+  """VGG with BatchNorm.
+
+  Attributes:
+    num_classes: Number of classes.
+    depths: Convolutions in each of the five stages.
+    counts: Channels of each convolution, forward order.
+    gated: Whether the convolutions carry gates.
+    dtype: Dtype of the computation.
+  """
+
+  num_classes: int
+  depths: tuple[int, ...]
+  counts: tuple[int, ...]
+  gated: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """[N, H, W, C] -> logits [N, num_classes]."""
+    i = 0
+    for stage, depth in enumerate(self.depths):
+      if stage and min(x.shape[1:3]) >= 4:
+        x = layers.max_pool(x)
+      for _ in range(depth):
+        x = layers.ConvBN(
+          self.counts[i],
+          gated=self.gated,
+          scale_init=0.5,
+          dtype=self.dtype,
+          name=f'conv{i}',
+        )(x, train)
+        x = nn.relu(x)  # Gradient 0 at 0: a gate that reaches 0 stays there.
+        i += 1
+    x = x.mean(axis=(1, 2))
+    return layers.classifier(self.num_classes, layers.normal_001, self.dtype)(x)
+
+  def unit_gates(self) -> dict[str, Any]:
+    """The collection `gates`, all ones."""
+    return layers.unit_gates(gate_sizes(self.depths, 1), self.counts, self.dtype)
+
+
+def build(
+  name: str,
+  num_classes: int,
+  width: int,
+  counts: tuple[int, ...],
+  gated: bool,
+  dtype: Any,
+) -> VGG:
+  """The module; `counts` in the order of `gate_sizes`."""
+  del width  # Every layer is gated: the counts say all.
+  return VGG(num_classes, DEPTHS[name], counts, gated, dtype)

@@ -1,0 +1,453 @@
+"""From gates to channel counts: the cut to a budget, with exact integers.
+
+Plain NumPy: a cut depends on the gates and the cost model alone, takes
+milliseconds, and is the same on every machine and every run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfs_jax import costs, errors
+
+SCHEMA = 'pfs_jax.structure/1'
+
+
+class Infeasible(errors.UserError):
+  """No structure meets the budget: even the narrowest one costs more.
+
+  Attributes:
+    quantity: 'macs' or 'params', the first ceiling that cannot be met.
+    floor: That quantity of the narrowest structure allowed.
+    ceiling: What was asked for.
+  """
+
+  def __init__(self, quantity: str, floor: int, ceiling: int, hint: str = ''):
+    self.quantity, self.floor, self.ceiling = quantity, floor, ceiling
+    name = {'macs': 'MACs', 'params': 'parameters'}.get(quantity, quantity)
+    super().__init__(
+      f'a budget of {ceiling:,} {name} cannot be met: the narrowest structure '
+      f'allowed has {floor:,} (the floor).{hint}'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+  """Channel counts and what they cost: all that passes from search to train.
+
+  Attributes:
+    layers: Names of the gated layers, forward order.
+    counts: Channels kept in each.
+    macs: Multiply-accumulates of one image.
+    params: Parameters.
+    budget: What was asked: ceilings, minimum width, multiple; {} if nothing.
+    floor: MACs and parameters of the narrowest structure allowed.
+    binding: The ceiling that stopped the cut: 'macs', 'params', ... or '' when
+      everything was kept.
+    tie_share: Share (0..1) of the kept channels whose gate equals that of some
+      channel that was dropped: these were chosen by the tie rule, not by the
+      search.
+    model: What `models.build_from` needs to build the network; {} for a model
+      of the user's own.
+    source: Where the structure comes from: seed, config hash, checksum of the
+      gates.
+  """
+
+  layers: tuple[str, ...]
+  counts: tuple[int, ...]
+  macs: int
+  params: int
+  budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  floor: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  binding: str = ''
+  tie_share: float = 0.0
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def unused(self) -> dict[str, int]:
+    """What the ceilings left unused, by quantity."""
+    return {
+      quantity: self.budget[f'max_{quantity}'] - getattr(self, quantity)
+      for quantity in ('macs', 'params')
+      if self.budget.get(f'max_{quantity}') is not None
+    }
+
+  def to_json(self) -> str:
+    """A JSON text that a person can read and edit."""
+    fields = dataclasses.asdict(self)
+    layers = dict(zip(fields.pop('layers'), fields.pop('counts'), strict=True))
+    fields['unused'] = self.unused
+    return json.dumps({'schema': SCHEMA, 'counts': layers, **fields}, indent=2)
+
+  @classmethod
+  def from_json(cls, text: str) -> Structure:
+    """Reads what `to_json` wrote; raises UserError naming a bad field."""
+    try:
+      data = json.loads(text)
+    except json.JSONDecodeError as e:
+      raise errors.UserError(f'structure: not valid JSON: {e}.') from e
+    if not isinstance(data, dict):
+      raise errors.UserError('structure: must be a JSON object.')
+    schema = data.pop('schema', None)
+    if schema != SCHEMA:
+      raise errors.UserError(
+        f'structure: schema must be {SCHEMA!r}; got {schema!r}.'
+      )
+    counts = data.pop('counts', None)
+    if not isinstance(counts, dict) or not counts:
+      raise errors.UserError(
+        'structure: counts must be a map from layer name to channels.'
+      )
+    for layer, number in counts.items():
+      if type(number) is not int or number < 1:
+        raise errors.UserError(
+          f'structure: counts[{layer!r}] must be an integer >= 1; '
+          f'got {number!r}.'
+        )
+    data.pop('unused', None)
+    return cls(
+      layers=tuple(counts), counts=tuple(counts.values()), **_typed(data)
+    )
+
+
+_FIELD_TYPES = {
+  'macs': int,
+  'params': int,
+  'budget': dict,
+  'floor': dict,
+  'binding': str,
+  'tie_share': (int, float),
+  'model': dict,
+  'source': dict,
+}
+
+
+def _typed(data: dict[str, Any]) -> dict[str, Any]:
+  """`data` if it holds the fields of a structure, each of its type."""
+  for name in data:
+    if name not in _FIELD_TYPES:
+      raise errors.UserError(
+        f'structure: unknown field {name!r}; known: '
+        f'{", ".join(["schema", "counts", "unused", *_FIELD_TYPES])}.'
+      )
+  for name in ('macs', 'params'):
+    if name not in data:
+      raise errors.UserError(f'structure: field {name!r} is missing.')
+  for name, value in data.items():
+    if not isinstance(value, _FIELD_TYPES[name]) or isinstance(value, bool):
+      raise errors.UserError(
+        f'structure: {name} has the wrong type; got {value!r}.'
+      )
+  return data
+
+
+# Ranking.
+
+
+def _checked(
+  gates: Mapping[str, Any], cost_model: costs.CostModel
+) -> list[np.ndarray]:
+  """The gates as float64 vectors in the order of the cost model."""
+  if tuple(gates) != cost_model.layers:
+    raise ValueError(
+      'gates must be named as the gated layers, in forward order: '
+      f'{", ".join(cost_model.layers)}; got {", ".join(gates)}.'
+    )
+  vectors = [np.asarray(g, np.float64) for g in gates.values()]
+  for name, vector, width in zip(
+    gates, vectors, cost_model.widths, strict=True
+  ):
+    if vector.shape != (width,):
+      raise ValueError(
+        f'gates[{name!r}] must have shape ({width},); got {vector.shape}.'
+      )
+    if not np.isfinite(vector).all():
+      raise ValueError(f'gates[{name!r}] must be finite.')
+  return vectors
+
+
+def _order(scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """All units, best first, as (layer, size-sorted position within the layer).
+
+  Each vector of `scores` is sorted, best first. Ties at any value are spread in
+  proportion: the i-th of the n tied units of a layer has tie key (i + 0.5) / n,
+  then the earlier layer goes first. With "the earlier layer first" alone, the
+  many gates that end exactly at 0 or 1 would hand the structure to the early,
+  costly layers.
+  """
+  layer = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
+  position = np.concatenate([np.arange(len(s)) for s in scores])
+  tie = []
+  for s in scores:
+    _, inverse, sizes = np.unique(s, return_inverse=True, return_counts=True)
+    first = np.searchsorted(-s, -s, side='left')
+    tie.append((np.arange(len(s)) - first + 0.5) / sizes[inverse])
+  order = np.lexsort(
+    (position, layer, np.concatenate(tie), -np.concatenate(scores))
+  )
+  return layer[order], position[order]
+
+
+def _sorted_channels(vector: np.ndarray) -> np.ndarray:
+  """Channels of one layer, largest gate first, ties by channel order."""
+  return np.argsort(-vector, kind='stable')
+
+
+def minimum(
+  cost_model: costs.CostModel,
+  min_channels: int = 1,
+  min_share: float = 0.0,
+  round_to: int = 1,
+) -> tuple[int, ...]:
+  """The narrowest counts allowed: the floor of every budget.
+
+  The larger of `min_channels` and `min_share` of the layer, rounded up to a
+  multiple of `round_to`, but never more than the widest count allowed in that
+  layer: the largest multiple that it holds, or all of a layer that holds none.
+  """
+  for name, value in (('min_channels', min_channels), ('round_to', round_to)):
+    if value < 1 or value != int(value):
+      raise errors.UserError(
+        f'config.budget.{name} must be an integer >= 1; got {value}.'
+      )
+  if not 0 <= min_share <= 1:
+    raise errors.UserError(
+      f'config.budget.min_share must be in [0, 1]; got {min_share}.'
+    )
+  counts = []
+  for width, most in zip(
+    cost_model.widths, maximum(cost_model, round_to), strict=True
+  ):
+    least = max(min_channels, int(np.ceil(min_share * width - 1e-9)))
+    counts.append(min(-(-least // round_to) * round_to, most))
+  return tuple(counts)
+
+
+def maximum(
+  cost_model: costs.CostModel, round_to: int = 1
+) -> tuple[int, ...]:
+  """The widest counts allowed: whole multiples, or all of a narrower layer."""
+  return tuple(w // round_to * round_to or w for w in cost_model.widths)
+
+
+def check_budget(
+  cost_model: costs.CostModel,
+  max_macs: int | None = None,
+  max_params: int | None = None,
+  *,
+  min_channels: int = 1,
+  min_share: float = 0.0,
+  round_to: int = 1,
+) -> tuple[int, ...]:
+  """The narrowest counts allowed; raises Infeasible if they cost too much."""
+  least = minimum(cost_model, min_channels, min_share, round_to)
+  for quantity, ceiling in (('macs', max_macs), ('params', max_params)):
+    floor = getattr(cost_model, quantity)(least)
+    if ceiling is not None and floor > ceiling:
+      raise Infeasible(quantity, floor, ceiling)
+  return least
+
+
+def fit(
+  gates: Mapping[str, Any],
+  cost_model: costs.CostModel,
+  max_macs: int | None = None,
+  max_params: int | None = None,
+  min_channels: int = 1,
+  round_to: int = 1,
+  min_share: float = 0.0,
+) -> Structure:
+  """The structure that keeps the best-ranked channels under the ceilings.
+
+  Channels are ranked by gate over all layers (paper, section 3.3), ties at any
+  value spread in proportion. The minimum width of every layer comes first, then
+  the longest prefix of the ranking that fits, then the following channels, in
+  rank order, that still fit. No structure is ever over a ceiling, and raising
+  one ceiling never lowers the quantity that it bounds.
+
+  With `round_to` = b > 1 a layer's channels, sorted by gate, form blocks of b,
+  and blocks are ranked by their mean gate; counts are multiples of b (a layer
+  narrower than b is kept whole; channels beyond its last whole block are not).
+
+  Args:
+    gates: {layer name: [C] gates or any other scores, finite}, named and
+      ordered as `cost_model.layers`.
+    cost_model: Costs of the searched network.
+    max_macs: Ceiling on the MACs of one image, or None.
+    max_params: Ceiling on the parameters, or None.
+    min_channels: Channels that each layer keeps at least, >= 1.
+    round_to: Multiple that counts are rounded to, inside the solver, >= 1.
+    min_share: Share (0..1) of its channels that each layer keeps at least.
+
+  Returns:
+    The `Structure`; its `tie_share` says which share of the kept channels the
+    tie rule chose.
+
+  Raises:
+    Infeasible: If even the minimum widths cost more than a ceiling.
+  """
+  vectors = _checked(gates, cost_model)
+  ceilings = {'macs': max_macs, 'params': max_params}
+  ceilings = {k: int(v) for k, v in ceilings.items() if v is not None}
+  least = check_budget(
+    cost_model,
+    max_macs,
+    max_params,
+    min_channels=min_channels,
+    min_share=min_share,
+    round_to=round_to,
+  )
+
+  def exceeded(counts) -> str:
+    for quantity, ceiling in ceilings.items():
+      if getattr(cost_model, quantity)(counts) > ceiling:
+        return quantity
+    return ''
+
+  scores, steps = _blocks(vectors, round_to)
+  counts, binding = _cut(scores, steps, np.array(least), exceeded)
+  budget = {
+    'max_macs': max_macs,
+    'max_params': max_params,
+    'min_channels': min_channels,
+    'min_share': min_share,
+    'round_to': round_to,
+  }
+  return Structure(
+    layers=cost_model.layers,
+    counts=tuple(int(c) for c in counts),
+    macs=cost_model.macs(counts),
+    params=cost_model.params(counts),
+    budget=budget,
+    floor={'macs': cost_model.macs(least), 'params': cost_model.params(least)},
+    binding=binding,
+    tie_share=_tie_share(vectors, counts),
+  )
+
+
+def _blocks(
+  vectors: Sequence[np.ndarray], round_to: int
+) -> tuple[list[np.ndarray], list[int]]:
+  """Scores of the blocks of each layer, best first, and its block size."""
+  scores, steps = [], []
+  for vector in vectors:
+    ranked = vector[_sorted_channels(vector)]
+    size = min(round_to, len(ranked))
+    whole = len(ranked) // size * size
+    scores.append(ranked[:whole].reshape(-1, size).mean(axis=1))
+    steps.append(size)
+  return scores, steps
+
+
+def _cut(scores, steps, least, exceeded) -> tuple[np.ndarray, str]:
+  """Minimum, longest prefix that fits, then the rest that still fits."""
+  layer, position = _order(scores)
+  steps = np.array(steps)
+
+  def counts_of(prefix: int) -> np.ndarray:
+    taken = np.bincount(layer[:prefix], minlength=len(steps))
+    return np.maximum(least, taken * steps)
+
+  low, high = 0, len(layer)
+  while low < high:  # Invariant: prefix `low` fits, prefix `high + 1` does not.
+    middle = (low + high + 1) // 2
+    fits = not exceeded(counts_of(middle))
+    low, high = (middle, high) if fits else (low, middle - 1)
+  counts, binding = counts_of(low), ''
+  full = set()  # Costs only grow: a layer that did not fit never will.
+  for i, k in zip(layer[low:], position[low:], strict=True):
+    if i in full or (k + 1) * steps[i] <= counts[i]:
+      continue
+    wider = counts.copy()
+    wider[i] += steps[i]
+    over = exceeded(wider)
+    if over:
+      full.add(i)
+      binding = binding or over
+    else:
+      counts = wider
+  return counts, binding
+
+
+def _tie_share(vectors: Sequence[np.ndarray], counts: np.ndarray) -> float:
+  """Share of the kept channels whose gate some dropped channel has too."""
+  ranked = [v[_sorted_channels(v)] for v in vectors]
+  pairs = list(zip(ranked, counts, strict=True))
+  kept = np.concatenate([v[:c] for v, c in pairs])
+  dropped = np.concatenate([v[c:] for v, c in pairs])
+  return float(np.isin(kept, dropped).mean())
+
+
+def published(
+  gates: Mapping[str, Any],
+  cost_model: costs.CostModel,
+  reduction: float,
+  reference_macs: int,
+) -> Structure:
+  """The cut of the published implementation, to compare with.
+
+  Bisects the share q of channels removed, from (0, 1), in at most 10 halvings:
+  k = round(K * (1 - q)) channels (Python's half-to-even) with the largest gates
+  over all layers are kept, the earlier channel first among ties; it stops when
+  |reached - p| <= 0.001 p and keeps whatever the last step gave, over the
+  budget or not.
+
+  Args:
+    gates: As for `fit`.
+    cost_model: Costs of the searched network.
+    reduction: p, the share (0..1) of `reference_macs` to remove.
+    reference_macs: MACs of the default-width network.
+
+  Raises:
+    errors.UserError: If a step leaves a layer without channels, where the
+      published implementation crashes.
+  """
+  vectors = _checked(gates, cost_model)
+  layer = np.repeat(np.arange(len(vectors)), [len(v) for v in vectors])
+  ranking = layer[np.argsort(-np.concatenate(vectors), kind='stable')]
+  low, high = 0.0, 1.0
+  for iteration in range(10):
+    removed = (low + high) / 2
+    k = round(len(layer) * (1 - removed))
+    counts = np.bincount(ranking[:k], minlength=len(vectors))
+    if not counts.all():
+      empty = cost_model.layers[int(np.argmin(counts))]
+      raise errors.UserError(
+        f'the published cut leaves layer {empty!r} with 0 channels at '
+        f'iteration {iteration}; prune.fit keeps a minimum width.'
+      )
+    macs = cost_model.macs(counts)
+    reached = 1 - macs / reference_macs
+    if abs(reached - reduction) <= 0.001 * reduction:
+      break
+    low, high = (low, removed) if reached > reduction else (removed, high)
+  return Structure(
+    layers=cost_model.layers,
+    counts=tuple(int(c) for c in counts),
+    macs=macs,
+    params=cost_model.params(counts),
+    budget={'published_reduction': reduction, 'iterations': iteration + 1},
+    tie_share=_tie_share(vectors, counts),
+  )
+
+
+def kept(
+  gates: Mapping[str, Any], structure: Structure
+) -> dict[str, np.ndarray]:
+  """{layer: sorted indices of the channels that the structure keeps}.
+
+  The largest gates of each layer are kept, the earlier channel among ties:
+  the channels behind the counts of `fit`, also with `round_to`.
+  """
+  if tuple(gates) != structure.layers:
+    raise ValueError('gates and structure must name the same layers.')
+  return {
+    name: np.sort(_sorted_channels(np.asarray(g, np.float64))[:n])
+    for (name, g), n in zip(gates.items(), structure.counts, strict=True)
+  }

@@ -1,0 +1,366 @@
+"""Training: state, optimiser, schedule, step, evaluation, and the one loop.
+
+The loop is shared by every stage that makes steps: it draws batches on the
+device, logs, evaluates, saves, continues and stops cleanly. What a step does is
+handed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from pfs_jax import console, devices, errors, runs
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """All that changes in a training.
+
+  Attributes:
+    step: Steps made.
+    params: Weights.
+    batch_stats: BatchNorm's running statistics.
+    opt_state: State of the optimiser.
+    module: The module (static).
+    optimizer: The optimiser (static).
+    label_smoothing: Share (0..1) of a label spread over all classes (static).
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  module: nn.Module = flax.struct.field(pytree_node=False)
+  optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+  label_smoothing: float = flax.struct.field(pytree_node=False, default=0.0)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The variables of the module, to apply it with."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def init(
+  module: nn.Module,
+  variables: Mapping[str, Any],
+  optimizer: optax.GradientTransformation,
+  label_smoothing: float = 0.0,
+) -> TrainState:
+  """The state before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables['params'],
+    batch_stats=variables.get('batch_stats', {}),
+    opt_state=optimizer.init(variables['params']),
+    module=module,
+    optimizer=optimizer,
+    label_smoothing=label_smoothing,
+  )
+
+
+def schedule(recipe: ml_collections.ConfigDict, total_steps: int):
+  """Learning rate by step: 'step' or 'cosine', after a linear warm-up.
+
+  'step' multiplies by `decay_factor` at each share of `decay_at`; the drop acts
+  at the boundary step. With `scale_rate` the rate is that of a batch of 256.
+  """
+  rate = recipe.learning_rate
+  if recipe.scale_rate:
+    rate *= recipe.batch_size / 256
+  warmup = round(recipe.warmup_share * total_steps)
+  if recipe.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(rate, max(1, total_steps - warmup))
+  else:
+    boundaries = {}
+    for share in recipe.decay_at:  # Equal boundaries of a short run multiply.
+      boundary = round(share * total_steps) - warmup
+      factor = boundaries.get(boundary, 1.0) * recipe.decay_factor
+      boundaries[boundary] = factor
+    main = optax.piecewise_constant_schedule(rate, boundaries)
+  if not warmup:
+    return main
+  return optax.join_schedules(
+    [optax.linear_schedule(rate / warmup, rate, warmup), main], [warmup]
+  )
+
+
+def decay_mask(rule: str) -> Callable[[Any], Any]:
+  """params -> which of them decay: 'all', or 'dense' by kind of layer.
+
+  'dense' takes the kernels of dense convolutions and linear layers, and leaves
+  out depthwise convolutions, biases and BatchNorm. The kind is in the layer's
+  name, not in its shape: a dense convolution pruned to one input channel looks
+  like a depthwise one.
+  """
+
+  def decays(path, _) -> bool:
+    names = [entry.key for entry in path]
+    return names[-1] == 'kernel' and not any('depthwise' in n for n in names)
+
+  if rule == 'all':
+    return lambda params: jax.tree.map(lambda _: True, params)
+  return lambda params: jax.tree_util.tree_map_with_path(decays, params)
+
+
+@functools.cache
+def _optimizer(frozen_recipe, total_steps: int) -> optax.GradientTransformation:
+  recipe = ml_collections.ConfigDict(dict(frozen_recipe))
+  return optax.chain(
+    optax.add_decayed_weights(
+      recipe.weight_decay, decay_mask(recipe.decay_rule)
+    ),
+    optax.sgd(
+      schedule(recipe, total_steps), recipe.momentum, nesterov=recipe.nesterov
+    ),
+  )
+
+
+_OPTIMIZER_FIELDS = (
+  'batch_size',
+  'learning_rate',
+  'scale_rate',
+  'momentum',
+  'nesterov',
+  'weight_decay',
+  'decay_rule',
+  'schedule',
+  'decay_at',
+  'decay_factor',
+  'warmup_share',
+)
+
+
+def optimizer(
+  recipe: ml_collections.ConfigDict, total_steps: int
+) -> optax.GradientTransformation:
+  """SGD with momentum, weight decay added to the gradient as in PyTorch.
+
+  Cached by value, since jit compares transformations by identity.
+  """
+  fields = tuple((name, recipe[name]) for name in _OPTIMIZER_FIELDS)
+  return _optimizer(fields, total_steps)
+
+
+def _cross_entropy(logits, labels, smoothing: float) -> jax.Array:
+  if not smoothing:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+  targets = optax.smooth_labels(one_hot, smoothing)
+  return optax.softmax_cross_entropy(logits, targets)
+
+
+@jax.jit
+def step(
+  state: TrainState, x: jax.Array, y: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step of training.
+
+  Args:
+    state: From `init` or the step before.
+    x: Normalised, augmented images, float [N, H, W, C].
+    y: Labels, int [N].
+
+  Returns:
+    The next state and {'loss', 'accuracy'} of the batch, before the step.
+  """
+
+  def loss(params):
+    logits, updates = state.module.apply(
+      {'params': params, 'batch_stats': state.batch_stats},
+      x,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    value = _cross_entropy(logits, y, state.label_smoothing).mean()
+    return value, (logits, updates.get('batch_stats', {}))
+
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  (value, (logits, batch_stats)), grads = gradient(state.params)
+  updates, opt_state = state.optimizer.update(
+    grads, state.opt_state, state.params
+  )
+  state = state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+  )
+  accuracy = (logits.argmax(-1) == y).mean()
+  return state, {'loss': value, 'accuracy': accuracy}
+
+
+# Evaluation.
+
+
+@functools.cache
+def _evaluation_step(module: nn.Module, augmentation):
+  def evaluate_batch(variables, images, labels, weight):
+    x = augmentation.test(images)
+    logits = module.apply(variables, x, train=False)
+    ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = logits.argmax(-1) == labels
+    return (ce * weight).sum(), (correct * weight).sum()
+
+  return jax.jit(evaluate_batch, out_shardings=devices.replicated())
+
+
+def evaluate(
+  module: nn.Module, variables: Mapping[str, Any], batches
+) -> dict[str, float]:
+  """{'loss', 'accuracy'} over batches that hold every image exactly once.
+
+  Args:
+    module: The module, applied with running statistics.
+    variables: Its variables.
+    batches: Yields (images, labels, weights); `.augmentation.test` normalises
+      inside the compiled program, `.size` is the number of images.
+  """
+  call = _evaluation_step(module, batches.augmentation)
+  sums = [call(variables, *batch) for batch in batches]
+  return {
+    'loss': sum(float(ce) for ce, _ in sums) / batches.size,
+    'accuracy': sum(float(correct) for _, correct in sums) / batches.size,
+  }
+
+
+# The loop.
+
+
+@functools.cache
+def compiled_call(step_fn: Callable, draw: Callable):
+  """(state, resident, chunk) -> (state, metrics [k]), k steps in one call.
+
+  `chunk` holds what `draw` needs, with leading axis k; one step is not put into
+  a loop, since XLA on CPU runs gradient convolutions in loops far slower.
+  """
+
+  def one(state, resident, item):
+    return step_fn(state, *draw(resident, item))
+
+  def call(state, resident, chunk):
+    if jax.tree.leaves(chunk)[0].shape[0] == 1:
+      item = jax.tree.map(lambda x: x[0], chunk)
+      state, metrics = one(state, resident, item)
+      return state, jax.tree.map(lambda m: m[None], metrics)
+    return jax.lax.scan(lambda s, item: one(s, resident, item), state, chunk)
+
+  return jax.jit(call, out_shardings=devices.replicated())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How long a loop runs and what it does on the way.
+
+  Attributes:
+    total_steps: Steps in all.
+    log_steps: A record of mean metrics every so many steps.
+    evaluate_steps: An evaluation every so many steps, and at the end.
+    checkpoint_steps: A checkpoint every so many steps, and at the end.
+    steps_per_call: Steps compiled into one call.
+  """
+
+  total_steps: int
+  log_steps: int
+  evaluate_steps: int
+  checkpoint_steps: int
+  steps_per_call: int = 1
+
+  def next_stop(self, step: int) -> int:
+    """The next step after `step` at which the loop has something to do."""
+    every = (self.log_steps, self.evaluate_steps, self.checkpoint_steps)
+    stops = [(step // n + 1) * n for n in every]
+    return min(*stops, step + self.steps_per_call, self.total_steps)
+
+
+def loop(
+  state: Any,
+  step_fn: Callable,
+  source: Any,
+  plan: Plan,
+  *,
+  folder: pathlib.Path,
+  label: str,
+  evaluate: Callable[[Any, int], dict[str, float]] | None = None,
+) -> Any:
+  """Makes the steps of a plan, or those that are left of it.
+
+  Args:
+    state: The state at step 0; the newest checkpoint under `folder` replaces it.
+    step_fn: (state, x, y) -> (state, metrics), such as `step`.
+    source: Batches as a function of the step, such as `pipeline.ArraySource`.
+    plan: Length and intervals.
+    folder: Receives checkpoints and metrics.
+    label: What the progress line says.
+    evaluate: (state, step) -> numbers for the log, at each evaluation.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    runs.Interrupted: A signal came; the state is saved.
+    errors.UserError: A logged number is not finite.
+  """
+  state = devices.replicate(state)
+  call = compiled_call(step_fn, source.draw)
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(runs.Checkpoints(folder))
+    done, state = checkpoints.restore(state) or (0, state)
+    log = stack.enter_context(
+      contextlib.closing(runs.MetricsLog(folder, done))
+    )
+    stop = stack.enter_context(runs.StopSignal())
+    progress = stack.enter_context(
+      console.Progress(label, plan.total_steps, done)
+    )
+    recent, clock = [], runs.Clock(folder)
+    while done < plan.total_steps:
+      k = plan.next_stop(done) - done
+      before = recent[-1] if recent else ()
+      state, metrics = call(state, source.resident, source.chunk(done, k))
+      jax.block_until_ready(before)  # At most two calls in flight.
+      recent.append(metrics)
+      done += k
+      progress.update(done)
+      last = done == plan.total_steps
+      record = {}
+      if done % plan.log_steps == 0 or last:
+        record, recent = _means(recent, label, done), []
+      if evaluate and (done % plan.evaluate_steps == 0 or last):
+        record.update(evaluate(state, done))
+      if record:
+        log.write(done, **record, seconds=clock.seconds())
+        progress.line(done, **record)
+      interrupted = stop.number or checkpoints.reached_preemption(done)
+      if done % plan.checkpoint_steps == 0 or last or interrupted:
+        checkpoints.save(done, state)
+      if interrupted and not last:
+        number = stop.number or int(runs.signal.SIGTERM)
+        raise runs.Interrupted(number, f'{label} step {done}')
+  return state
+
+
+def _means(recent, label: str, done: int) -> dict[str, float]:
+  """Means of the metrics since the last record; refuses what is not finite."""
+  host = jax.device_get(recent)
+  means = {}
+  for name in host[0]:
+    values = [float(v) for metrics in host for v in metrics[name]]
+    means[name] = math.fsum(values) / len(values)
+    if not math.isfinite(means[name]):
+      raise errors.UserError(
+        f'{label}: {name} is {means[name]} at step {done}; a lower learning '
+        'rate may help. The last checkpoint is kept.'
+      )
+  return means
