@@ -165,6 +165,90 @@ def init(
   return module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A network to search, what it costs, and the way to its narrower selves.
+
+  All that `stages` needs to know of a model, whether it is the registry's or
+  the user's own.
+
+  Attributes:
+    gated: The module that is searched, with the collection `gates`.
+    cost_model: Its costs by counts.
+    reference: The network that budgets refer to, ungated.
+    reference_macs: Its MACs.
+    reference_params: Its parameters.
+    by_layer: The collection `gates` -> {layer name: [C]}, forward order.
+    narrow: counts -> the narrow module.
+    description: What `Structure.model` holds.
+  """
+
+  gated: nn.Module
+  cost_model: costs.CostModel
+  reference: nn.Module
+  reference_macs: int
+  reference_params: int
+  by_layer: Callable[[Mapping[str, Any]], dict[str, Any]]
+  narrow: Callable[[Sequence[int]], nn.Module]
+  description: Mapping[str, Any]
+
+
+def network(
+  name: str,
+  num_classes: int,
+  image_size: int,
+  channels: int,
+  *,
+  base_width: int | None = None,
+  width: int | None = None,
+  multiplier: float = 1.0,
+  dtype: Any = jnp.float32,
+) -> Network:
+  """The registry's model as a `Network`.
+
+  Args:
+    name: A name of the registry.
+    num_classes: Number of classes.
+    image_size: Side of the square images.
+    channels: Channels of the images.
+    base_width: Base width of the reference network; None: the family's.
+    width: Base width of the searched network; None: `base_width`.
+    multiplier: Of the searched network's block outputs.
+    dtype: Dtype of the computation.
+  """
+  base_width = base_width or family(name).default_width
+  width = width or base_width
+  shape = (num_classes, image_size, channels)
+  reference = cost_model(name, *shape, base_width)
+  return Network(
+    gated=build(
+      name,
+      num_classes,
+      width,
+      gated=True,
+      multiplier=multiplier,
+      dtype=dtype,
+    ),
+    cost_model=cost_model(name, *shape, width, multiplier),
+    reference=build(name, num_classes, base_width, dtype=dtype),
+    reference_macs=reference.macs(reference.widths),
+    reference_params=reference.params(reference.widths),
+    by_layer=functools.partial(gates_by_layer, name),
+    narrow=lambda counts: build(
+      name, num_classes, width, counts, multiplier=multiplier, dtype=dtype
+    ),
+    description={
+      'name': name,
+      'base_width': base_width,
+      'width': width,
+      'multiplier': multiplier,
+      'num_classes': num_classes,
+      'image_size': image_size,
+      'channels': channels,
+    },
+  )
+
+
 def build_from(
   structure: prune.Structure, dtype: Any = jnp.float32
 ) -> nn.Module:
