@@ -6,7 +6,7 @@
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pfs_jax import errors, runs, stages
@@ -30,39 +30,40 @@ def workdir() -> pathlib.Path:
   return pathlib.Path('runs') / (f'{stem}-{variant}' if variant else stem)
 
 
-def main(argv: list[str]) -> None:
-  """Runs one mode in the workdir."""
-  if len(argv) > 1:
-    raise errors.UserError(f'unexpected argument {argv[1]!r}.')
-  job = stages.Job(CONFIG.value, workdir())
-  stages.MODES[MODE.value](job)
-
-
 def parse(argv: list[str]) -> list[str]:
   """absl's flags; whatever is wrong with them is the user's to mend."""
   try:
     rest = flags.FLAGS(argv)
-    if MODE.value is None or CONFIG.value is None:
-      missing = 'mode' if MODE.value is None else 'config'
-      raise errors.UserError(f'--{missing} is required.')
-    return rest
+    for name in ('config', 'mode'):
+      if flags.FLAGS[name].value is None:
+        raise errors.UserError(f'--{name} is required; see README.md.')
   except (flags.Error, AttributeError, KeyError, IndexError, OSError) as e:
     raise errors.UserError(str(e.args[0] if e.args else e)) from e
+  if len(rest) > 1:
+    raise errors.UserError(f'unexpected argument {rest[1]!r}.')
+  return rest
 
 
-def guarded(argv: list[str]) -> None:
-  """Parses and runs; user errors become one to three lines and exit code 2."""
-  try:
-    main(parse(argv))
-  except errors.UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
-  except runs.Interrupted as e:
-    print(e, file=sys.stderr)
-    sys.exit(128 + e.signal)
-  except KeyboardInterrupt:
-    sys.exit(130)
+def main(argv: list[str]) -> None:
+  """Runs one mode in the workdir."""
+  del argv
+  logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs that are not there.
+  stages.MODES[MODE.value](stages.Job(CONFIG.value, workdir()))
+
+
+def guarded(function):
+  """User errors become one to three lines on stderr and exit code 2."""
+
+  def run(argv):
+    try:
+      return function(argv)
+    except errors.UserError as e:
+      sys.exit(print(f'error: {e}', file=sys.stderr) or 2)
+    except runs.Interrupted as e:
+      sys.exit(print(e, file=sys.stderr) or 128 + e.signal)
+
+  return run
 
 
 if __name__ == '__main__':
-  app.run(guarded, flags_parser=lambda argv: argv)
+  app.run(guarded(main), flags_parser=guarded(parse))

@@ -17,7 +17,7 @@ that of the regulariser.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
@@ -187,3 +187,28 @@ def step(
     opt_state=opt_state,
   )
   return state, metrics
+
+
+def select(
+  records: Iterable[Mapping[str, Any]], sparsity: float
+) -> int | None:
+  """The step whose gates are kept (the published selection rule).
+
+  The best validation accuracy among the evaluations whose share of non-zero
+  gates is at most `sparsity`, the earliest among equals; if there is none, or
+  no validation, the last: None.
+
+  Args:
+    records: Of the metrics log, with 'step' and, where evaluated,
+      'gates_density' and 'validation_accuracy'.
+    sparsity: r.
+  """
+  candidates = [
+    r
+    for r in records
+    if 'validation_accuracy' in r and r['gates_density'] <= sparsity
+  ]
+  if not candidates:
+    return None
+  best = max(candidates, key=lambda r: (r['validation_accuracy'], -r['step']))
+  return best['step']

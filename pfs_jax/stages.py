@@ -431,13 +431,11 @@ def evaluate(job: Job) -> None:
     )
   runs.claim(folder, _train_identity(job, structure))
   module = job.network.narrow(structure.counts)
-  epochs = job.config.train.epochs
   state = devices.replicate(_initial(job, module, 1, 'train'))
   with runs.Checkpoints(folder) as checkpoints:
     found = checkpoints.restore(state)
   if found is None:
     raise errors.UserError(f'{folder} holds no checkpoint yet.')
-  del epochs
   step, state = found
   accuracy = _test_accuracy(job, module, state)
   n = len(job.dataset.test_images)
@@ -500,8 +498,6 @@ def info(job: Job) -> None:
     if op.kind == 'norm':
       continue
     inputs, outputs = op.channels(model.widths)
-    cost = dataclasses.replace(op, inputs=((-1, inputs),)).macs_terms()
-    del cost
     rows.append(_info_row(op, model, total, gated, inputs, outputs))
   console.table(
     f'{job.config.model.name}, searched network',
