@@ -12,7 +12,11 @@ from pfs_jax import config
 
 VARIANTS = {
   'full': {},
-  'smoke': {'search.epochs': 0.5, 'train.epochs': 1.0, 'train.reference': False},
+  'smoke': {
+    'search.epochs': 0.5,
+    'train.epochs': 1.0,
+    'train.reference': False,
+  },
 }
 
 
@@ -29,6 +33,5 @@ def get_config(variant='full'):
   c.train.epochs = 25.0
   c.train.batch_size = 64
   c.train.reference = True
-  c.log_steps = 25
-  c.update_from_flattened_dict(config.variant(variant, VARIANTS))
-  return c
+  c.log_steps = 115
+  return config.with_variant(c, variant, VARIANTS)

@@ -89,18 +89,38 @@ def default() -> ml_collections.ConfigDict:
   return c.lock()
 
 
-def variant(name: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """The overrides of a variant of a config file; unknown names list the known.
+# Variants that every CIFAR-10 config has.
+CIFAR_VARIANTS = {
+  'full': {},
+  'r0.2': {'search.sparsity': 0.2},
+  'scratch_b': {'train.scratch': 'B'},
+  'smoke': {
+    'data.name': 'digits',
+    'data.validation_examples': 300,
+    'search.epochs': 0.2,
+    'train.epochs': 0.2,
+  },
+}
+
+
+def with_variant(
+  c: ml_collections.ConfigDict,
+  variant: str,
+  known: Mapping[str, Mapping[str, Any]],
+) -> ml_collections.ConfigDict:
+  """The config with the overrides of a variant; unknown ones list the known.
 
   Args:
-    name: What stands after the colon of `--config configs/x.py:name`.
+    c: The config.
+    variant: What stands after the colon of `--config configs/x.py:variant`.
     known: {variant: {'search.epochs': value, ...}}.
   """
-  if name not in known:
+  if variant not in known:
     raise errors.UserError(
-      f'the variant must be one of {", ".join(known)}; got {name!r}.'
+      f'the variant must be one of {", ".join(known)}; got {variant!r}.'
     )
-  return dict(known[name])
+  c.update_from_flattened_dict(dict(known[variant]))
+  return c
 
 
 # Rules: field -> (what it must be, test).
@@ -168,6 +188,12 @@ def get(config: ml_collections.ConfigDict, field: str) -> Any:
 
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks every rule; raises UserError naming the field, rule and value."""
+  plain = flat(default(), *default())
+  given = flat(config, *config)
+  for field in [*plain, *given]:  # A sub-dict given whole replaces the other.
+    if field not in given or field not in plain:
+      known = 'missing' if field in plain else 'not a field'
+      raise errors.UserError(f'{field} is {known}.')
   for field, (rule, test) in RULES.items():
     value = get(config, field)
     try:
@@ -175,9 +201,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     except TypeError:
       holds = False
     if not holds:
-      raise errors.UserError(
-        f'config.{field} must be {rule}; got {value!r}.'
-      )
+      raise errors.UserError(f'config.{field} must be {rule}; got {value!r}.')
   budget = config.budget
   if not (budget.keep or budget.macs or budget.params):
     raise errors.UserError(
@@ -202,9 +226,7 @@ def flat(config: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
 _DATA_PLACES = ('data_dir', 'source_dir', 'download', 'eval_batch_size')
 
 
-def identity(
-  config: ml_collections.ConfigDict, stage: str
-) -> dict[str, Any]:
+def identity(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
   """The fields on which the result of 'search' or 'train' depends."""
   fields = flat(config, 'seed', 'dtype', 'model', 'data', stage)
   without = [f'config.data.{name}' for name in _DATA_PLACES]
@@ -220,9 +242,7 @@ def digest(fields: Mapping[str, Any]) -> str:
 
 def key(seed: int, purpose: str) -> jax.Array:
   """The PRNG key of one purpose ('search weights', 'train data', ...)."""
-  return jax.random.fold_in(
-    jax.random.key(seed), zlib.crc32(purpose.encode())
-  )
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
 def steps(epochs: float, steps_per_epoch: int) -> int:

@@ -1,16 +1,19 @@
-"""What the terminal shows: progress and tables."""
+"""What the terminal shows: progress, tables, and errors in a line or three."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import rich.console
 import rich.progress
 import rich.table
+from absl import flags
 
-import jax
+from pfs_jax import errors, runs
 
 
 def say(text: str) -> None:
@@ -42,7 +45,7 @@ class Progress:
   def __init__(self, label: str, total: int, done: int = 0):
     self._label, self._total, self._first = label, total, done
     self._start = time.perf_counter()
-    self._bar = None
+    self._bar, self._started = None, False
     if sys.stderr.isatty() and jax.process_index() == 0:
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn('{task.description}'),
@@ -69,11 +72,16 @@ class Progress:
       self._bar.stop()
 
   def _rate(self, step: int) -> float:
+    if step <= self._first:
+      return 0.0
     elapsed = max(time.perf_counter() - self._start, 1e-9)
     return (step - self._first) / elapsed
 
   def update(self, step: int) -> None:
     """Tells that `step` steps are done."""
+    if not self._started:  # The first call compiled; rates count from here.
+      self._started = True
+      self._start, self._first = time.perf_counter(), step
     if self._bar:
       rate = f'{self._rate(step):.1f} steps/s'
       self._bar.update(self._task, completed=step, rate=rate)
@@ -103,3 +111,70 @@ def table(
     shown.add_row(*row)
   width = None if sys.stdout.isatty() else 100
   rich.console.Console(width=width, highlight=False).print(shown)
+
+
+# Errors.
+
+
+def _fail(text: str, code: int):
+  print(text, file=sys.stderr)
+  sys.exit(code)
+
+
+def guarded(function: Callable) -> Callable:
+  """Ends a user error in one to three lines on stderr and exit code 2.
+
+  An interrupted run ends with 128 + the signal's number. All other exceptions
+  are our mistakes and keep their traceback.
+  """
+
+  @functools.wraps(function)
+  def run(*args):
+    try:
+      return function(*args)
+    except errors.UserError as e:
+      _fail(f'error: {e}', 2)
+    except runs.Interrupted as e:
+      _fail(str(e), 128 + e.signal)
+    except KeyboardInterrupt:
+      _fail('interrupted.', 130)
+
+  return run
+
+
+def guarded_parser(function: Callable) -> Callable:
+  """`guarded` for the parsing of flags, where absl and ml_collections raise."""
+
+  @guarded
+  def parse(argv):
+    try:
+      return function(argv)
+    except errors.UserError:
+      raise
+    except (
+      flags.Error,
+      AttributeError,
+      KeyError,
+      IndexError,
+      TypeError,
+      ValueError,
+      OSError,
+    ) as e:
+      raise errors.UserError(_last_line(e)) from e
+    except SystemExit:  # --help was printed; absl would end with 1.
+      sys.exit(0)
+
+  return parse
+
+
+def _last_line(e: Exception) -> str:
+  """What an exception of a flag says, without the traceback it may quote."""
+  text = str(e.args[0]) if e.args else type(e).__name__
+  lines = [line.strip() for line in text.replace('\\n', '\n').splitlines()]
+  lines = [line for line in lines if line]
+  if isinstance(e, OSError):  # 'Failed loading config file', paths, reasons.
+    return f'the config file cannot be loaded: {lines[-1]}'
+  if 'Traceback (most recent call last):' in lines:
+    return f'the config file fails: {lines[-1]}'
+  text = ' '.join(lines).replace("\\'", "'")
+  return text[1:-1] if text[0] == text[-1] and text[0] in '\'"' else text

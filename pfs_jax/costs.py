@@ -155,9 +155,7 @@ def record(function: Callable[..., Any], *args) -> list[Call]:
   return calls
 
 
-def record_module(
-  module: nn.Module, input_shape: Sequence[int]
-) -> list[Call]:
+def record_module(module: nn.Module, input_shape: Sequence[int]) -> list[Call]:
   """The costly layer calls of a module on one image [H, W, C]."""
   x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
   key = jax.eval_shape(lambda: jax.random.key(0))

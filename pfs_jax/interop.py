@@ -72,9 +72,7 @@ def _sources(name: str, shapes: Mapping[str, Any]) -> dict[tuple, str]:
       layer, _, part = layer.rpartition('/')
       convolution, norm = torch_name(layer)
       key = (collection, f'{part}/{leaf}')
-      prefix, names = (
-        (convolution, _CONV) if part == 'conv' else (norm, _NORM)
-      )
+      prefix, names = (convolution, _CONV) if part == 'conv' else (norm, _NORM)
       sources[key[0], path] = f'{prefix}.{names[key]}'
   return sources
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+
 def conv_init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
   """N(0, sqrt(2 / (k * k * C_out))) for [k, k, C_in / groups, C_out].
 
@@ -19,7 +20,9 @@ def conv_init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
   narrow network has a shape of its own in every layer.
   """
   size = math.prod(shape)
-  drawn = jax.random.normal(key, (1 << max(16, (size - 1).bit_length()),), dtype)
+  drawn = jax.random.normal(
+    key, (1 << max(16, (size - 1).bit_length()),), dtype
+  )
   fan_out = math.prod(shape[:-2]) * shape[-1]
   return (drawn[:size] * math.sqrt(2 / fan_out)).reshape(shape)
 
@@ -141,9 +144,7 @@ class GlobalAvgPool(nn.Module):
 
 def max_pool(x: jax.Array, window: int = 2, stride: int = 2) -> jax.Array:
   """Max pooling without padding, [N, H, W, C] -> [N, H', W', C]."""
-  return nn.max_pool(
-    x, window_shape=(window, window), strides=(stride, stride)
-  )
+  return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride))
 
 
 def classifier(

@@ -229,9 +229,7 @@ def minimum(
   return tuple(counts)
 
 
-def maximum(
-  cost_model: costs.CostModel, round_to: int = 1
-) -> tuple[int, ...]:
+def maximum(cost_model: costs.CostModel, round_to: int = 1) -> tuple[int, ...]:
   """The widest counts allowed: whole multiples, or all of a narrower layer."""
   return tuple(w // round_to * round_to or w for w in cost_model.widths)
 

@@ -189,9 +189,7 @@ def step(
   return state, metrics
 
 
-def select(
-  records: Iterable[Mapping[str, Any]], sparsity: float
-) -> int | None:
+def select(records: Iterable[Mapping[str, Any]], sparsity: float) -> int | None:
   """The step whose gates are kept (the published selection rule).
 
   The best validation accuracy among the evaluations whose share of non-zero

@@ -135,12 +135,19 @@ class Job:
 # Search and cut.
 
 
+def _note_config(job: Job) -> None:
+  """Writes the whole config and the versions beside what they produce."""
+  runs.write_json(job.workdir / 'config.json', job.config.to_dict())
+  runs.write_json(job.workdir / 'versions.json', runs.versions())
+
+
 def search(job: Job) -> None:
   """Learns the gates and cuts them to the budgets."""
   for budget in job.budgets:  # Before hours of search, not after.
     prune.check_budget(job.network.cost_model, **budget.ceilings())
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
+  _note_config(job)
   if not (folder / 'gates.npz').exists():
     _search(job, folder)
   cut(job)
@@ -193,9 +200,10 @@ def _search(job: Job, folder: pathlib.Path) -> None:
 
 def _select(job: Job, folder: pathlib.Path, last) -> None:
   """Writes gates.npz: the evaluation that the selection rule takes."""
-  step, gates = search_lib.select(
-    runs.read_metrics(folder), job.config.search.sparsity
-  ), last
+  step, gates = (
+    search_lib.select(runs.read_metrics(folder), job.config.search.sparsity),
+    last,
+  )
   if step is not None:
     gates = runs.read_arrays(folder / 'gates' / f'{step:08d}.npz')
   runs.write_arrays(folder / 'gates.npz', gates)
@@ -276,8 +284,8 @@ def _structure(job: Job) -> tuple[str, prune.Structure]:
     there = sorted(p.name for p in job.workdir.glob('structure*.json'))
     found = f' There: {", ".join(there)}.' if there else ''
     raise errors.UserError(
-      f'{path} does not exist: run --mode=search or --mode=prune first, or give '
-      f'--config.train.structure=PATH.{found}'
+      f'{path} does not exist: run --mode=search or --mode=prune first, or '
+      f'give --config.train.structure=PATH.{found}'
     )
   try:
     structure = prune.Structure.from_json(path.read_text())
@@ -324,6 +332,7 @@ def train(job: Job) -> None:
   name, structure = _structure(job)
   folder = job.file('train', name)
   runs.claim(folder, _train_identity(job, structure))
+  _note_config(job)
   if not job.file('result', name, '.json').exists():
     epochs = job.config.train.epochs
     if job.config.train.scratch == 'B':
@@ -549,9 +558,16 @@ def _info_totals(job: Job, network, model, total: int) -> None:
       rows.append([f'budget {budget.name}', 'can be met', '', ''])
     except prune.Infeasible as e:
       rows.append([f'budget {budget.name}', f'floor {e.floor:,}', '', ''])
-  console.table(
-    'Totals', ['', 'MACs', 'of reference', 'parameters'], rows
-  )
+  console.table('Totals', ['', 'MACs', 'of reference', 'parameters'], rows)
+
+
+def execute(mode: str, job: Job) -> None:
+  """Runs one mode; all but info hold the workdir."""
+  if mode == 'info':
+    info(job)
+    return
+  with runs.locked(job.workdir):
+    MODES[mode](job)
 
 
 MODES = {

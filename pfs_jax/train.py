@@ -297,7 +297,7 @@ def loop(
   """Makes the steps of a plan, or those that are left of it.
 
   Args:
-    state: The state at step 0; the newest checkpoint under `folder` replaces it.
+    state: At step 0; the newest checkpoint under `folder` replaces it.
     step_fn: (state, x, y) -> (state, metrics), such as `step`.
     source: Batches as a function of the step, such as `pipeline.ArraySource`.
     plan: Length and intervals.
@@ -317,9 +317,7 @@ def loop(
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(runs.Checkpoints(folder))
     done, state = checkpoints.restore(state) or (0, state)
-    log = stack.enter_context(
-      contextlib.closing(runs.MetricsLog(folder, done))
-    )
+    log = stack.enter_context(contextlib.closing(runs.MetricsLog(folder, done)))
     stop = stack.enter_context(runs.StopSignal())
     progress = stack.enter_context(
       console.Progress(label, plan.total_steps, done)
