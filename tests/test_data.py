@@ -618,6 +618,7 @@ def _equal(a, b):
 
 def test_second_load_reads_the_cache_only(prepared, monkeypatch):
   root, first = prepared
+  monkeypatch.setattr(prepare, '_one_at_a_time', None)  # No waiting either.
   monkeypatch.setattr(prepare, '_decode_once', None)
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)  # No import.
   second = _again(root)
@@ -809,6 +810,7 @@ def test_two_processes_at_once(fakes, tmp_path):
     test_data._install('cifar10', test_data._fake_files('cifar10'))
     d = data.load('cifar10', data_dir=sys.argv[1], source_dir=sys.argv[2])
     print(hashlib.sha256(d.train_images.tobytes()).hexdigest())
+    print('tensorflow_datasets' in sys.modules)
   """)
   command = [sys.executable, '-c', code, str(root), source]
   handle = os.open(root, os.O_RDONLY)
@@ -823,6 +825,9 @@ def test_two_processes_at_once(fakes, tmp_path):
     os.close(handle)
   outcomes = [process.communicate(timeout=60) for process in both]
   assert [process.returncode for process in both] == [0, 0], outcomes
-  assert len({out for out, _ in outcomes}) == 1
+  outs = [out.split() for out, _ in outcomes]
+  assert outs[0][0] == outs[1][0]
+  # The second one found the cache made.
+  assert sorted(out[1] for out in outs) == ['False', 'True']
   assert sum(err.count('preparing') for _, err in outcomes) == 1
   assert os.listdir(root) == ['cifar10']
