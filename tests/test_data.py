@@ -369,8 +369,7 @@ def test_source_dir_with_another_file(fakes, tmp_path):
 
 
 def test_real_checksums_are_those_of_tfds():
-  # CIFAR-10's as published beside its download link is an MD5 only; this sha256
-  # is the one of /work/shared/APIS.md's source, TFDS 4.9.10.
+  # Length and sha256 from TFDS 4.9.10's url_checksums/cifar10.txt.
   (cifar10,) = files.expected('cifar10')
   assert cifar10.name == 'cifar-10-binary.tar.gz'
   assert cifar10.size == 170052171

@@ -418,7 +418,8 @@ def _decode_split(builder, split: str, count: int, spec: registry.Spec):
   import tensorflow_datasets as tfds
   from PIL import Image
 
-  # Pillow at once: half as long as by way of TFDS, which looks for OpenCV.
+  # Pillow at once takes a third less than by way of TFDS (1.0 against 1.4 s for
+  # 10,000 images), which also warns that OpenCV is absent.
   as_png = {'image': tfds.decode.SkipDecoding()}
   shape = (spec.image_size, spec.image_size, spec.channels)
   images = np.empty((count, *shape), np.uint8)
