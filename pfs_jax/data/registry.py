@@ -99,9 +99,9 @@ def spec(name: str) -> Spec:
   return SPECS[name]
 
 
-# Mean and deviation of the training images: digits and Fashion-MNIST measured (a
-# test holds them to it), MNIST the customary ones. Crop padding is our choice: a
-# shift by one pixel is as much as 8x8 digits bear.
+# Mean and deviation of the training images: digits and Fashion-MNIST measured
+# (a test holds them to it), MNIST the customary ones. Crop padding is our
+# choice: a shift by one pixel is as much as 8x8 digits bear.
 register(
   Spec(
     name='digits',
