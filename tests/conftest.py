@@ -1,0 +1,56 @@
+"""Strictness, a shared compilation cache, and the fixtures of all tests."""
+
+import os
+import pathlib
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Warnings are errors (pyproject.toml) but for these of other people's code:
+# (action, start of the message, class, module), by what and where only.
+_ALLOWED = (
+  # Two processes share the cache: one may read what the other half wrote, and
+  # then compiles for itself.
+  (
+    'ignore',
+    'Error reading persistent compilation cache entry',
+    'UserWarning',
+    'jax._src.compiler',
+  ),
+)
+
+
+def pytest_configure(config):
+  """Sets JAX up before a test module imports it."""
+  folder = pathlib.Path(tempfile.gettempdir()) / f'pfs_jax_cache_{os.getuid()}'
+  if hasattr(config, 'cache'):
+    folder = config.cache.mkdir('jax')
+  # In the environment, so that processes that tests start share the cache.
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+  import jax
+
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  # Where a plugin imported JAX before, the environment came too late.
+  jax.config.update(
+    'jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR']
+  )
+  jax.config.update(
+    'jax_persistent_cache_min_compile_time_secs',
+    float(os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS']),
+  )
+  for action, message, kind, module in _ALLOWED:
+    config.addinivalue_line(
+      'filterwarnings', f'{action}:{message}:{kind}:{module}'
+    )
+
+
+@pytest.fixture(scope='session')
+def golden():
+  """The folder of golden numbers; outside the repository, so it may lack."""
+  folder = ROOT.parent / 'shared' / 'golden'
+  if not folder.is_dir():
+    pytest.skip(f'{folder} does not exist: golden numbers are not at hand')
+  return folder
