@@ -24,7 +24,8 @@ def normalise(
 ) -> jax.Array:
   """uint8 [..., C] -> float (x / 255 - mean) / std."""
   dtype = jnp.promote_types(dtype, jnp.float32)
-  mean, std = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
+  shape = (1,) * (images.ndim - 1) + (-1,)
+  mean, std = (jnp.asarray(v, dtype).reshape(shape) for v in (mean, std))
   return (images.astype(dtype) / 255 - mean) / std
 
 
@@ -49,8 +50,8 @@ def crop_and_flip(
     padded = jnp.pad(
       images, ((0, 0), (padding, padding), (padding, padding), (0, 0))
     )
-    rows = offsets[:, :1] + jnp.arange(height)
-    columns = offsets[:, 1:] + jnp.arange(width)
+    rows = offsets[:, :1] + jnp.arange(height)[None]
+    columns = offsets[:, 1:] + jnp.arange(width)[None]
     images = padded[
       jnp.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]
     ]
