@@ -38,6 +38,7 @@ def default() -> ml_collections.ConfigDict:
     base_width=0,  # Of the reference network; 0: the family's default.
     width=0,  # Of the searched network; 0: base_width. Wider: expansion.
     multiplier=1.0,  # Widens block outputs of the searched network.
+    gate_site='acting',  # Or 'published': MobileNets, docs/gate_sites.md.
   )
   c.data = config_dict.create(
     name='cifar10',
@@ -147,6 +148,7 @@ RULES = {
   'model.base_width': _NATURAL,
   'model.width': _NATURAL,
   'model.multiplier': _POSITIVE,
+  'model.gate_site': _one_of('acting', 'published'),
   'data.train_examples': _NATURAL,
   'data.validation_examples': _NATURAL,
   'data.eval_batch_size': _COUNT,

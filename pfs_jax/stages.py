@@ -46,6 +46,7 @@ class Job:
       width=c.model.width or None,
       multiplier=c.model.multiplier,
       dtype=config.DTYPES[c.dtype],
+      gate_site=c.model.gate_site,
     )
     self.budgets = config.budgets(c, self.network.reference_macs)
 

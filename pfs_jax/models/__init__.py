@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pfs_jax import costs, errors, prune
-from pfs_jax.models import resnet, vgg
+from pfs_jax.models import mobilenet, resnet, vgg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +26,25 @@ class Family:
   """What the registry knows of a model name.
 
   Attributes:
-    build: (num_classes, width, counts, gated, multiplier, dtype) -> module.
+    build: (num_classes, width, counts, gated, multiplier, dtype, gate_site) ->
+      module.
     gate_sizes: width -> {layer name: channels}, forward order.
     default_width: The base width that `None` stands for.
     multiplier: Whether block outputs can be widened too.
+    acting: {layer name: layer that carries its gate} with gate_site 'acting',
+      where that is another layer than with 'published'.
   """
 
   build: Callable[..., nn.Module]
   gate_sizes: Callable[[int], dict[str, int]]
   default_width: int
   multiplier: bool = False
+  acting: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _family(room, name: str) -> Family:
-  def build(num_classes, width, counts, gated, multiplier, dtype):
-    del multiplier
+  def build(num_classes, width, counts, gated, multiplier, dtype, gate_site):
+    del multiplier, gate_site  # The published gates act here.
     return room.build(name, num_classes, width, counts, gated, dtype)
 
   return Family(
@@ -50,9 +54,38 @@ def _family(room, name: str) -> Family:
   )
 
 
+def _resnet50() -> Family:
+  def build(num_classes, width, counts, gated, multiplier, dtype, gate_site):
+    del width, gate_site  # The counts say all; the published gates act here.
+    return resnet.build_resnet50(num_classes, counts, gated, multiplier, dtype)
+
+  return Family(
+    build, resnet.resnet50_gate_sizes, resnet.RESNET50_WIDTH, multiplier=True
+  )
+
+
+def _mobilenet(name: str) -> Family:
+  def build(num_classes, width, counts, *args):
+    del width  # The counts say all.
+    return mobilenet.build(name, num_classes, counts, *args)
+
+  return Family(
+    build,
+    mobilenet.GATE_SIZES[name],
+    mobilenet.DEFAULT_WIDTH,
+    multiplier=name == 'mobilenet_v2',
+    acting=mobilenet.ACTING[name],
+  )
+
+
 REGISTRY: dict[str, Family] = {
-  name: _family(room, name) for room in (resnet, vgg) for name in room.DEPTHS
+  **{
+    name: _family(room, name) for room in (resnet, vgg) for name in room.DEPTHS
+  },
+  **{name: _mobilenet(name) for name in mobilenet.GATE_SIZES},
+  'resnet50': _resnet50(),
 }
+GATE_SITES = ('acting', 'published')
 
 
 def family(name: str) -> Family:
@@ -78,6 +111,7 @@ def build(
   gated: bool = False,
   multiplier: float = 1.0,
   dtype: Any = jnp.float32,
+  gate_site: str = 'acting',
 ) -> nn.Module:
   """A Linen module: (x: [N, H, W, C], train=False) -> logits [N, num_classes].
 
@@ -85,17 +119,21 @@ def build(
     name: A name of the registry.
     num_classes: Number of classes.
     width: Base width; None is the family's default (16 for the CIFAR ResNets,
-      64 for VGG).
+      64 for VGG and ResNet-50, 32 for the MobileNets).
     counts: Channels of the gated layers in the order of `gate_sizes`; None is
       the full width.
     gated: Whether gated layers hold a [C] vector in the collection `gates`.
     multiplier: Widens block outputs in the families that have them.
     dtype: Dtype of the computation. Parameters, gates and statistics are
       float32, or float64 with dtype float64 (under `jax_enable_x64`).
+    gate_site: Where the MobileNets' gates stand (`models.mobilenet`): 'acting',
+      behind the depthwise convolution, or 'published', in front of it, where
+      the next BatchNorm divides them out. No effect on the other families, or
+      on what the gates are called.
 
   Raises:
-    errors.UserError: Unknown name, wrong number of counts, counts below 1, or a
-      multiplier for a family without one.
+    errors.UserError: Unknown name or gate site, wrong number of counts, counts
+      below 1, or a multiplier for a family without one.
   """
   entry = family(name)
   width = entry.default_width if width is None else width
@@ -105,23 +143,39 @@ def build(
     raise errors.UserError(
       f'config.model.multiplier must be 1.0 for {name}; got {multiplier}.'
     )
+  if gate_site not in GATE_SITES:
+    raise errors.UserError(
+      f'config.model.gate_site must be one of {", ".join(GATE_SITES)}; '
+      f'got {gate_site!r}.'
+    )
   sizes = entry.gate_sizes(width)
-  counts = tuple(sizes.values()) if counts is None else tuple(counts)
+  counts = sizes.values() if counts is None else counts
+  counts = tuple(int(c) for c in counts)
   if len(counts) != len(sizes) or min(counts) < 1:
     raise errors.UserError(
-      f'counts of {name} must be {len(sizes)} integers >= 1, one for each gated '
-      f'layer; got {len(counts)}, the least {min(counts, default=None)}.'
+      f'counts of {name} must be {len(sizes)} integers >= 1, one for each '
+      f'gated layer; got {len(counts)}, the least {min(counts, default=None)}.'
     )
-  return entry.build(num_classes, width, counts, gated, multiplier, dtype)
+  return entry.build(
+    num_classes, width, counts, gated, multiplier, dtype, gate_site
+  )
 
 
 def gates_by_layer(name: str, gates: Mapping[str, Any]) -> dict[str, Any]:
-  """The collection `gates` as {layer name: [C]}, in forward order."""
+  """The collection `gates` as {layer name: [C]}, in forward order.
+
+  Either gate site's collection: a gate has the name of its layer in
+  `gate_sizes` wherever it stands.
+  """
   flat = {
     '/'.join(path[:-1]): gate
     for path, gate in flax.traverse_util.flatten_dict(gates).items()
   }
-  return {layer: flat[layer] for layer in gate_sizes(name)}
+  acting = family(name).acting
+  return {
+    layer: flat[layer] if layer in flat else flat[acting[layer]]
+    for layer in gate_sizes(name)
+  }
 
 
 @functools.lru_cache(maxsize=64)
@@ -203,6 +257,7 @@ def network(
   width: int | None = None,
   multiplier: float = 1.0,
   dtype: Any = jnp.float32,
+  gate_site: str = 'acting',
 ) -> Network:
   """The registry's model as a `Network`.
 
@@ -215,6 +270,7 @@ def network(
     width: Base width of the searched network; None: `base_width`.
     multiplier: Of the searched network's block outputs.
     dtype: Dtype of the computation.
+    gate_site: As for `build`.
   """
   base_width = base_width or family(name).default_width
   width = width or base_width
@@ -228,6 +284,7 @@ def network(
       gated=True,
       multiplier=multiplier,
       dtype=dtype,
+      gate_site=gate_site,
     ),
     cost_model=cost_model(name, *shape, width, multiplier),
     reference=build(name, num_classes, base_width, dtype=dtype),
