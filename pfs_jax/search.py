@@ -111,9 +111,14 @@ def init(
 
 
 def mean_gate(gates: Any) -> jax.Array:
-  """m = sum |g| / K over all gates of the network."""
+  """m = sum |g| / K over all gates of the network.
+
+  Written as sign(g) * g, since JAX's derivative of `abs` at 0 is 1, not 0: it
+  would pull gates back from 0.
+  """
   leaves = jax.tree.leaves(gates)
-  return sum(jnp.abs(g).sum() for g in leaves) / sum(g.size for g in leaves)
+  total = sum((jnp.sign(g) * g).sum() for g in leaves)
+  return total / sum(g.size for g in leaves)
 
 
 def density(gates: Any) -> jax.Array:

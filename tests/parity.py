@@ -1,0 +1,81 @@
+"""A 20-step float64 search against the published PyTorch implementation.
+
+Run by test_parity.py in a process of its own (float64 is a global switch):
+
+  python tests/parity.py resnet20 ../shared/golden/search_resnet20_w8.npz
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pfs_jax import interop, models, search
+
+
+def batch(golden, step):
+  """Images of a step as golden/README.md says: normalised, padded, 3 channels."""
+  n = int(golden['batch'])
+  x = golden['images'][step * n : (step + 1) * n].astype(np.float64) / 255
+  x = np.pad((x - 0.2860) / 0.3530, ((0, 0), (2, 2), (2, 2)))
+  y = golden['labels'][step * n : (step + 1) * n].astype(np.int32)
+  return np.repeat(x[..., None], 3, axis=-1), y
+
+
+def main(name, path):
+  golden = np.load(path)
+  sizes = models.gate_sizes(name, 8)
+  assert list(sizes.values()) == golden['gate_sizes'].tolist()
+  ends = np.cumsum(golden['gate_sizes'])[:-1]
+  weights = {
+    k[2:]: golden[k].astype(np.float64) for k in golden if k.startswith('w/')
+  }
+  variables = interop.from_torch(name, weights, width=8)
+  module = models.build(name, 10, width=8, gated=True, dtype=jnp.float64)
+  state = search.init(
+    module,
+    variables,
+    sparsity=float(golden['sparsity']),
+    balance=float(golden['balance']),
+    learning_rate=float(golden['lr']),
+  )
+  worst = {}
+
+  def compare(what, ours, theirs):
+    error = float(np.abs(np.asarray(ours) - theirs).max())
+    worst[what] = max(worst.get(what, 0.0), error)
+
+  def compare_layers(what, gates, theirs):
+    by_layer = models.gates_by_layer(name, gates)
+    parts = np.split(theirs, ends)
+    for (layer, ours), part in zip(by_layer.items(), parts, strict=True):
+      compare(f'{what} {layer}', ours, part)
+
+  x0, y0 = batch(golden, 0)
+  logits, _ = module.apply(
+    state.variables, x0, train=True, mutable=['batch_stats']
+  )
+  compare('logits0', logits, golden['logits0'])
+  trained = {'params': state.params, 'gates': state.gates}
+  grads, _ = jax.grad(search.loss, has_aux=True)(trained, state, x0, y0)
+  compare_layers('grad0', grads['gates'], golden['grad0'])
+  for step in range(len(golden['gates'])):
+    state, metrics = search.step(state, *batch(golden, step))
+    compare('ce', metrics['ce'], golden['ce'][step])
+    compare('reg', metrics['reg'], golden['reg'][step])
+    compare_layers('gates', state.gates, golden['gates'][step])
+  evaluated = module.apply(state.variables, x0)
+  scale = np.abs(golden['eval_logits']).max()
+  error = np.abs(np.asarray(evaluated) - golden['eval_logits']).max() / scale
+  dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(state.variables)})
+  print(
+    json.dumps(
+      {'worst': worst, 'eval': float(error), 'dtypes': dtypes, 'steps': step + 1}
+    )
+  )
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Imports go down only: the floors of the README's architecture map."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
+
+FLOORS = [
+  {'errors'},
+  {'config', 'costs', 'devices', 'prune', 'runs'},
+  {'console', 'data', 'layers'},
+  {'models', 'interop'},
+  {'train'},
+  {'search', 'surgery', 'export'},
+  {'stages'},
+  {'studies', 'report', 'predict'},
+]
+# On one floor, but the second builds on the first.
+PEERS = {('prune', 'costs'), ('interop', 'models')}
+
+
+def room(module: str) -> str:
+  """'pfs_jax.models.vgg' -> 'models'."""
+  return module.split('.')[1]
+
+
+def floor(name: str) -> int:
+  found = [i for i, names in enumerate(FLOORS) if name in names]
+  assert found, f'{name} stands on no floor'
+  return found[0]
+
+
+def imports(path: pathlib.Path):
+  """Rooms of ours that a file imports."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module:
+      if node.module == 'pfs_jax':
+        yield from (alias.name for alias in node.names)
+      elif node.module.startswith('pfs_jax.'):
+        yield room(node.module)
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        if alias.name.startswith('pfs_jax.'):
+          yield room(alias.name)
+
+
+FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE) + sorted(
+  p for p in PACKAGE.glob('*.py') if p.stem != '__init__'
+)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+  relative = path.relative_to(PACKAGE)
+  mine = relative.parts[0].removesuffix('.py')
+  for theirs in imports(path):
+    if theirs == mine or (mine, theirs) in PEERS:
+      continue
+    assert floor(theirs) < floor(mine), f'{mine} imports {theirs}'
+
+
+def test_no_family_is_named_above_the_registry():
+  """search, prune and train take any module with gates and a cost model."""
+  for name in ('search', 'prune', 'train', 'stages', 'costs'):
+    tree = ast.parse((PACKAGE / f'{name}.py').read_text())
+    strings = [
+      node.value
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    short = [s.lower() for s in strings if len(s) < 60]  # Not docstrings.
+    for family in ('resnet', 'vgg', 'mobilenet'):
+      assert not [s for s in short if family in s], f'{name}.py names {family}'

@@ -1,0 +1,96 @@
+"""Weights under the names of the published PyTorch checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfs_jax import errors, interop, models
+
+
+def torch_arrays(golden, name):
+  arrays = np.load(golden / f'search_{name}_w8.npz')
+  return {k[2:]: arrays[k] for k in arrays if k.startswith('w/')}
+
+
+def norms(name, arrays):
+  """Prefixes of the normalisations, by their scales and biases."""
+  biases = [k.removesuffix('.bias') for k in arrays if k.endswith('.bias')]
+  return [b for b in biases if b not in ('linear', 'classifier')]
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'vgg16'])
+def test_shapes_dtype_and_layout(name, golden):
+  arrays = torch_arrays(golden, name)
+  arrays['bn1.num_batches_tracked'] = np.int64(3)
+  variables = interop.from_torch(name, arrays, width=8)
+  assert set(variables) == {'params', 'batch_stats'}
+  module = models.build(name, 10, width=8)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  expected = jax.eval_shape(module.init, key, x)
+  assert jax.tree.map(jnp.shape, variables['params']) == jax.tree.map(
+    lambda s: s.shape, expected['params']
+  )
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(variables)}
+  assert dtypes == {jnp.dtype('float16')}
+  first, torch_name = {
+    'resnet20': ('stem', 'conv1.weight'),
+    'vgg16': ('conv0', 'feature.0.conv.weight'),
+  }[name]
+  kernel = variables['params'][first]['conv']['kernel']
+  assert kernel[2, 0, 1, 5] == arrays[torch_name][5, 1, 2, 0]
+
+
+def test_running_statistics_and_gates(golden):
+  arrays = torch_arrays(golden, 'resnet20')
+  rng = np.random.default_rng(0)
+  for prefix in norms('resnet20', arrays):
+    n = len(arrays[f'{prefix}.weight'])
+    arrays[f'{prefix}.running_mean'] = rng.random(n).astype(np.float32)
+    arrays[f'{prefix}.running_var'] = rng.random(n).astype(np.float32)
+    if prefix.startswith('layer') and prefix.endswith('bn1'):
+      arrays[f'{prefix}.gates'] = rng.random(n).astype(np.float32)
+  variables = interop.from_torch('resnet20', arrays, width=8)
+  stats = variables['batch_stats']['stage2_block0']['shortcut']['bn']
+  np.testing.assert_array_equal(
+    stats['var'], arrays['layer2.0.shortcut.1.running_var']
+  )
+  gates = models.gates_by_layer('resnet20', variables['gates'])
+  np.testing.assert_array_equal(
+    gates['stage3_block1/conv1'], arrays['layer3.1.bn1.gates']
+  )
+
+
+def test_narrow_weights(golden):
+  arrays = torch_arrays(golden, 'resnet20')
+  counts = [8, 8, 8, 16, 16, 16, 32, 5, 32]
+  arrays['layer3.1.conv1.weight'] = arrays['layer3.1.conv1.weight'][:5]
+  arrays['layer3.1.conv2.weight'] = arrays['layer3.1.conv2.weight'][:, :5]
+  for leaf in ('weight', 'bias'):
+    arrays[f'layer3.1.bn1.{leaf}'] = arrays[f'layer3.1.bn1.{leaf}'][:5]
+  variables = interop.from_torch('resnet20', arrays, width=8, counts=counts)
+  module = models.build('resnet20', 10, width=8, counts=counts)
+  assert module.apply(variables, jnp.zeros((1, 8, 8, 3))).shape == (1, 10)
+
+
+def test_every_bad_key_is_named(golden):
+  arrays = torch_arrays(golden, 'vgg16')
+  del arrays['feature.4.bn.bias']
+  arrays['feature.0.conv.weight'] = arrays['feature.0.conv.weight'][:7]
+  arrays['feature.2.conv.weight'] = np.zeros((1, 1, 3, 3))
+  arrays['feature.0.bn.running_mean'] = np.zeros(8)
+  with pytest.raises(errors.UserError) as e:
+    interop.from_torch('vgg16', arrays, width=8)
+  for part in (
+    'missing feature.4.bn.bias',
+    'feature.0.conv.weight has shape (7, 3, 3, 3)',
+    'unknown feature.2.conv.weight',
+    'missing feature.0.bn.running_var',
+  ):
+    assert part in str(e.value)
+
+
+def test_unsupported_names_are_refused():
+  with pytest.raises(errors.UserError, match='missing linear.bias'):
+    interop.from_torch('resnet20', {})

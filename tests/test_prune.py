@@ -1,0 +1,286 @@
+"""The cut: ceilings, ties, floors, the published halving, a brute oracle."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pfs_jax import costs, errors, models, prune
+
+CASES = [('resnet20', 8), ('resnet56', 12), ('vgg16', 8), ('vgg19', 6)]
+
+
+def cost_model(name, width):
+  return models.cost_model(name, 10, 16, 3, width)
+
+
+def random_gates(model, seed, levels=0):
+  """Gates in 0..1; with few levels there are many ties."""
+  rng = np.random.default_rng(seed)
+  gates = {}
+  for layer, width in zip(model.layers, model.widths, strict=True):
+    g = rng.random(width).astype(np.float32)
+    gates[layer] = np.floor(g * levels) / levels if levels else g
+  return gates
+
+
+def ranking(gates):
+  """(layer, channel), best first, straight from the text of DESIGN.md."""
+  rows = []
+  for i, g in enumerate(gates.values()):
+    for c, value in enumerate(g):
+      tied = [k for k, other in enumerate(g) if other == value]
+      key = (tied.index(c) + 0.5) / len(tied)
+      rows.append((-float(value), key, i, c))
+  return [(i, c) for _, _, i, c in sorted(rows)]
+
+
+def oracle(gates, model, max_macs, max_params, least, cost=None):
+  """A linear scan over every prefix, then the fill, one channel at a time."""
+  cost = cost or (lambda c: (model.macs(c), model.params(c)))
+
+  def fits(counts):
+    macs, params = cost(counts)
+    return macs <= max_macs and params <= max_params
+
+  order, best = ranking(gates), 0
+  taken = [[0] * len(model.layers)]
+  for i, _ in order:
+    taken.append(list(taken[-1]))
+    taken[-1][i] += 1
+  prefixes = [np.maximum(t, least) for t in taken]
+  best = max(k for k, counts in enumerate(prefixes) if fits(counts))
+  counts = prefixes[best].copy()
+  for k in range(best, len(order)):
+    i = order[k][0]
+    if taken[k + 1][i] <= counts[i]:
+      continue  # Already kept, as part of the minimum width.
+    counts[i] += 1
+    if not fits(counts):
+      counts[i] -= 1
+      # The channels behind it in this layer wait for it: ranks are in order.
+      taken = [
+        [n - (j == i and m > k) for j, n in enumerate(t)]
+        for m, t in enumerate(taken)
+      ]
+  return tuple(int(c) for c in counts)
+
+
+@pytest.mark.parametrize('name,width', CASES)
+@pytest.mark.parametrize('levels', [0, 3])
+def test_fit_equals_a_linear_scan(name, width, levels):
+  model = cost_model(name, width)
+  full = model.macs(model.widths), model.params(model.widths)
+  for seed, share in enumerate((0.3, 0.5, 0.8, 1.0)):
+    gates = random_gates(model, seed, levels)
+    least = prune.minimum(model, min_channels=1 + seed % 2)
+    ceilings = (
+      max(int(share * full[0]), model.macs(least)),
+      max(int(share * full[1]), model.params(least)),
+    )
+    found = prune.fit(gates, model, *ceilings, min_channels=1 + seed % 2)
+    assert found.counts == oracle(gates, model, *ceilings, least)
+    assert found.macs <= ceilings[0] and found.params <= ceilings[1]
+
+
+def test_fit_equals_a_linear_scan_with_traced_costs():
+  """The narrow module's own traced MACs, not the cost model's, as oracle."""
+  model = models.cost_model('vgg16', 4, 4, 1, 1)
+  gates = random_gates(model, 0)
+
+  def traced(counts):
+    return costs.count(models.build('vgg16', 4, 1, tuple(counts)), (4, 4, 1))
+
+  half = model.macs(model.widths) // 2
+  found = prune.fit(gates, model, half)
+  assert found.counts == oracle(
+    gates, model, half, math.inf, prune.minimum(model), traced
+  )
+  assert traced(found.counts) == (found.macs, found.params)
+
+
+@pytest.mark.parametrize('name,width', [('resnet56', 16), ('vgg16', 32)])
+@pytest.mark.parametrize('value', [0.0, 0.37, 1.0])
+def test_equal_gates_give_near_uniform_widths(name, width, value):
+  model = cost_model(name, width)
+  gates = {
+    layer: np.full(n, value, np.float32)
+    for layer, n in zip(model.layers, model.widths, strict=True)
+  }
+  full, floor = model.macs(model.widths), model.macs((1,) * len(model.widths))
+  for share in (0.25, 0.5, 0.75):
+    budget = int(floor + share * (full - floor))
+    found = prune.fit(gates, model, budget)
+    shares = np.array(found.counts) / np.array(model.widths)
+    slack = 2 / min(model.widths)  # The fill may add a channel here and there.
+    assert shares.max() - shares.min() <= slack, found.counts
+    assert found.tie_share == 1.0
+
+
+def test_ties_order():
+  """Two tied layers of 2 and 4: keys 1/4, 3/4 and 1/8, 3/8, 5/8, 7/8."""
+  layer, position = prune._order([np.ones(2), np.ones(4)])
+  assert layer.tolist() == [1, 0, 1, 1, 0, 1]
+  assert position.tolist() == [0, 0, 1, 2, 1, 3]
+
+
+def test_equal_keys_go_to_the_earlier_layer():
+  layer, _ = prune._order([np.ones(3), np.ones(3)])
+  assert layer.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_order_with_many_levels_is_the_text():
+  rng = np.random.default_rng(0)
+  gates = {str(i): rng.integers(0, 3, 60) / 2 for i in range(5)}
+  scores = [np.sort(g)[::-1] for g in gates.values()]
+  layer, _ = prune._order(scores)
+  assert layer.tolist() == [i for i, _ in ranking(gates)]
+
+
+def test_tie_share():
+  model = cost_model('resnet20', 4)
+  distinct = random_gates(model, 0)
+  half = model.macs(model.widths) * 2 // 3
+  assert prune.fit(distinct, model, half).tie_share == 0.0
+  # Gates of 0 and 0.5: every 0.5 is kept, some of the zeros are.
+  gates = random_gates(model, 0, levels=2)
+  found = prune.fit(gates, model, half)
+  kept = np.concatenate([gates[k][i] for k, i in prune.kept(gates, found).items()])
+  assert (kept == 0.5).sum() == sum((g == 0.5).sum() for g in gates.values())
+  assert found.tie_share == pytest.approx((kept == 0).mean())
+  assert found.tie_share > 0
+
+
+@pytest.mark.parametrize('name,width', CASES)
+def test_raising_a_ceiling_never_lowers_what_it_bounds(name, width):
+  model = cost_model(name, width)
+  least = prune.minimum(model)
+  for quantity in ('macs', 'params'):
+    cost = getattr(model, quantity)
+    for levels in (0, 2):
+      gates = random_gates(model, 5, levels)
+      ceilings = np.linspace(cost(least), cost(model.widths), 40).astype(int)
+      reached = [
+        cost(prune.fit(gates, model, **{f'max_{quantity}': int(c)}).counts)
+        for c in ceilings
+      ]
+      assert reached == sorted(reached)
+      assert all(r <= c for r, c in zip(reached, ceilings, strict=True))
+
+
+def test_infeasible_names_the_floor():
+  model = cost_model('resnet20', 8)
+  gates = random_gates(model, 0)
+  floor = model.macs((1,) * 9)
+  with pytest.raises(prune.Infeasible, match=f'{floor:,}') as e:
+    prune.fit(gates, model, max_macs=floor - 1)
+  assert (e.value.floor, e.value.quantity) == (floor, 'macs')
+  assert prune.fit(gates, model, max_macs=floor).counts == (1,) * 9
+  floor = model.params((3,) * 9)
+  with pytest.raises(prune.Infeasible) as e:
+    prune.fit(gates, model, max_params=floor - 1, min_channels=3)
+  assert (e.value.floor, e.value.quantity) == (floor, 'params')
+
+
+def test_wide_residual_stream_has_a_floor_above_the_reference():
+  """METHOD.md section 7: ResNet-56 at width 48, multiples of 8: 0.91."""
+  model = models.cost_model('resnet56', 10, 32, 3, 48)
+  reference = models.cost_model('resnet56', 10, 32, 3)
+  least = prune.minimum(model, round_to=8)
+  share = model.macs(least) / reference.macs(reference.widths)
+  assert share == pytest.approx(0.91, abs=0.005)
+
+
+def test_published_counts(golden):
+  """Every CIFAR case, count for count; a clear error where it crashed."""
+  cases = json.loads((golden / 'bisection.json').read_text())
+  arrays = np.load(golden / 'bisection.npz')
+  seen = 0
+  for i, case in enumerate(cases):
+    name = case['arch'].replace('_bn', '')
+    if not name.startswith(('resnet', 'vgg')) or name == 'resnet50':
+      continue
+    seen += 1
+    width = case['expanded_inchannel']
+    model = models.cost_model(name, 10, 32, 3, width)
+    assert list(model.widths) == case['gate_sizes']
+    parts = np.cumsum(case['gate_sizes'])[:-1]
+    gates = dict(
+      zip(model.layers, np.split(arrays[f'gates_{i:02d}'], parts), strict=True)
+    )
+    arguments = (gates, model, case['ratio'], case['full_macs'])
+    if 'fails' in case:
+      iteration = case['fails'].split()[-1]
+      with pytest.raises(
+        errors.UserError, match=f'0 channels at iteration {iteration}'
+      ):
+        prune.published(*arguments)
+    else:
+      found = prune.published(*arguments)
+      assert list(found.counts) == case['counts']
+      assert (found.macs, found.params) == (case['macs'], case['params'])
+      assert found.budget['iterations'] == case['iters']
+      assert sum(found.counts) == case['kept']
+    # The exact cut is never over the budget and leaves less than one channel.
+    budget = int(case['full_macs'] * (1 - case['ratio']))
+    exact = prune.fit(gates, model, budget)
+    assert exact.macs <= budget
+    for layer in range(len(model.layers)):
+      wider = np.array(exact.counts)
+      wider[layer] += 1
+      if wider[layer] <= model.widths[layer]:
+        assert model.macs(wider) > budget
+  assert seen >= 8
+
+
+def test_kept_channels():
+  model = cost_model('vgg16', 4)
+  gates = random_gates(model, 3, levels=4)
+  found = prune.fit(gates, model, model.macs(model.widths) // 2)
+  kept = prune.kept(gates, found)
+  for (layer, indices), count in zip(kept.items(), found.counts, strict=True):
+    assert len(indices) == count
+    assert (np.diff(indices) > 0).all()
+    dropped = np.setdiff1d(np.arange(len(gates[layer])), indices)
+    if len(dropped):
+      assert gates[layer][indices].min() >= gates[layer][dropped].max()
+
+
+def test_structure_survives_json():
+  model = cost_model('resnet20', 8)
+  found = prune.fit(random_gates(model, 0), model, model.macs(model.widths) // 2)
+  assert prune.Structure.from_json(found.to_json()) == found
+  assert found.unused == {'macs': found.budget['max_macs'] - found.macs}
+
+
+@pytest.mark.parametrize(
+  'edit,message',
+  [
+    (lambda d: d.update(schema='other'), 'schema must be'),
+    (lambda d: d.pop('counts'), 'counts must be a map'),
+    (lambda d: d['counts'].update({'stage1_block0/conv1': 0}), 'stage1_block0'),
+    (lambda d: d['counts'].update({'stage1_block0/conv1': 1.5}), 'got 1.5'),
+    (lambda d: d.pop('macs'), "'macs' is missing"),
+    (lambda d: d.update(macs='many'), 'macs has the wrong type'),
+    (lambda d: d.update(maks=1), "unknown field 'maks'"),
+  ],
+)
+def test_hand_edited_structures_are_refused_by_field(edit, message):
+  model = cost_model('resnet20', 8)
+  data = json.loads(prune.fit(random_gates(model, 0), model).to_json())
+  edit(data)
+  with pytest.raises(errors.UserError, match=message):
+    prune.Structure.from_json(json.dumps(data))
+
+
+def test_gates_must_be_those_of_the_model():
+  model = cost_model('resnet20', 8)
+  gates = random_gates(model, 0)
+  with pytest.raises(ValueError, match='in forward order'):
+    prune.fit(dict(reversed(gates.items())), model)
+  with pytest.raises(ValueError, match=r'must have shape \(8,\)'):
+    prune.fit({**gates, 'stage1_block0/conv1': np.ones(9)}, model)
+  gates['stage1_block0/conv1'][3] = np.nan
+  with pytest.raises(ValueError, match='must be finite'):
+    prune.fit(gates, model)

@@ -1,0 +1,192 @@
+"""The search step: frozen weights, regulariser, scale freedom, selection."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pfs_jax import models, search, train
+from tests import processes
+
+
+def state_of(name='resnet20', width=4, gates=None, **settings):
+  settings = {
+    'sparsity': 0.5,
+    'balance': 0.5,
+    'learning_rate': 0.01,
+    **settings,
+  }
+  module = models.build(name, 10, width, gated=True)
+  variables = models.init(module, jax.random.key(0), (8, 8, 3))
+  if gates is not None:
+    variables = {**variables, 'gates': gates}
+  return search.init(module, variables, **settings)
+
+
+def batch(n=16, seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(n, 8, 8, 3)).astype(np.float32)
+  return x, rng.integers(0, 10, n).astype(np.int32)
+
+
+def bits(tree):
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_weights_are_bit_identical_after_a_search():
+  state = state_of()
+  # -0.0 is the weight that an added zero would change.
+  params = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(-0.0), state.params)
+  state = state.replace(params=params)
+  before, gates, stats = bits(params), bits(state.gates), bits(state.batch_stats)
+  for seed in range(5):
+    state, _ = search.step(state, *batch(seed=seed))
+  assert bits(state.params) == before
+  assert bits(state.gates) != gates
+  assert bits(state.batch_stats) != stats
+  assert int(state.step) == 5
+
+
+def test_optimizer_freezes_weights_by_mask():
+  """Both masks: masked Adam alone would pass the weights' gradients through."""
+  tree = {'params': {'w': jnp.ones(3)}, 'gates': {'g': jnp.ones(2)}}
+  tx = search.optimizer(0.01)
+  updates, opt_state = tx.update(tree, tx.init(tree), tree)
+  np.testing.assert_array_equal(updates['params']['w'], 0.0)
+  np.testing.assert_allclose(updates['gates']['g'], -0.01, rtol=1e-5)
+  moments = [a for a in jax.tree.leaves(opt_state) if a.shape]
+  assert sum(a.size for a in moments) == 4  # Two moments of two gates.
+
+
+def test_no_gradient_of_a_weight_is_computed():
+  """FLOPs of the compiled search step <= 0.70 of the full training step's."""
+  search_state = state_of('vgg16', 8)
+  x, y = batch(32)
+  module = models.build('vgg16', 10, 8)
+  optimizer = optax.sgd(0.1, momentum=0.9)
+  variables = {'params': search_state.params}
+  variables['batch_stats'] = search_state.batch_stats
+  train_state = train.init(module, variables, optimizer)
+
+  def flops(step, state):
+    return step.lower(state, x, y).compile().cost_analysis()['flops']
+
+  ratio = flops(search.step, search_state) / flops(train.step, train_state)
+  assert 0.3 < ratio <= 0.70
+
+
+def test_the_second_step_does_not_compile_again():
+  state = state_of(width=3)
+  compiled = search.step._cache_size()
+  for seed in range(3):
+    state, _ = search.step(state, *batch(seed=seed))
+  assert search.step._cache_size() == compiled + 1
+  # Another r and lambda are arguments, the same module and rate are equal.
+  other = state_of(width=3, sparsity=0.2, balance=0.1)
+  search.step(other, *batch())
+  assert search.step._cache_size() == compiled + 1
+
+
+def test_metrics_are_those_of_the_gates_before_the_step():
+  rng = np.random.default_rng(0)
+  ones = models.build('resnet20', 10, 4, gated=True).unit_gates()
+  gates = jax.tree.map(
+    lambda g: jnp.asarray(np.round(rng.random(g.shape), 1), jnp.float32), ones
+  )
+  state = state_of(gates=gates, sparsity=0.3, balance=0.7)
+  _, metrics = search.step(state, *batch())
+  values = np.concatenate([np.ravel(g) for g in jax.tree.leaves(gates)])
+  m = np.abs(values).mean()
+  assert (values == 0).any()
+  assert metrics['mean_gate'] == pytest.approx(m, rel=1e-6)
+  assert metrics['density'] == pytest.approx((values != 0).mean(), rel=1e-6)
+  assert metrics['reg'] == pytest.approx(0.7 * (m - 0.3) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize('sparsity', [0.0, 1.0])
+def test_gates_are_clipped_and_zero_absorbs(sparsity):
+  """Also where the regulariser pulls the mean up: sign(0) is 0."""
+  ones = models.build('resnet20', 10, 4, gated=True).unit_gates()
+  gates = jax.tree.map(lambda g: g.at[0].set(0.0).at[1].set(0.004), ones)
+  state = state_of(gates=gates, sparsity=sparsity, balance=100.0)
+  for seed in range(3):
+    state, _ = search.step(state, *batch(seed=seed))
+    for g in jax.tree.leaves(state.gates):
+      assert g[0] == 0.0  # Never returns.
+      assert 0.0 <= g.min() and g.max() <= 1.0
+  small = [g[1] for g in jax.tree.leaves(state.gates)]
+  assert all(g == 0.0 if sparsity == 0.0 else g > 0.004 for g in small)
+
+
+@pytest.mark.parametrize('sparsity', [0.2, 0.9])
+def test_regulariser_gradient(sparsity):
+  """2 * lambda * (m - r) * sign(g) / K, and 0 at 0, equals autodiff."""
+  rng = np.random.default_rng(1)
+  gates = {
+    'a': jnp.asarray(np.maximum(rng.normal(0.5, 0.5, 7), 0), jnp.float32),
+    'b': jnp.asarray(rng.random(12), jnp.float32),
+  }
+  assert (np.asarray(gates['a']) == 0).any()
+  grads = jax.grad(search.regulariser)(gates, sparsity, 0.5)
+  values = np.concatenate([gates['a'], gates['b']])
+  m = np.abs(values).sum() / len(values)
+  expected = 2 * 0.5 * (m - sparsity) * np.sign(values) / len(values)
+  found = np.concatenate([grads['a'], grads['b']])
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+SCALE_FREEDOM = """
+  import json
+  import jax, jax.numpy as jnp, numpy as np
+  from pfs_jax import models, search
+  name = {name!r}
+  module = models.build(name, 10, 8, gated=True, dtype=jnp.float64)
+  variables = models.init(module, jax.random.key(0), (16, 16, 3))
+  rng = np.random.default_rng(0)
+  gates = jax.tree.map(
+    lambda g: jnp.asarray(rng.uniform(0.3, 1, g.shape)), variables['gates'])
+  state = search.init(module, {{**variables, 'gates': gates}},
+                      sparsity=0.5, balance=0.0, learning_rate=0.01)
+  x = rng.normal(size=(64, 16, 16, 3)); y = rng.integers(0, 10, 64)
+  trained = {{'params': state.params, 'gates': state.gates}}
+  grads, _ = jax.grad(search.loss, has_aux=True)(trained, state, x, y)
+  g = models.gates_by_layer(name, state.gates)
+  d = models.gates_by_layer(name, grads['gates'])
+  print(json.dumps({{
+    k: float(abs((g[k] * d[k]).sum()) / abs(g[k] * d[k]).sum()) for k in g}}))
+"""
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'vgg16'])
+def test_scale_freedom(name):
+  """sum_k g_k dCE/dg_k is 0 up to BN's eps where a conv + BN consumes."""
+  out = processes.output(SCALE_FREEDOM.format(name=name), x64=True)
+  found = json.loads(out.splitlines()[-1])
+  layers = list(found)
+  if name == 'vgg16':  # Its last conv is consumed by the linear layer.
+    assert found[layers.pop()] > 1e-3
+  assert max(found[layer] for layer in layers) < 1e-3, found
+
+
+@pytest.mark.parametrize(
+  'densities,accuracies,expected',
+  [
+    ([1.0, 0.5, 0.4], [0.9, 0.2, 0.3], 30),  # The dense best is no candidate.
+    ([0.5, 0.4, 0.3], [0.2, 0.3, 0.3], 20),  # The earliest among equals.
+    ([1.0, 0.9, 0.6], [0.1, 0.2, 0.3], None),  # None is sparse enough: last.
+  ],
+)
+def test_selection_rule(densities, accuracies, expected):
+  records = [
+    {'step': 10 * (i + 1), 'gates_density': d, 'validation_accuracy': a}
+    for i, (d, a) in enumerate(zip(densities, accuracies, strict=True))
+  ]
+  records.insert(1, {'step': 15, 'ce': 2.0})
+  assert search.select(records, 0.5) == expected
+
+
+def test_no_validation_selects_the_last():
+  assert search.select([{'step': 1, 'gates_density': 0.1}], 0.5) is None
