@@ -94,7 +94,7 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Reads a .npz in the order in which it was written; no pickle."""
   try:
-    with np.load(path, allow_pickle=False) as f:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as f:
       return {name: f[name] for name in f.files}
   except FileNotFoundError as e:
     raise errors.UserError(f'{path} does not exist.') from e
@@ -197,7 +197,8 @@ class Checkpoints:
 
   A checksum of the arrays lies beside them, since Orbax restores a flipped byte
   silently; a checkpoint that cannot be read or does not match is passed over
-  for the one before it.
+  for the one before it, and makes room when the run that went on from there
+  saves.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -207,6 +208,7 @@ class Checkpoints:
       preservation_policy=checkpoint_managers.LatestN(2),
     )
     self._manager = ocp.CheckpointManager(self._folder, options=options)
+    self._passed_over: list[int] = []
 
   def __enter__(self) -> Checkpoints:
     """Itself."""
@@ -228,6 +230,8 @@ class Checkpoints:
       state=ocp.args.StandardSave(state),
       check=ocp.args.JsonSave({'sha256': checksum(state)}),
     )
+    while self._passed_over:  # Orbax would refuse to write over them.
+      self._manager.delete(self._passed_over.pop())
     if self._manager.latest_step() != step:
       self._manager.save(step, args=args, force=True)
 
@@ -253,6 +257,7 @@ class Checkpoints:
         logging.warning('checkpoint %d is unusable: %s', step, type(e).__name__)
         continue
       if checksum(restored.state) == restored.check['sha256']:
+        self._passed_over = [s for s in steps if s > step]
         return step, restored.state
       logging.warning('checkpoint %d fails its checksum', step)
     if steps:

@@ -1,0 +1,292 @@
+"""Batches: their order, their augmentation, and evaluation's one pass."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfs_jax import errors, train
+from pfs_jax.data import pipeline
+from tests import processes
+
+PLAIN = pipeline.Augmentation(mean=(0.5,), std=(0.25,))
+AUGMENTED = dataclasses.replace(PLAIN, padding=2, flip=True)
+
+
+def _images(n, size=8, channels=1, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(1, 256, (n, size, size, channels), np.uint8)
+
+
+def _source(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
+  # The label is the index, so that a batch tells which images it holds.
+  return pipeline.ArraySource(
+    _images(n),
+    np.arange(n),
+    batch_size=batch_size,
+    key=jax.random.key(seed),
+    augmentation=augmentation,
+  )
+
+
+_compiled = functools.cache(jax.jit)
+
+
+def _batch(source, step):
+  item = jax.tree.map(lambda v: np.asarray(v)[0], source.chunk(step, 1))
+  return jax.device_get(_compiled(source.draw)(source.resident, item))
+
+
+def _labels(source, step):
+  return _batch(source, step)[1].tolist()
+
+
+# The order.
+
+
+@pytest.mark.parametrize('n, batch_size', [(23, 5), (20, 20), (1, 1)])
+def test_an_epoch_repeats_no_image(n, batch_size):
+  source = _source(n, batch_size)
+  assert source.steps_per_epoch == n // batch_size
+  for epoch in range(3):
+    first = epoch * source.steps_per_epoch
+    steps = range(first, first + source.steps_per_epoch)
+    seen = [i for s in steps for i in _labels(source, s)]
+    assert len(set(seen)) == len(seen) == n // batch_size * batch_size
+    assert set(seen) <= set(range(n))
+
+
+def test_epochs_are_in_different_orders():
+  source = _source(20, 20)
+  orders = {tuple(_labels(source, epoch)) for epoch in range(4)}
+  assert len(orders) == 4
+  assert tuple(range(20)) not in orders  # Shuffled at all.
+
+
+def test_what_remains_differs_between_epochs():
+  source = _source(23, 20)
+  left_out = {
+    frozenset(range(23)) - frozenset(_labels(source, epoch))
+    for epoch in range(4)
+  }
+  assert len(left_out) > 1
+
+
+def test_a_batch_depends_on_key_and_step_alone():
+  walked, jumped = _source(seed=3), _source(seed=3)
+  there = [_batch(walked, step) for step in range(11)]
+  for step in (10, 0, 7, 4):  # Back and forth over the epochs.
+    for a, b in zip(there[step], _batch(jumped, step), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_keys_give_other_orders_and_other_crops():
+  a, b = _source(seed=1), _source(seed=2)
+  assert _labels(a, 0) != _labels(b, 0)
+  crops = [
+    _batch(_source(1, 1, seed=seed), 0)[0].tobytes() for seed in range(12)
+  ]
+  assert len(set(crops)) > 6
+
+
+def test_a_step_is_augmented_anew():
+  source = _source(1, 1)  # The same image in every step.
+  views = {_batch(source, step)[0].tobytes() for step in range(12)}
+  assert len(views) > 6
+
+
+def test_images_keep_their_labels():
+  source = _source(augmentation=PLAIN)
+  raw = _images(23)
+  for step in (0, 3, 9):
+    x, y = _batch(source, step)
+    np.testing.assert_allclose(
+      x, (raw[y] / 255.0 - 0.5) / 0.25, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize('batch_size', [0, -1, 24])
+def test_a_batch_size_out_of_range_is_refused(batch_size):
+  rule = rf'batch_size must be in \[1, 23\].*; got {batch_size}\.'
+  with pytest.raises(errors.UserError, match=rule):
+    _source(23, batch_size)
+
+
+# Augmentation.
+
+
+def test_no_padding_and_no_flip_is_the_identity():
+  images = _images(5)
+  found = pipeline.crop_and_flip(images, jax.random.key(0), 0, False)
+  np.testing.assert_array_equal(found, images)
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_crops_are_windows_of_the_padded_image(flip):
+  n, size, padding = 200, 6, 2
+  images = _images(n, size, channels=3)
+  found = pipeline.crop_and_flip(images, jax.random.key(4), padding, flip)
+  found = np.asarray(found)
+  assert found.dtype == np.uint8 and found.shape == images.shape
+  around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+  padded = np.pad(images, around)
+  places = range(2 * padding + 1)
+  seen = np.zeros((len(places), len(places), 2), int)
+  for one, crop in zip(padded, found, strict=True):
+    matches = [
+      (top, left, mirrored)
+      for top, left, mirrored in itertools.product(places, places, (0, 1))
+      if np.array_equal(
+        one[top : top + size, left : left + size][:, :: 1 - 2 * mirrored], crop
+      )
+    ]
+    assert len(matches) == 1  # Noise has one window that fits.
+    seen[matches[0]] += 1
+  assert seen.sum((1, 2)).min() > 0 and seen.sum((0, 2)).min() > 0
+  # 200 of chance 1/25: Poisson of mean 8; 5 in 10,000 are above 18.
+  assert seen.sum(2).max() <= 22
+  mirrored = seen[..., 1].sum()
+  if flip:  # Binomial: 100 +- 5 deviations of 7.1.
+    assert 65 <= mirrored <= 135
+  else:
+    assert mirrored == 0
+
+
+def test_flip_and_crop_are_independent():
+  images = np.arange(1, 1 + 4, dtype=np.uint8).reshape(1, 2, 2, 1)
+  images = np.repeat(images, 4000, 0)
+  found = np.asarray(pipeline.crop_and_flip(images, jax.random.key(0), 1, True))
+  # Nine places by two directions, all of which differ: 222 +- 5 * 14.5.
+  _, counts = np.unique(found.reshape(4000, 4), axis=0, return_counts=True)
+  assert len(counts) == 18
+  assert 150 < counts.min() and counts.max() < 295
+
+
+def test_normalise_is_the_formula_by_channel():
+  images = _images(2, channels=3)
+  mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+  found = pipeline.normalise(jnp.asarray(images), mean, std, jnp.float32)
+  expected = (images / 255.0 - np.array(mean)) / np.array(std)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_normalised_images_are_at_least_float32():
+  images = jnp.asarray(_images(1))
+  for dtype in (jnp.bfloat16, jnp.float32):
+    found = pipeline.normalise(images, (0.0,), (1.0,), dtype)
+    assert found.dtype == jnp.float32
+
+
+def test_the_border_is_raw_zero():
+  # An all-white image: what is not 1 after normalising is the border, and a
+  # border of raw zeros is (0 - mean) / std, not 0.
+  white = jnp.full((50, 4, 4, 1), 255, jnp.uint8)
+  augmentation = pipeline.Augmentation((0.5,), (0.25,), padding=2)
+  found = np.unique(augmentation.train(white, jax.random.key(0)))
+  np.testing.assert_allclose(found, [-2.0, 2.0])
+
+
+def test_evaluation_is_not_augmented():
+  images = _images(4)
+  np.testing.assert_array_equal(
+    AUGMENTED.test(jnp.asarray(images)), PLAIN.test(jnp.asarray(images))
+  )
+
+
+# Several steps a call.
+
+
+def _running_sum(state, x, y):
+  """A step whose result depends on every pixel and on the order of steps."""
+  state = 0.9 * state + x.mean() + 0.01 * y.mean()
+  return state, {'state': state}
+
+
+@pytest.mark.parametrize('first', [0, 3])  # 3: over the border of an epoch.
+def test_three_steps_a_call_are_three_calls(first):
+  source = _source(23, 5)
+  call = train.compiled_call(_running_sum, source.draw)
+  one_by_one = jnp.zeros(())
+  values = []
+  for step in range(first, first + 3):
+    one_by_one, metrics = call(
+      one_by_one, source.resident, source.chunk(step, 1)
+    )
+    values.append(float(metrics['state'][0]))
+  together, metrics = call(
+    jnp.zeros(()), source.resident, source.chunk(first, 3)
+  )
+  assert metrics['state'].shape == (3,)
+  np.testing.assert_allclose(metrics['state'], values, rtol=1e-6)
+  np.testing.assert_allclose(together, one_by_one, rtol=1e-6)
+  assert len(set(values)) == 3
+
+
+def test_sources_of_equal_augmentation_share_a_program():
+  a, b = _source(seed=1), _source(seed=2)
+  assert train.compiled_call(_running_sum, a.draw) is train.compiled_call(
+    _running_sum, b.draw
+  )
+  other = _source(augmentation=PLAIN)
+  assert train.compiled_call(_running_sum, a.draw) is not train.compiled_call(
+    _running_sum, other.draw
+  )
+
+
+# Evaluation.
+
+
+def _evaluation(n, batch_size):
+  images = _images(n, size=2)
+  labels = np.arange(n)
+  return images, pipeline.ArrayEvaluation(
+    images, labels, batch_size=batch_size, augmentation=PLAIN
+  )
+
+
+def _check_once(n, batch_size):
+  images, batches = _evaluation(n, batch_size)
+  assert batches.size == n
+  for _ in range(2):  # It can be iterated again.
+    seen, shapes = [], set()
+    for x, y, weight in batches:
+      x, y, weight = jax.device_get((x, y, weight))
+      shapes.add((x.shape, y.shape, weight.shape))
+      assert set(np.unique(weight)) <= {0.0, 1.0}
+      np.testing.assert_array_equal(x[weight == 1], images[y[weight == 1]])
+      seen += y[weight == 1].tolist()
+    assert sorted(seen) == list(range(n))
+    assert len(shapes) == 1  # One program for all batches.
+  return shapes
+
+
+SIZES = [(23, 5), (20, 5), (3, 8), (1, 1), (9, 500)]
+
+
+@pytest.mark.parametrize('n, batch_size', SIZES)
+def test_evaluation_holds_every_image_once(n, batch_size):
+  ((x_shape, _, _),) = _check_once(n, batch_size)
+  assert x_shape[0] == min(n, batch_size)  # No more padding than needed.
+
+
+def test_evaluation_on_eight_devices_holds_every_image_once():
+  processes.output(
+    """
+    import jax
+    from tests import test_pipeline
+    assert jax.device_count() == 8
+    for n, batch_size in test_pipeline.SIZES:
+      ((x_shape, _, _),) = test_pipeline._check_once(n, batch_size)
+      assert x_shape[0] % 8 == 0
+    images, batches = test_pipeline._evaluation(23, 16)
+    for batch in batches:
+      for part in batch:
+        assert len(part.sharding.device_set) == 8
+        assert part.addressable_shards[0].data.shape[0] == 2
+    """,
+    devices=8,
+  )

@@ -1,0 +1,553 @@
+"""A run's folder: what survives crashes, damage, signals, other devices."""
+
+import json
+import logging
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pfs_jax import devices, errors, runs
+from tests import processes
+
+
+class State(flax.struct.PyTreeNode):
+  """As training and search have one: counters, arrays, optimiser, statics."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  label: str = flax.struct.field(pytree_node=False)
+
+
+def make_state(seed):
+  """A state on all devices; other numbers for another seed."""
+  rng = np.random.default_rng(seed)
+  params = {
+    'conv': {'kernel': rng.normal(size=(3, 3, 4, 40)).astype(np.float32)},
+    'bias': rng.normal(size=16).astype(np.float32),
+  }
+  opt_state = optax.sgd(0.1, 0.9).init(jax.tree.map(jnp.asarray, params))
+  opt_state = jax.tree.map(lambda v: v + 0.1 * seed, opt_state)
+  return devices.replicate(
+    State(jnp.asarray(seed, jnp.int32), params, opt_state, 'static')
+  )
+
+
+def assert_equal_states(a, b):
+  """Equal types, structures, dtypes and bytes."""
+  assert type(a) is type(b)
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = jax.device_get((x, y))
+    assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+def save(folder, *steps):
+  """Checkpoints whose numbers follow from the step."""
+  with runs.Checkpoints(folder) as checkpoints:
+    for step in steps:
+      checkpoints.save(step, make_state(step))
+
+
+def restore(folder):
+  """(step, state) or None, into a target of other numbers."""
+  with runs.Checkpoints(folder) as checkpoints:
+    return checkpoints.restore(make_state(99))
+
+
+def kept_steps(folder):
+  return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
+
+
+# Checkpoints.
+
+
+def test_no_checkpoint_is_none(tmp_path):
+  assert restore(tmp_path) is None
+
+
+def test_restore_gives_the_same_type_and_bytes(tmp_path):
+  save(tmp_path, 7)
+  step, state = restore(tmp_path)
+  assert step == 7
+  assert isinstance(state, State) and state.label == 'static'
+  assert_equal_states(state, make_state(7))
+  for leaf in jax.tree.leaves(state):
+    assert leaf.sharding == devices.replicated()
+
+
+def test_the_two_newest_are_kept(tmp_path):
+  for last in (1, 2, 3, 4, 10):
+    save(tmp_path, last)
+    assert kept_steps(tmp_path)[-1] == last
+    assert len(kept_steps(tmp_path)) <= 2
+  assert kept_steps(tmp_path) == [4, 10]
+  assert restore(tmp_path)[0] == 10
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+  with runs.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(5, make_state(5))
+    checkpoints.save(5, make_state(6))
+    assert checkpoints.latest == 5
+  step, state = restore(tmp_path)
+  assert step == 5
+  assert_equal_states(state, make_state(5))
+
+
+def test_what_is_saved_is_the_state_at_the_call(tmp_path):
+  state = make_state(1)
+  with runs.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)  # Written in the background,
+    for leaf in jax.tree.leaves(state):
+      leaf.delete()  # while the loop goes on.
+  assert_equal_states(restore(tmp_path)[1], make_state(1))
+
+
+def _flip(content):
+  middle = len(content) // 2
+  return (
+    content[:middle]
+    + bytes(b ^ 0x10 for b in content[middle : middle + 1])
+    + content[middle + 1 :]
+  )
+
+
+DAMAGES = {
+  'deleted': None,
+  'emptied': lambda content: b'',
+  'cut in half': lambda content: content[: len(content) // 2],
+  'one bit flipped': _flip,
+}
+
+
+def _damage(path, kind):
+  if DAMAGES[kind] is None:
+    path.unlink()
+  else:
+    path.write_bytes(DAMAGES[kind](path.read_bytes()))
+
+
+def check_every_damage(folder):
+  """Whatever happens to one file of the newest, a good state is found."""
+  save(folder / 'whole', 1, 2)
+  newest = folder / 'whole' / 'checkpoints' / '2'
+  files = [p for p in sorted(newest.rglob('*')) if p.is_file()]
+  assert len(files) > 10
+  for kind in DAMAGES:
+    found = []
+    for path in files:
+      damaged = folder / 'damaged'
+      shutil.copytree(folder / 'whole', damaged)
+      _damage(damaged / path.relative_to(folder / 'whole'), kind)
+      step, state = restore(damaged)
+      assert_equal_states(state, make_state(step))
+      found.append(step)
+      shutil.rmtree(damaged)
+    print(kind, sorted(set(found)))
+
+
+def test_any_damaged_file_leads_to_a_good_state(tmp_path):
+  # In its own process: a read that fails leaves coroutines in Orbax, which
+  # complain when they are collected, in whatever test that happens to be.
+  found = processes.output(
+    f"""
+    import pathlib
+    from tests import test_runs
+    test_runs.check_every_damage(pathlib.Path({str(tmp_path)!r}))
+    """
+  )
+  # Some files matter and some do not; each kind of damage hits some that do.
+  assert found.splitlines() == [f'{kind} [1, 2]' for kind in DAMAGES]
+
+
+def _largest_file(folder):
+  files = [p for p in folder.rglob('*') if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def test_a_flipped_bit_of_a_weight_is_caught_by_the_checksum(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  chunk = _largest_file(tmp_path / 'checkpoints' / '2' / 'state')
+  assert chunk.stat().st_size > 4000  # 5,760 bytes of weights, compressed.
+  _damage(chunk, 'one bit flipped')
+  with caplog.at_level(logging.WARNING):
+    step, state = restore(tmp_path)
+  # Not an error of Orbax: it restored wrong numbers.
+  assert 'checkpoint 2 fails its checksum' in caplog.text
+  assert step == 1
+  assert_equal_states(state, make_state(1))
+
+
+def test_no_good_checkpoint_is_a_user_error(tmp_path):
+  save(tmp_path, 1, 2)
+  for step in (1, 2):
+    shutil.rmtree(tmp_path / 'checkpoints' / str(step) / 'state')
+  with pytest.raises(errors.UserError, match=r'\(steps 2, 1\); delete that'):
+    restore(tmp_path)
+  assert kept_steps(tmp_path) == [1, 2]  # Deleting is the user's to do.
+
+
+@pytest.mark.parametrize('steps', [(2,), (3,), (2, 3), (4, 5, 6)])
+def test_going_on_after_damage_replaces_what_is_bad(tmp_path, steps):
+  save(tmp_path, 1, 3)
+  _damage(_largest_file(tmp_path / 'checkpoints' / '3'), 'one bit flipped')
+  with runs.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(make_state(99))[0] == 1
+    for step in steps:
+      checkpoints.save(step, make_state(step))
+  step, state = restore(tmp_path)
+  assert step == steps[-1]
+  assert_equal_states(state, make_state(step))
+
+
+def test_reading_a_damaged_checkpoint_deletes_nothing(tmp_path):
+  save(tmp_path, 1, 3)
+  _damage(_largest_file(tmp_path / 'checkpoints' / '3'), 'one bit flipped')
+  restore(tmp_path)
+  assert kept_steps(tmp_path) == [1, 3]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+  save(tmp_path, 1)
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(folder / '1', folder / '2.orbax-checkpoint-tmp')
+  save(tmp_path, 2)
+  assert restore(tmp_path)[0] == 2
+  assert kept_steps(tmp_path) == [1, 2]
+
+
+def check_on_eight_devices(folder):
+  assert jax.device_count() == 8
+  found = restore(folder)
+  if found is None:
+    save(folder, 1)
+    return
+  step, state = found
+  assert step == 2
+  assert_equal_states(state, make_state(2))
+  for leaf in jax.tree.leaves(state):
+    assert len(leaf.sharding.device_set) == 8
+
+
+def test_checkpoints_move_between_device_counts(tmp_path):
+  code = f"""
+    import pathlib
+    from tests import test_runs
+    test_runs.check_on_eight_devices(pathlib.Path({str(tmp_path)!r}))
+    """
+  processes.output(code, devices=8)
+  assert jax.device_count() == 1
+  step, state = restore(tmp_path)
+  assert step == 1
+  assert_equal_states(state, make_state(1))
+  jax.jit(lambda s: s.params['bias'] + 1)(state)  # It is on this device.
+  save(tmp_path, 2)
+  processes.output(code, devices=8)
+
+
+def test_checksum_sees_every_leaf_and_their_order():
+  a, b = np.arange(3.0), np.arange(3.0) + 1
+  sums = [runs.checksum(t) for t in ([a, b], [b, a], [a], [a, b + 1e-9])]
+  assert len(set(sums)) == 4
+  single = np.arange(3, dtype=np.float32)
+  assert runs.checksum({'x': single}) == runs.checksum([jnp.asarray(single)])
+  # As `sha256sum` says of the file of these bytes.
+  assert runs.checksum(np.zeros(0)) == (
+    'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
+  )
+
+
+# Files.
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'new' / 'x.json'
+  runs.write_json(path, {'a': [1, 2]})
+  assert runs.read_json(path) == {'a': [1, 2]}
+  with pytest.raises(TypeError):
+    runs.write_json(path, {'a': object()})
+  assert runs.read_json(path) == {'a': [1, 2]}
+  assert [p.name for p in path.parent.iterdir()] == ['x.json']
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
+  path = tmp_path / 'x.json'
+  runs.write_json(path, 'old')
+  seen = []
+  replace = runs.os.replace
+
+  def watched(source, target):
+    seen.append((runs.read_json(path), json.loads(source.read_text())))
+    replace(source, target)
+
+  monkeypatch.setattr(runs.os, 'replace', watched)
+  runs.write_json(path, 'new')
+  assert seen == [('old', 'new')] and runs.read_json(path) == 'new'
+
+
+@pytest.mark.parametrize('content', ['', '{"a": 1', '\xff'])
+def test_broken_json_is_a_user_error(tmp_path, content):
+  path = tmp_path / 'x.json'
+  path.write_text(content, encoding='latin-1')
+  with pytest.raises(errors.UserError, match=r'x\.json cannot be read'):
+    runs.read_json(path)
+
+
+def test_missing_files_are_user_errors(tmp_path):
+  for read in (runs.read_json, runs.read_arrays):
+    with pytest.raises(errors.UserError, match=r'none does not exist\.$'):
+      read(tmp_path / 'none')
+
+
+def test_arrays_come_back_in_order(tmp_path):
+  path = tmp_path / 'new' / 'gates.npz'
+  arrays = {'stem/conv': np.arange(3.0), 'a': np.ones(2, np.float32)}
+  runs.write_arrays(path, arrays)
+  found = runs.read_arrays(path)
+  assert list(found) == list(arrays)
+  for name, value in arrays.items():
+    np.testing.assert_array_equal(found[name], value, strict=True)
+  assert [p.name for p in path.parent.iterdir()] == ['gates.npz']
+
+
+def test_broken_arrays_are_a_user_error(tmp_path):
+  path = tmp_path / 'gates.npz'
+  runs.write_arrays(path, {'a': np.arange(100.0)})
+  path.write_bytes(path.read_bytes()[:300])
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    runs.read_arrays(path)
+
+
+def test_arrays_with_pickles_are_refused(tmp_path):
+  path = tmp_path / 'gates.npz'
+  np.savez(path, a=np.array([{}], object))
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    runs.read_arrays(path)
+
+
+def test_versions_name_what_a_run_ran_with():
+  found = runs.versions()
+  assert found['jax'] == jax.__version__
+  assert found['hardware'].startswith('1 x ')
+  assert set(found) > {'commit', 'python', 'flax', 'optax', 'numpy'}
+
+
+# Whose folder it is.
+
+IDENTITY = {'config.seed': 0, 'config.budget.keep': (0.5, 0.3), 'config.x': 'a'}
+
+
+def test_the_same_identity_continues(tmp_path):
+  for _ in range(2):
+    runs.claim(tmp_path / 'search', IDENTITY)
+
+
+def test_another_identity_is_refused_by_the_fields_that_differ(tmp_path):
+  runs.claim(tmp_path, IDENTITY)
+  other = {**IDENTITY, 'config.seed': 1, 'config.new': 2}
+  with pytest.raises(errors.UserError) as e:
+    runs.claim(tmp_path, other)
+  message = str(e.value)
+  assert 'config.seed (there 0, asked 1)' in message
+  assert 'config.new (there None, asked 2)' in message
+  assert 'keep' not in message and 'config.x' not in message
+  runs.claim(tmp_path, IDENTITY)  # Still the first one's.
+
+
+def test_a_field_that_is_gone_counts(tmp_path):
+  runs.claim(tmp_path, IDENTITY)
+  fewer = {k: v for k, v in IDENTITY.items() if k != 'config.x'}
+  with pytest.raises(errors.UserError, match=r"config\.x \(there 'a'"):
+    runs.claim(tmp_path, fewer)
+
+
+def test_many_differences_are_counted_not_listed(tmp_path):
+  runs.claim(tmp_path, {f'f{i}': 0 for i in range(9)})
+  with pytest.raises(errors.UserError, match='and 5 more') as e:
+    runs.claim(tmp_path, {f'f{i}': 1 for i in range(9)})
+  assert len(str(e.value).splitlines()) <= 3
+
+
+HOLD = """
+  import pathlib, sys
+  from pfs_jax import errors, runs
+  try:
+    with runs.locked(pathlib.Path({folder!r})):
+      print('held', flush=True)
+      sys.stdin.readline()
+  except errors.UserError as e:
+    print('refused:', e, flush=True)
+  """
+
+
+def _start(code, **options):
+  return subprocess.Popen(
+    processes.command(code),
+    env=processes.environment(),
+    cwd=processes.ROOT,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
+
+
+def test_a_second_process_on_a_folder_is_refused(tmp_path):
+  folder = tmp_path / 'run'
+  with _start(HOLD.format(folder=str(folder))) as first:
+    try:
+      assert first.stdout.readline() == 'held\n', first.stderr.read()
+      with pytest.raises(errors.UserError, match='in use by another process'):
+        with runs.locked(folder):
+          pass
+      first.kill()  # A crash frees the folder.
+      first.wait(30)
+      with runs.locked(folder):
+        second = processes.output(HOLD.format(folder=str(folder)))
+      assert second.startswith('refused:') and 'in use' in second
+    finally:
+      first.kill()
+  with runs.locked(folder):
+    pass
+
+
+def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.UserError, match='cannot be used'):
+    with runs.locked(tmp_path / 'file' / 'run'):
+      pass
+
+
+# Metrics and time.
+
+
+def _write_metrics(folder, resume_step, steps, **scalars):
+  log = runs.MetricsLog(folder, resume_step)
+  for step in steps:
+    log.write(step, loss=float(step), **scalars)
+  log.close()
+
+
+def _steps(folder):
+  return [r['step'] for r in runs.read_metrics(folder)]
+
+
+def test_a_resumed_log_drops_what_will_be_written_again(tmp_path):
+  _write_metrics(tmp_path, 0, [10, 20, 30])
+  _write_metrics(tmp_path, 20, [30, 40], new=1.0)
+  assert _steps(tmp_path) == [10, 20, 30, 40]
+  assert [r.get('new') for r in runs.read_metrics(tmp_path)] == [
+    *(None, None),
+    *(1.0, 1.0),
+  ]
+
+
+def test_a_fresh_log_forgets_all(tmp_path):
+  _write_metrics(tmp_path, 0, [10, 20])
+  _write_metrics(tmp_path, 0, [5])
+  assert _steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize('torn', ['{"step": 3', '{"st', '{', '{"step": 30, '])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+  _write_metrics(tmp_path, 0, [10, 20])
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write(torn)
+  assert _steps(tmp_path) == [10, 20]
+  _write_metrics(tmp_path, 30, [40])
+  assert _steps(tmp_path) == [10, 20, 40]
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [10, 20, 40]
+
+
+def test_a_record_is_on_disk_at_once(tmp_path):
+  log = runs.MetricsLog(tmp_path, 0)
+  log.write(1, loss=0.5)
+  assert runs.read_metrics(tmp_path) == [{'step': 1, 'loss': 0.5}]
+  log.close()
+
+
+def test_events_are_written_for_tensorboard(tmp_path):
+  _write_metrics(tmp_path, 0, [10])
+  (events,) = (tmp_path / 'events').iterdir()
+  assert b'loss' in events.read_bytes()
+
+
+def test_the_clock_goes_on_where_the_log_ends(tmp_path):
+  assert runs.Clock(tmp_path).seconds() < 1
+  log = runs.MetricsLog(tmp_path, 0)
+  log.write(1, loss=0.0, seconds=1000.0)
+  log.write(2, loss=0.0, seconds=2000.0)
+  log.close()
+  clock = runs.Clock(tmp_path)
+  first = clock.seconds()
+  assert 2000 <= first < 2001
+  time.sleep(0.02)
+  assert first + 0.02 <= clock.seconds() + 1e-3 < 2002
+
+
+# Signals.
+
+
+def test_a_signal_sets_the_number_and_handlers_come_back():
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    with runs.StopSignal() as stop:
+      assert stop.number is None
+      signal.raise_signal(number)
+      assert stop.number == number
+  after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  assert before == after
+
+
+@pytest.mark.parametrize('second', [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process(second):
+  done = processes.run(
+    f"""
+    import os, signal, time
+    from pfs_jax import runs
+    with runs.StopSignal() as stop:
+      os.kill(os.getpid(), signal.SIGTERM)
+      print('caught', stop.number, flush=True)
+      os.kill(os.getpid(), {int(second)})
+      time.sleep(20)
+      print('still here')
+    """
+  )
+  assert done.stdout == 'caught 15\n'
+  assert done.returncode == -second
+
+
+def test_an_interruption_says_that_the_command_continues():
+  e = runs.Interrupted(signal.SIGTERM, 'train step 7')
+  assert e.signal == 15
+  assert str(e) == (
+    'stopped by SIGTERM at train step 7; saved. The same command continues.'
+  )
+
+
+def test_the_commit_is_that_of_the_checkout():
+  if not (pathlib.Path(runs.__file__).parents[1] / '.git').exists():
+    pytest.skip('not a git checkout')
+  head = subprocess.run(
+    ['git', 'rev-parse', 'HEAD'],
+    cwd=processes.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  assert head.startswith(runs.commit().removesuffix('-dirty')) or (
+    runs.commit().count('-') > 1  # Named after a tag.
+  )
