@@ -8,6 +8,7 @@ the rules. Derived numbers (steps, budgets) are computed here, after that.
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import hashlib
 import json
 import math
@@ -199,8 +200,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for field, (rule, test) in RULES.items():
     value = get(config, field)
     try:
-      holds = test(value) and value == value
-    except TypeError:
+      holds = test(value)
+      if isinstance(value, float):
+        holds = holds and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
       holds = False
     if not holds:
       raise errors.UserError(f'config.{field} must be {rule}; got {value!r}.')
@@ -290,7 +293,11 @@ def budgets(
   c = config.budget
   asked = [
     # A share such as 0.3 is meant exactly, not as the binary float below it.
-    (f'keep{share:g}', math.floor(share * reference_macs + 1e-6), None)
+    (
+      f'keep{share:.12g}',
+      math.floor(fractions.Fraction(str(share)) * reference_macs),
+      None,
+    )
     for share in c.keep
   ]
   asked += [(f'macs{int(n)}', int(n), None) for n in c.macs]
@@ -304,7 +311,7 @@ def budgets(
     ('round_to', 1),
   ):
     if c[field] != plain:
-      suffix += f'-{field.replace("_", "")}{c[field]:g}'
+      suffix += f'-{field.replace("_", "")}{c[field]:.12g}'
 
   def lower(ceiling, besides):
     given = [n for n in (ceiling, besides or None) if n is not None]

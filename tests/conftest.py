@@ -19,6 +19,13 @@ _ALLOWED = (
     'UserWarning',
     'jax._src.compiler',
   ),
+  # ml_collections loads config files the way Python 3.12 no longer does.
+  (
+    'ignore',
+    'the load_module.. method is deprecated',
+    'DeprecationWarning',
+    'importlib._bootstrap',
+  ),
 )
 
 
