@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import pathlib
+import sys
 
 import jax
 import ml_collections
@@ -145,28 +146,36 @@ def test_some_budget_is_needed():
 # Overriding.
 
 
-def _from_command_line(tmp_path, *arguments):
+@pytest.fixture
+def from_command_line(tmp_path, monkeypatch):
+  """arguments -> config, as main.py has it."""
   path = tmp_path / 'c.py'
   path.write_text('from pfs_jax import config\nget_config = config.default\n')
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file(
-    'config', flag_values=values, lock_config=True
-  )
-  values(['main.py', f'--config={path}', *arguments])
-  return holder.value
+
+  def load(*arguments):
+    argv = ['main.py', f'--config={path}', *arguments]
+    monkeypatch.setattr(sys, 'argv', argv)  # ml_collections looks there.
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+      'config', flag_values=values, lock_config=True
+    )
+    values(argv)
+    return holder.value
+
+  return load
 
 
-def test_fields_are_overridden_one_by_one(tmp_path):
-  c = _from_command_line(
-    tmp_path, '--config.search.sparsity=0.25', '--config.budget.keep=0.5,0.25'
+def test_fields_are_overridden_one_by_one(from_command_line):
+  c = from_command_line(
+    '--config.search.sparsity=0.25', '--config.budget.keep=0.5,0.25'
   )
   config.validate(c)
   assert c.search.sparsity == 0.25 and c.budget.keep == (0.5, 0.25)
   assert c.search.balance == config.default().search.balance
 
 
-def test_a_part_given_whole_is_refused(tmp_path):
-  c = _from_command_line(tmp_path, "--config.search={'epochs': 1.0}")
+def test_a_part_given_whole_is_refused(from_command_line):
+  c = from_command_line("--config.search={'epochs': 1.0}")
   with pytest.raises(
     errors.UserError, match=r'^config\.search\.\w+ is missing\.$'
   ):
