@@ -199,6 +199,60 @@ def _sorted_channels(vector: np.ndarray) -> np.ndarray:
   return np.argsort(-vector, kind='stable')
 
 
+def over_layer_mean(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Each gate over its layer's mean: scores that favour no layer.
+
+  A layer's gates have no scale of their own where BatchNorm follows its
+  consumer, so the layer's mean says how fast the optimiser let them drift.
+
+  Args:
+    gates: {layer name: [C] gates, >= 0}.
+
+  Returns:
+    {layer name: [C] float64}; the mean of each layer is 1, or 0 where all its
+    gates are 0.
+  """
+  scores = {}
+  for name, gate in gates.items():
+    gate = np.asarray(gate, np.float64)
+    scores[name] = gate / (gate.mean() or 1.0)
+  return scores
+
+
+def channel_costs(cost_model: costs.CostModel) -> np.ndarray:
+  """MACs that the full network saves with one channel less, by layer [L].
+
+  The channel's own and those of what reads it. A layer of one channel cannot
+  lose it; its cost is that of the channel all the same.
+  """
+  full = np.array(cost_model.widths)
+  total = cost_model.macs(full)
+  one = np.eye(len(full), dtype=np.int64)
+  return np.array([total - cost_model.macs(full - row) for row in one])
+
+
+def over_cost(
+  gates: Mapping[str, Any], cost_model: costs.CostModel, power: float
+) -> dict[str, np.ndarray]:
+  """Each gate over (the MACs that its channel costs) ** power.
+
+  Args:
+    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
+    cost_model: Costs of the searched network.
+    power: 0 is the paper's ranking; 1 ranks by gate per MAC.
+
+  Returns:
+    {layer name: [C] float64}. Costs are taken over their mean, which changes
+    no order.
+  """
+  spent = channel_costs(cost_model)
+  factors = (spent / spent.mean()) ** power
+  return {
+    name: np.asarray(gate, np.float64) / factor
+    for (name, gate), factor in zip(gates.items(), factors, strict=True)
+  }
+
+
 def minimum(
   cost_model: costs.CostModel,
   min_channels: int = 1,
