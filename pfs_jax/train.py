@@ -310,7 +310,7 @@ def loop(
 
   Raises:
     runs.Interrupted: A signal came; the state is saved.
-    errors.UserError: A logged number is not finite.
+    errors.UserError: A number is not finite at a record or a checkpoint.
   """
   state = devices.replicate(state)
   call = compiled_call(step_fn, source.draw)
@@ -334,14 +334,16 @@ def loop(
       last = done == plan.total_steps
       record = {}
       if done % plan.log_steps == 0 or last:
-        record, recent = _means(recent, label, done), []
+        record, recent = _means(recent), []
       if evaluate and (done % plan.evaluate_steps == 0 or last):
         record.update(evaluate(state, done))
       if record:
+        _check_finite(record, label, done)
         log.write(done, **record, seconds=clock.seconds())
         progress.line(done, **record)
       interrupted = stop.number or checkpoints.reached_preemption(done)
       if done % plan.checkpoint_steps == 0 or last or interrupted:
+        _check_finite(_means(recent), label, done)  # Never saved over a good.
         checkpoints.save(done, state)
       if interrupted and not last:
         number = stop.number or int(runs.signal.SIGTERM)
@@ -349,16 +351,21 @@ def loop(
   return state
 
 
-def _means(recent, label: str, done: int) -> dict[str, float]:
-  """Means of the metrics since the last record; refuses what is not finite."""
+def _means(recent) -> dict[str, float]:
+  """Means of the metrics since the last record; {} right after one."""
   host = jax.device_get(recent)
   means = {}
-  for name in host[0]:
+  for name in host[0] if host else ():
     values = [float(v) for metrics in host for v in metrics[name]]
     means[name] = math.fsum(values) / len(values)
-    if not math.isfinite(means[name]):
-      raise errors.UserError(
-        f'{label}: {name} is {means[name]} at step {done}; a lower learning '
-        'rate may help. The last checkpoint is kept.'
-      )
   return means
+
+
+def _check_finite(record: Mapping[str, float], label: str, done: int) -> None:
+  """Refuses numbers that are not finite."""
+  for name, value in record.items():
+    if not math.isfinite(value):
+      raise errors.UserError(
+        f'{label}: {name} is {value} at step {done}; a lower learning rate may '
+        'help. The last checkpoint is kept.'
+      )

@@ -1,0 +1,684 @@
+"""Schedule, optimiser, step, evaluation and loop, against plain NumPy."""
+
+import os
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from pfs_jax import config, devices, errors, models, runs, train
+from pfs_jax.data import pipeline
+from tests import processes
+
+
+class Tiny(nn.Module):
+  """Convolution, BatchNorm, linear layer: 8x8x1 -> 3 classes."""
+
+  features: int = 4
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(self.features, (3, 3), use_bias=False, name='conv')(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name='bn')(x)
+    return nn.Dense(3, name='linear')(nn.relu(x).mean((1, 2)))
+
+
+def make_recipe(**fields):
+  recipe = ml_collections.ConfigDict(config.default().train)
+  recipe.update({'batch_size': 8, **fields})
+  return recipe
+
+
+def make_examples(n=40, seed=0):
+  """Images whose brightness tells the class, so that they can be learnt."""
+  rng = np.random.default_rng(seed)
+  labels = np.arange(n) % 3
+  images = rng.integers(0, 60, (n, 8, 8, 1)) + 90 * labels[:, None, None, None]
+  return images.astype(np.uint8), labels
+
+
+AUGMENTATION = pipeline.Augmentation((0.5,), (0.25,), padding=1, flip=True)
+
+
+def make_source(batch_size=8):
+  return pipeline.ArraySource(
+    *make_examples(),
+    batch_size=batch_size,
+    key=jax.random.key(5),
+    augmentation=AUGMENTATION,
+  )
+
+
+def make_state(module=None, recipe=None, total_steps=10, smoothing=0.0):
+  module = module or Tiny()
+  variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+  optimizer = train.optimizer(recipe or make_recipe(), total_steps)
+  return train.init(module, variables, optimizer, smoothing)
+
+
+def make_batch(seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(8, 8, 8, 1)).astype(np.float32)
+  return x, rng.integers(0, 3, 8).astype(np.int32)
+
+
+def log_softmax(logits):
+  logits = np.asarray(logits, np.float64)
+  shifted = logits - logits.max(-1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+# The schedule.
+
+
+def rates(total_steps, **fields):
+  schedule = train.schedule(make_recipe(**fields), total_steps)
+  return np.array([float(schedule(i)) for i in range(total_steps + 1)])
+
+
+def test_step_schedule_drops_at_the_boundary_step():
+  found = rates(100, learning_rate=0.1, decay_at=(0.5, 0.75))
+  expected = [0.1] * 50 + [0.01] * 25 + [0.001] * 26
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_equal_boundaries_multiply():
+  found = rates(10, decay_at=(0.5, 0.52), decay_factor=0.5, learning_rate=1.0)
+  np.testing.assert_allclose(found, [1.0] * 5 + [0.25] * 6, rtol=1e-6)
+
+
+def test_no_boundary_is_a_constant():
+  np.testing.assert_allclose(rates(10, decay_at=()), 0.1, rtol=1e-6)
+
+
+def test_cosine_is_the_formula_and_ends_at_zero():
+  found = rates(40, schedule='cosine', learning_rate=0.2)
+  expected = 0.1 * (1 + np.cos(np.pi * np.arange(41) / 40))
+  np.testing.assert_allclose(found, expected, atol=1e-7)
+  assert found[-1] == 0 and found[-2] > 0
+
+
+@pytest.mark.parametrize('schedule', ['step', 'cosine'])
+def test_warm_up_rises_linearly_to_the_rate(schedule):
+  fields = {'schedule': schedule, 'learning_rate': 0.4}
+  found = rates(50, warmup_share=0.2, **fields)
+  np.testing.assert_allclose(np.diff(found[:11], 2), 0, atol=1e-7)
+  np.testing.assert_allclose(found[[0, 10]], [0.04, 0.4], rtol=1e-6)
+  assert found.argmax() == 10 and found[0] > 0
+
+
+def test_warm_up_moves_no_boundary():
+  found = rates(100, warmup_share=0.1, decay_at=(0.5,), learning_rate=1.0)
+  np.testing.assert_allclose(found[[10, 49, 50]], [1.0, 1.0, 0.1], rtol=1e-6)
+
+
+def test_cosine_after_warm_up_ends_at_zero():
+  found = rates(50, warmup_share=0.2, schedule='cosine')
+  assert found[-1] == 0 and found[-2] > 0
+
+
+def test_scaled_rate_is_that_of_a_batch_of_256():
+  found = rates(4, scale_rate=True, batch_size=64, learning_rate=0.1)
+  np.testing.assert_allclose(found[0], 0.025, rtol=1e-6)
+  plain = rates(4, scale_rate=False, batch_size=64, learning_rate=0.1)
+  np.testing.assert_allclose(plain[0], 0.1, rtol=1e-6)
+
+
+# The optimiser.
+
+
+def test_decay_of_all():
+  params = {'conv': {'kernel': 0, 'bias': 0}, 'bn': {'scale': 0}}
+  assert all(jax.tree.leaves(train.decay_mask('all')(params)))
+
+
+def test_dense_decay_goes_by_kind_not_by_shape():
+  kernel = np.zeros((3, 3, 1, 8))  # The shape of both kinds.
+  params = {
+    'block': {
+      'depthwise': {'conv': {'kernel': kernel}, 'bn': {'scale': 0, 'bias': 0}},
+      'expand': {'conv': {'kernel': kernel}, 'bn': {'scale': 0, 'bias': 0}},
+    },
+    'linear': {'kernel': 0, 'bias': 0},
+  }
+  no_norm = {'scale': False, 'bias': False}
+  assert train.decay_mask('dense')(params) == {
+    'block': {
+      'depthwise': {'conv': {'kernel': False}, 'bn': no_norm},
+      'expand': {'conv': {'kernel': True}, 'bn': no_norm},
+    },
+    'linear': {'kernel': True, 'bias': False},
+  }
+
+
+@pytest.mark.parametrize('name', ['mobilenet_v1', 'mobilenet_v2'])
+def test_dense_decay_of_networks_cut_to_one_channel(name):
+  sizes = models.gate_sizes(name)
+  module = models.build(name, 10, counts=(1,) * len(sizes))
+  x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), x)
+  mask = train.decay_mask('dense')(variables['params'])
+  flat = {
+    '/'.join(entry.key for entry in path): decays
+    for path, decays in jax.tree_util.tree_leaves_with_path(mask)
+  }
+  for path, decays in flat.items():
+    assert decays == ('kernel' in path and 'depthwise' not in path), path
+  # Every block has one depthwise convolution: 13 and 17 of them.
+  kernels = [p for p in flat if p.endswith('kernel')]
+  blocks = {'mobilenet_v1': 13, 'mobilenet_v2': 17}[name]
+  assert sum(not flat[p] for p in kernels) == blocks
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+@pytest.mark.parametrize('decay_rule', ['all', 'dense'])
+def test_the_optimiser_is_that_of_pytorch(nesterov, decay_rule):
+  # torch.optim.SGD: g += decay * p; buffer = momentum * buffer + g, at first g;
+  # with Nesterov g += momentum * buffer, else g = buffer; p -= rate * g.
+  recipe = make_recipe(
+    learning_rate=0.5,
+    momentum=0.8,
+    weight_decay=0.1,
+    nesterov=nesterov,
+    decay_rule=decay_rule,
+    decay_at=(0.5,),
+  )
+  rng = np.random.default_rng(0)
+  params = {'kernel': rng.normal(size=(3, 2)), 'bias': rng.normal(size=2)}
+  optimizer = train.optimizer(recipe, 4)
+  ours = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), params)
+  state = optimizer.init(ours)
+  buffers = {}
+  for step in range(4):
+    grads = {k: rng.normal(size=v.shape) for k, v in params.items()}
+    rate = 0.5 if step < 2 else 0.05
+    for name, g in grads.items():
+      if decay_rule == 'all' or name == 'kernel':
+        g = g + 0.1 * params[name]
+      buffers[name] = 0.8 * buffers[name] + g if step else g
+      moved = g + 0.8 * buffers[name] if nesterov else buffers[name]
+      params[name] = params[name] - rate * moved
+    given = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), grads)
+    updates, state = optimizer.update(given, state, ours)
+    ours = jax.tree.map(jnp.add, ours, updates)
+    for name in params:
+      np.testing.assert_allclose(ours[name], params[name], atol=2e-6)
+
+
+def test_equal_recipes_share_an_optimiser():
+  optimizer = train.optimizer(make_recipe(), 10)
+  assert train.optimizer(make_recipe(), 10) is optimizer
+  assert train.optimizer(make_recipe(structure='x'), 10) is optimizer
+  assert train.optimizer(make_recipe(), 11) is not optimizer
+
+
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('batch_size', 16),
+    ('learning_rate', 0.2),
+    ('scale_rate', True),
+    ('momentum', 0.5),
+    ('nesterov', True),
+    ('weight_decay', 0.5),
+    ('decay_rule', 'dense'),
+    ('schedule', 'cosine'),
+    ('decay_at', (0.1,)),
+    ('decay_factor', 0.5),
+    ('warmup_share', 0.5),
+  ],
+)
+def test_every_field_of_the_recipe_makes_another_optimiser(field, value):
+  assert train.optimizer(make_recipe(**{field: value}), 10) is not (
+    train.optimizer(make_recipe(), 10)
+  )
+
+
+# The step.
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_metrics_are_those_before_the_step(smoothing):
+  state = make_state(smoothing=smoothing)
+  x, y = make_batch()
+  logits, _ = state.module.apply(
+    state.variables, x, train=True, mutable=['batch_stats']
+  )
+  logp = log_softmax(logits)
+  own = -logp[np.arange(8), y]
+  # Szegedy et al.: (1 - s) of the label, s spread evenly over all classes.
+  expected = ((1 - smoothing) * own + smoothing * -logp.mean(-1)).mean()
+  after, metrics = train.step(state, x, y)
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
+  hits = (np.asarray(logits).argmax(-1) == y).mean()
+  assert float(metrics['accuracy']) == pytest.approx(hits)
+  assert int(after.step) == 1 and int(state.step) == 0
+  _, again = train.step(after, x, y)
+  assert float(again['loss']) < float(metrics['loss'])
+
+
+def test_the_step_is_gradient_descent_on_the_loss():
+  # Plain SGD, so that the move is rate times gradient; the gradient by central
+  # differences along random directions.
+  recipe = make_recipe(momentum=0.0, weight_decay=0.0, learning_rate=1.0)
+  state = make_state(recipe=recipe)
+  x, y = make_batch()
+  after, _ = train.step(state, x, y)
+  gradient = jax.tree.map(
+    lambda a, b: np.asarray(a - b, np.float64),
+    state.params,
+    after.params,
+  )
+  rng = np.random.default_rng(1)
+  for _ in range(3):
+    direction = jax.tree.map(
+      lambda v: rng.normal(size=v.shape).astype(np.float32), state.params
+    )
+    values = []
+    for sign in (1, -1):
+      moved = jax.tree.map(
+        lambda p, d, s=sign: p + 1e-3 * s * d, state.params, direction
+      )
+      _, metrics = train.step(state.replace(params=moved), x, y)
+      values.append(float(metrics['loss']))
+    slope = (values[0] - values[1]) / 2e-3
+    along = sum(
+      float((g * d).sum())
+      for g, d in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True
+      )
+    )
+    assert along == pytest.approx(slope, rel=0.01, abs=1e-3)
+
+
+def test_running_statistics_follow_the_batch():
+  state = make_state()
+  x, y = make_batch()
+  after, _ = train.step(state, x, y)
+  conv = nn.Conv(4, (3, 3), use_bias=False)
+  features = conv.apply({'params': state.params['conv']}, x)
+  expected = 0.1 * np.asarray(features).mean((0, 1, 2))  # From 0, keeps 0.9.
+  np.testing.assert_allclose(
+    after.batch_stats['bn']['mean'], expected, atol=1e-6
+  )
+
+
+def test_the_second_step_does_not_compile_again():
+  # A module of its own, since other tests compiled for Tiny().
+  def fresh():
+    return make_state(Tiny(features=5))
+
+  before = train.step._cache_size()
+  state, _ = train.step(fresh(), *make_batch())
+  assert train.step._cache_size() == before + 1
+  state, _ = train.step(state, *make_batch(1))
+  train.step(state, *make_batch(2))
+  train.step(fresh(), *make_batch())  # Another run of the same study.
+  assert train.step._cache_size() == before + 1
+
+
+# Evaluation.
+
+
+def make_evaluation(n, batch_size, part=slice(None)):
+  images, labels = make_examples(n)
+  return pipeline.ArrayEvaluation(
+    images[part],
+    labels[part],
+    batch_size=batch_size,
+    augmentation=AUGMENTATION,
+  )
+
+
+def expected_evaluation(state, n):
+  images, labels = make_examples(n)
+  x = (images / 255.0 - 0.5) / 0.25
+  logits = state.module.apply(state.variables, jnp.asarray(x, jnp.float32))
+  ce = -log_softmax(logits)[np.arange(n), labels]
+  return ce.mean(), (np.asarray(logits).argmax(-1) == labels).mean()
+
+
+def trained_state():
+  """Not a fresh one: its running statistics are those of data."""
+  state = make_state()
+  for seed in range(3):
+    state, _ = train.step(state, *make_batch(seed))
+  return state
+
+
+@pytest.mark.parametrize('n, batch_size', [(23, 8), (24, 8), (5, 8), (23, 1)])
+def test_evaluation_counts_every_image_once(n, batch_size):
+  state = trained_state()
+  loss, accuracy = expected_evaluation(state, n)
+  found = train.evaluate(
+    state.module, state.variables, make_evaluation(n, batch_size)
+  )
+  assert set(found) == {'loss', 'accuracy'}
+  assert found['loss'] == pytest.approx(loss, rel=1e-5)
+  assert found['accuracy'] == pytest.approx(accuracy, abs=1e-9)
+  assert 0 < accuracy < 1  # Neither would notice a lost image.
+
+
+def test_evaluation_of_parts_adds_up():
+  state = trained_state()
+  whole = train.evaluate(state.module, state.variables, make_evaluation(23, 8))
+  parts = [
+    train.evaluate(state.module, state.variables, make_evaluation(23, 8, part))
+    for part in (slice(0, 10), slice(10, 23))
+  ]
+  for name in whole:
+    mean = (10 * parts[0][name] + 13 * parts[1][name]) / 23
+    assert whole[name] == pytest.approx(mean, rel=1e-5)
+
+
+def test_evaluation_uses_running_statistics():
+  state = trained_state()
+  batches = make_evaluation(23, 8)
+  before = train.evaluate(state.module, state.variables, batches)
+  changed = jax.tree.map(lambda v: v + 1, state.batch_stats)
+  after = train.evaluate(
+    state.module, {**state.variables, 'batch_stats': changed}, batches
+  )
+  assert before['loss'] != after['loss']
+
+
+# The plan.
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_the_next_stop_is_the_first_step_with_something_to_do(seed):
+  rng = np.random.default_rng(seed)
+  log, evaluate, checkpoint = (int(v) for v in rng.integers(1, 30, 3))
+  total, k = int(rng.integers(1, 120)), int(rng.integers(1, 20))
+  plan = train.Plan(total, log, evaluate, checkpoint, k)
+  step = 0
+  while step < total:
+    expected = next(
+      s
+      for s in range(step + 1, total + 1)
+      if s % log == 0
+      or s % evaluate == 0
+      or s % checkpoint == 0
+      or s in (step + k, total)
+    )
+    assert plan.next_stop(step) == expected
+    step = expected
+  assert step == total
+
+
+# The loop. Its step counts, so that every number can be foretold.
+
+
+@jax.jit
+def counting_step(state, x, y):
+  """Metric: the number of this step, from 1."""
+  n = state['step'] + 1
+  total = state['sum'] + x.mean() + y.mean()
+  return {'step': n, 'sum': total}, {'n': n.astype(jnp.float32)}
+
+
+@jax.jit
+def failing_step(state, x, y):
+  """As `counting_step`, not finite from step 6."""
+  state, metrics = counting_step(state, x, y)
+  n = metrics['n']
+  return state, {'n': jnp.where(n < 6, n, jnp.nan)}
+
+
+def counting_state():
+  return {'step': jnp.zeros((), jnp.int32), 'sum': jnp.zeros(())}
+
+
+def count(folder, plan, step_fn=counting_step, evaluate=None):
+  return train.loop(
+    counting_state(),
+    step_fn,
+    make_source(),
+    plan,
+    folder=folder,
+    label='test',
+    evaluate=evaluate,
+  )
+
+
+def latest(folder):
+  with runs.Checkpoints(folder) as checkpoints:
+    return checkpoints.restore(devices.replicate(counting_state()))
+
+
+@pytest.mark.parametrize('steps_per_call', [1, 3, 16])
+def test_records_evaluations_and_checkpoints_come_when_due(
+  tmp_path, steps_per_call
+):
+  seen = []
+
+  def evaluate(state, step):
+    assert int(state['step']) == step
+    seen.append(step)
+    return {'evaluated': float(step)}
+
+  plan = train.Plan(
+    total_steps=10,
+    log_steps=4,
+    evaluate_steps=3,
+    checkpoint_steps=7,
+    steps_per_call=steps_per_call,
+  )
+  state = count(tmp_path, plan, evaluate=evaluate)
+  assert int(state['step']) == 10
+  assert seen == [3, 6, 9, 10]
+  records = {
+    r['step']: (r.get('n'), r.get('evaluated'))
+    for r in runs.read_metrics(tmp_path)
+  }
+  # Means of 1..4, 5..8 and 9..10.
+  assert records == {
+    3: (None, 3),
+    4: (2.5, None),
+    6: (None, 6),
+    8: (6.5, None),
+    9: (None, 9),
+    10: (9.5, 10),
+  }
+  kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  assert kept == [7, 10]
+  assert int(latest(tmp_path)[1]['step']) == 10
+
+
+def test_seconds_never_fall(tmp_path):
+  count(tmp_path / 'a', train.Plan(6, 1, 6, 6))
+  seconds = [r['seconds'] for r in runs.read_metrics(tmp_path / 'a')]
+  assert seconds == sorted(seconds) and len(seconds) == 6
+
+
+def test_steps_a_call_do_not_change_the_result(tmp_path):
+  sums = [
+    float(count(tmp_path / str(k), train.Plan(10, 50, 50, 50, k))['sum'])
+    for k in (1, 4)
+  ]
+  assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+
+
+def test_the_loop_compiles_once(tmp_path):
+  @jax.jit
+  def own_step(state, x, y):
+    return counting_step(state, x, y)
+
+  source = make_source()
+  call = train.compiled_call(own_step, source.draw)
+  for name in 'ab':
+    train.loop(
+      counting_state(),
+      own_step,
+      make_source(),
+      train.Plan(7, 3, 3, 3),
+      folder=tmp_path / name,
+      label='test',
+    )
+  assert call._cache_size() == 1
+
+
+def test_a_finished_loop_makes_no_step(tmp_path):
+  plan = train.Plan(4, 2, 2, 2)
+  first = count(tmp_path, plan)
+  before = runs.read_metrics(tmp_path)
+
+  def evaluate(state, step):
+    raise AssertionError
+
+  second = count(tmp_path, plan, evaluate=evaluate)
+  assert float(first['sum']) == float(second['sum'])
+  assert runs.read_metrics(tmp_path) == before
+
+
+@pytest.mark.parametrize('log_steps, found', [(4, 8), (10, 10), (1, 6)])
+def test_what_is_not_finite_is_refused(tmp_path, log_steps, found):
+  plan = train.Plan(20, log_steps, 20, 5)
+  with pytest.raises(
+    errors.UserError, match=rf'^test: n is nan at step {found};'
+  ):
+    count(tmp_path, plan, failing_step)
+  step, state = latest(tmp_path)
+  assert step == int(state['step']) == 5
+  assert all(np.isfinite(r['n']) for r in runs.read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize('checkpoint_steps', [1, 7])
+def test_no_checkpoint_is_made_of_what_is_not_finite(
+  tmp_path, checkpoint_steps
+):
+  with pytest.raises(errors.UserError, match='test: n is nan'):
+    count(tmp_path, train.Plan(20, 20, 20, checkpoint_steps), failing_step)
+  found = latest(tmp_path)
+  assert (found[0] if found else 0) < 6
+
+
+def test_an_evaluation_that_is_not_finite_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match='test: loss is inf at step 3;'):
+    count(
+      tmp_path, train.Plan(6, 2, 3, 2), evaluate=lambda *_: {'loss': np.inf}
+    )
+  assert latest(tmp_path)[0] == 2
+
+
+def fit(folder, evaluate=None, total_steps=9):
+  """A training whose plan has none of its steps in common."""
+  return train.loop(
+    make_state(total_steps=total_steps),
+    train.step,
+    make_source(),
+    train.Plan(total_steps, log_steps=4, evaluate_steps=3, checkpoint_steps=5),
+    folder=folder,
+    label='train',
+    evaluate=evaluate,
+  )
+
+
+def assert_equal_bytes(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_an_interrupted_loop_goes_on_as_if_nothing_had_been(tmp_path):
+  whole = fit(tmp_path / 'whole')
+
+  def interrupt(number, at):
+    def evaluate(state, step):
+      if step == at:
+        os.kill(os.getpid(), number)
+      return {}
+
+    return evaluate
+
+  handler = signal.getsignal(signal.SIGTERM)
+  folder = tmp_path / 'cut'
+  for number, at in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
+    with pytest.raises(runs.Interrupted, match=f'at train step {at};') as e:
+      fit(folder, interrupt(number, at))
+    assert e.value.signal == number
+    assert (folder / 'checkpoints' / str(at)).is_dir()
+  continued = fit(folder)
+  assert int(continued.step) == 9
+  assert_equal_bytes(whole, continued)
+  assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_signal_at_the_last_step_is_no_interruption(tmp_path):
+  def evaluate(state, step):
+    if step == 9:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+  assert int(fit(tmp_path, evaluate).step) == 9
+  assert (tmp_path / 'checkpoints' / '9').is_dir()
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path):
+  whole = fit(tmp_path / 'whole')
+  expected = runs.read_metrics(tmp_path / 'whole')
+
+  def crash(state, step):
+    if step == 9:
+      raise ZeroDivisionError
+    return {}
+
+  with pytest.raises(ZeroDivisionError):
+    fit(tmp_path / 'cut', crash)
+  assert_equal_bytes(whole, fit(tmp_path / 'cut'))
+  steps = [r['step'] for r in runs.read_metrics(tmp_path / 'cut')]
+  assert steps == [r['step'] for r in expected] == [4, 8, 9]
+
+
+def test_training_learns(tmp_path):
+  state = make_state(total_steps=40)
+  state = train.loop(
+    state,
+    train.step,
+    make_source(),
+    train.Plan(40, 40, 40, 40),
+    folder=tmp_path,
+    label='train',
+  )
+  batches = make_evaluation(40, 40)
+  after = train.evaluate(state.module, state.variables, batches)['accuracy']
+  assert after > 0.9  # Chance is a third.
+
+
+def sums(folder):
+  """Numbers that depend on every parameter, and the evaluation."""
+  state = jax.device_get(fit(folder))
+  found = train.evaluate(state.module, state.variables, make_evaluation(23, 8))
+  leaves = jax.tree.leaves(state.variables)
+  return [float(np.abs(v).sum()) for v in leaves] + list(found.values())
+
+
+def test_eight_devices_train_as_one_does(tmp_path):
+  shown = processes.output(
+    f"""
+    import pathlib
+    from tests import test_train
+    print(*test_train.sums(pathlib.Path({str(tmp_path / 'eight')!r})))
+    """,
+    devices=8,
+  )
+  eight = [float(v) for v in shown.splitlines()[-1].split()]  # After progress.
+  np.testing.assert_allclose(eight, sums(tmp_path / 'one'), rtol=1e-4)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+  done = processes.run(
+    """
+    from pfs_jax import devices
+    devices.check_batch('train.batch_size', 16)
+    devices.check_batch('train.batch_size', 12)
+    """,
+    devices=8,
+  )
+  assert done.returncode == 1
+  assert done.stderr.strip().endswith(
+    'config.train.batch_size must be a multiple of the 8 devices; got 12.'
+  )
