@@ -11,7 +11,6 @@ import jax
 import rich.console
 import rich.progress
 import rich.table
-from absl import flags
 
 from pfs_jax import errors, runs
 
@@ -151,15 +150,7 @@ def guarded_parser(function: Callable) -> Callable:
       return function(argv)
     except errors.UserError:
       raise
-    except (
-      flags.Error,
-      AttributeError,
-      KeyError,
-      IndexError,
-      TypeError,
-      ValueError,
-      OSError,
-    ) as e:
+    except Exception as e:  # A config file may raise anything.
       raise errors.UserError(_last_line(e)) from e
     except SystemExit:  # --help was printed; absl would end with 1.
       sys.exit(0)

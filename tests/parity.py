@@ -72,7 +72,12 @@ def main(name, path):
   dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(state.variables)})
   print(
     json.dumps(
-      {'worst': worst, 'eval': float(error), 'dtypes': dtypes, 'steps': step + 1}
+      {
+        'worst': worst,
+        'eval': float(error),
+        'dtypes': dtypes,
+        'steps': step + 1,
+      }
     )
   )
 

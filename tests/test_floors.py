@@ -46,12 +46,14 @@ def imports(path: pathlib.Path):
           yield room(alias.name)
 
 
-FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE) + sorted(
-  p for p in PACKAGE.glob('*.py') if p.stem != '__init__'
+FILES = sorted(
+  p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE
+) + sorted(p for p in PACKAGE.glob('*.py') if p.stem != '__init__')
+
+
+@pytest.mark.parametrize(
+  'path', FILES, ids=lambda p: str(p.relative_to(PACKAGE))
 )
-
-
-@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
   relative = path.relative_to(PACKAGE)
   mine = relative.parts[0].removesuffix('.py')

@@ -146,7 +146,9 @@ def test_tie_share():
   # Gates of 0 and 0.5: every 0.5 is kept, some of the zeros are.
   gates = random_gates(model, 0, levels=2)
   found = prune.fit(gates, model, half)
-  kept = np.concatenate([gates[k][i] for k, i in prune.kept(gates, found).items()])
+  kept = np.concatenate(
+    [gates[k][i] for k, i in prune.kept(gates, found).items()]
+  )
   assert (kept == 0.5).sum() == sum((g == 0.5).sum() for g in gates.values())
   assert found.tie_share == pytest.approx((kept == 0).mean())
   assert found.tie_share > 0
@@ -249,7 +251,9 @@ def test_kept_channels():
 
 def test_structure_survives_json():
   model = cost_model('resnet20', 8)
-  found = prune.fit(random_gates(model, 0), model, model.macs(model.widths) // 2)
+  found = prune.fit(
+    random_gates(model, 0), model, model.macs(model.widths) // 2
+  )
   assert prune.Structure.from_json(found.to_json()) == found
   assert found.unused == {'macs': found.budget['max_macs'] - found.macs}
 

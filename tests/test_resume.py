@@ -144,8 +144,9 @@ def test_another_budget_needs_no_search(untouched):
   )
   result = json.loads((untouched / 'result-keep0.8.json').read_text())
   assert result['macs'] == found['macs']
-  assert json.loads((untouched / 'result.json').read_text())['macs'] == (
-    first['macs']
+  assert (
+    json.loads((untouched / 'result.json').read_text())['macs']
+    == (first['macs'])
   )
 
 

@@ -41,7 +41,11 @@ def test_weights_are_bit_identical_after_a_search():
   # -0.0 is the weight that an added zero would change.
   params = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(-0.0), state.params)
   state = state.replace(params=params)
-  before, gates, stats = bits(params), bits(state.gates), bits(state.batch_stats)
+  before, gates, stats = (
+    bits(params),
+    bits(state.gates),
+    bits(state.batch_stats),
+  )
   for seed in range(5):
     state, _ = search.step(state, *batch(seed=seed))
   assert bits(state.params) == before
