@@ -93,8 +93,10 @@ class Progress:
       self._bar.console.print(text, highlight=False, soft_wrap=True)
       return
     rate = self._rate(step)
-    left = (self._total - step) / rate if rate else 0.0
-    say(f'{text}  {rate:.1f} steps/s  {duration(left)} left')
+    if rate:
+      left = duration((self._total - step) / rate)
+      text += f'  {rate:.1f} steps/s  {left} left'
+    say(text)
 
 
 def table(
@@ -160,7 +162,8 @@ def guarded_parser(function: Callable) -> Callable:
 
 def _last_line(e: Exception) -> str:
   """What an exception of a flag says, without the traceback it may quote."""
-  text = str(e.args[0]) if e.args else type(e).__name__
+  text = str(e.args[0]) if len(e.args) == 1 else str(e)
+  text = text.strip() or type(e).__name__
   lines = [line.strip() for line in text.replace('\\n', '\n').splitlines()]
   lines = [line for line in lines if line]
   if isinstance(e, OSError):  # 'Failed loading config file', paths, reasons.

@@ -16,7 +16,7 @@ from pfs_jax import interop, models, search
 
 
 def batch(golden, step):
-  """Images of a step as golden/README.md says: normalised, padded, 3 channels."""
+  """A step's batch as golden/README.md says: normalised, padded, RGB."""
   n = int(golden['batch'])
   x = golden['images'][step * n : (step + 1) * n].astype(np.float64) / 255
   x = np.pad((x - 0.2860) / 0.3530, ((0, 0), (2, 2), (2, 2)))

@@ -124,7 +124,7 @@ BAD = {
 def refuse(args, folder):
   where = [] if any('--workdir' in a for a in args) else [f'--workdir={folder}']
   return processes.run(
-    ['main.py', *args, *where], env={'TFDS_DATA_DIR': str(folder / 'tfds')}
+    ['main.py', *where, *args], env={'TFDS_DATA_DIR': str(folder / 'tfds')}
   )
 
 
