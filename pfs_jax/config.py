@@ -213,6 +213,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'config.budget.keep, .macs or .params must name at least one budget; all '
       'are empty.'
     )
+  if config.train.holdout and not config.data.validation_examples:
+    raise errors.UserError(
+      'config.data.validation_examples must be >= 1 with config.train.holdout; '
+      'got 0.'
+    )
 
 
 def flat(config: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:

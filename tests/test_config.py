@@ -38,7 +38,7 @@ def _fields(c):
 
 # Rules.
 
-# Bad values of every field that has a rule; the test below asks for all.
+# Bad values at the ends of the ranges, with the exact message to expect.
 BAD = {
   'seed': [-1, 2**32],
   'dtype': ['float16', ''],
@@ -101,8 +101,31 @@ def test_every_number_has_a_rule():
   assert numbers <= set(config.RULES)
 
 
-def test_every_rule_is_tested():
-  assert set(BAD) == set(config.RULES)
+# Of these no rule allows all of a type.
+POOL = {
+  int: (-(2**40), 2**40, -2, 0),
+  float: (-1.0, 0.0, 1.5, NAN, INF),
+  str: ('', 'neither'),
+  tuple: ((-1,), (0.0,), (1.5,), (NAN,), ('x',)),
+}
+
+
+@pytest.mark.parametrize('field', config.RULES)
+def test_every_rule_refuses_something_by_name(field):
+  refused = []
+  for value in POOL[type(config.get(config.default(), field))]:
+    c = config.default()
+    c.update_from_flattened_dict({field: value})
+    try:
+      config.validate(c)
+    except errors.UserError as e:
+      assert str(e).startswith(f'config.{field} must be ')
+      assert str(e).endswith(f'; got {value!r}.')
+      refused.append(value)
+  assert refused
+  if isinstance(config.get(config.default(), field), float):
+    assert refused[-1] == INF  # And never lets NaN or infinity through.
+    assert any(v != v for v in refused)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,13 @@ def test_some_budget_is_needed():
   with pytest.raises(errors.UserError, match='at least one budget'):
     config.validate(_with(budget__keep=()))
   config.validate(_with(budget__keep=(), budget__params=(1000,)))
+
+
+def test_a_holdout_needs_validation_images():
+  with pytest.raises(errors.UserError, match='data.validation_examples must'):
+    config.validate(_with(train__holdout=True, data__validation_examples=0))
+  config.validate(_with(data__validation_examples=0))
+  config.validate(_with(train__holdout=True))
 
 
 # Overriding.
