@@ -56,6 +56,8 @@ class Call:
     vectors: Parameter vectors of `outputs` channels: a bias counts 1, a
       normalisation with scale and bias 2.
     output_size: Spatial output size, () where there is none.
+    again: Whether an earlier call already had the parameters (a module that is
+      called more than once).
   """
 
   path: str
@@ -67,6 +69,7 @@ class Call:
   groups: int = 1
   vectors: int = 0
   output_size: tuple[int, ...] = ()
+  again: bool = False
 
   @property
   def macs(self) -> int:
@@ -82,6 +85,8 @@ class Call:
   @property
   def params(self) -> int:
     """Parameters, without running statistics."""
+    if self.again:
+      return 0
     kernel = 0
     if self.kind in ('conv', 'depthwise', 'dense'):
       kernel = self.taps * self.inputs * self.outputs // self.groups
@@ -137,14 +142,23 @@ def record(function: Callable[..., Any], *args) -> list[Call]:
   `function` is traced abstractly (`jax.eval_shape`): nothing is computed and no
   memory is used. Typically `function` is `module.init` partially applied.
   """
-  calls = []
+  calls, seen, inside = [], set(), set()
 
   def interceptor(next_fun, args, kwargs, context):
-    out = next_fun(*args, **kwargs)
-    if context.method_name == '__call__':
-      call = _call_of(context.module, args[0] if args else None, out)
-      if call is not None:
-        calls.append(call)
+    path = context.module.path
+    # A subclass that calls `super().__call__` is one call, not two.
+    if context.method_name != '__call__' or path in inside:
+      return next_fun(*args, **kwargs)
+    inside.add(path)
+    try:
+      out = next_fun(*args, **kwargs)
+    finally:
+      inside.discard(path)
+    x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
+    call = _call_of(context.module, x, out)
+    if call is not None:
+      calls.append(dataclasses.replace(call, again=call.path in seen))
+      seen.add(call.path)
     return out
 
   def traced(*args):
@@ -172,8 +186,8 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
 class Op:
   """One costly layer whose sizes are functions of the counts.
 
-  `path`, `kind`, `positions`, `taps`, `vectors` and `output_size` are those of
-  `Call`; `inputs` and `outputs` are affine in the counts (`Size`).
+  `path`, `kind`, `positions`, `taps`, `vectors`, `output_size` and `again` are
+  those of `Call`; `inputs` and `outputs` are affine in the counts (`Size`).
   """
 
   path: str
@@ -185,6 +199,7 @@ class Op:
   groups: int
   vectors: int
   output_size: tuple[int, ...]
+  again: bool = False
 
   def _kernel(self) -> dict[tuple[int, int], int]:
     """Products inputs * outputs / groups as {(layer, layer): coefficient}."""
@@ -206,6 +221,8 @@ class Op:
 
   def params_terms(self) -> dict[tuple[int, int], int]:
     """Parameters as {(layer, layer): coefficient}."""
+    if self.again:
+      return {}
     terms = collections.Counter(self._kernel())
     for i, a in self.outputs:
       terms[i, FIXED] += self.vectors * a

@@ -1,0 +1,158 @@
+"""The user's own model as a `models.Network`, for the stages."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pfs_jax import errors, models
+from pfs_jax.surgery import apply, wrap
+from pfs_jax.surgery import discover as discover_lib
+
+
+def network(
+  model: nn.Module,
+  x: Any,
+  *,
+  train_kwarg: str | None = None,
+  call: Callable[..., Any] | None = None,
+  residual: bool = False,
+  description: Mapping[str, Any] | None = None,
+) -> models.Network:
+  """A model of the user's own, as the stages take it.
+
+  The reference network is the model itself at full width.
+
+  Args:
+    model: A Linen module.
+    x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`.
+    train_kwarg: As for `discover`.
+    call: As for `discover`.
+    residual: As for `discover`.
+    description: What structures say of the model.
+
+  Raises:
+    errors.UserError: As for `discover`, or no channel can carry a gate.
+  """
+  sites = discover_lib.discover(
+    model, x, train_kwarg=train_kwarg, call=call, residual=residual
+  )
+  gated = apply.gate(model, sites)
+  cost_model = apply.cost_model(model, sites, x)
+
+  def narrow(counts: Sequence[int]) -> wrap.Wrapped:
+    return apply.narrow(model, sites, counts)
+
+  return models.Network(
+    gated=gated,
+    cost_model=cost_model,
+    reference=narrow(cost_model.widths),
+    reference_macs=cost_model.macs(cost_model.widths),
+    reference_params=cost_model.params(cost_model.widths),
+    by_layer=gated.by_layer,
+    narrow=narrow,
+    description=dict(description or {}),
+  )
+
+
+def network_from_factory(
+  spec: str,
+  num_classes: int,
+  image_size: int,
+  channels: int,
+  dtype: Any = jnp.float32,
+  *,
+  residual: bool = False,
+) -> models.Network:
+  """The model that `package.module:callable` makes, as a `models.Network`.
+
+  The callable is given those of `num_classes` and `dtype` that its signature
+  names (or one positional argument: `num_classes`) and returns a Linen module
+  or a pair (module, call) with `call` as for `discover`.
+
+  Args:
+    spec: 'package.module:callable', importable from here.
+    num_classes: Number of classes.
+    image_size: Side of the square images.
+    channels: Channels of the images.
+    dtype: Dtype of the computation; must be float32 if the callable takes none.
+    residual: As for `discover`.
+
+  Raises:
+    errors.UserError: The spec, module, attribute or result is not right, or as
+      for `network`.
+  """
+  factory = _import(spec)
+  model = _call(spec, factory, {'num_classes': num_classes, 'dtype': dtype})
+  call = None
+  if isinstance(model, tuple) and len(model) == 2:
+    model, call = model
+  if not isinstance(model, nn.Module):
+    raise _error(spec, f'returned {type(model).__name__}, not a Linen module')
+  x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+  description = {
+    'factory': spec,
+    'residual': residual,
+    'num_classes': num_classes,
+    'image_size': image_size,
+    'channels': channels,
+  }
+  return network(
+    model, x, call=call, residual=residual, description=description
+  )
+
+
+def _error(spec: str, problem: str) -> errors.UserError:
+  return errors.UserError(f'config.model.factory={spec}: {problem}.')
+
+
+def _import(spec: str) -> Callable[..., Any]:
+  module_name, colon, attribute = spec.partition(':')
+  if not (module_name and colon and attribute):
+    raise errors.UserError(
+      f'config.model.factory must be package.module:callable; got {spec!r}.'
+    )
+  here = os.getcwd()  # As for `python -m`: also beside the user.
+  if here not in sys.path:
+    sys.path.append(here)
+  try:
+    target = importlib.import_module(module_name)
+    for name in attribute.split('.'):
+      target = getattr(target, name)
+  except ModuleNotFoundError as e:
+    raise _error(spec, f'cannot be imported: {e}') from e
+  except AttributeError as e:
+    raise _error(spec, str(e)) from e
+  if not callable(target):
+    raise _error(spec, 'is not callable')
+  return target
+
+
+def _call(spec: str, factory, available: Mapping[str, Any]) -> Any:
+  """Calls a factory with what it has arguments for."""
+  if isinstance(factory, type) and not issubclass(factory, nn.Module):
+    raise _error(spec, 'is a class, but not of flax.linen.Module')
+  parameters = inspect.signature(factory).parameters
+  known = {k: v for k, v in available.items() if k in parameters}
+  if 'dtype' not in known and available['dtype'] != jnp.float32:
+    raise _error(spec, 'takes no dtype, so config.dtype must be float32')
+  required = [
+    p.name
+    for p in parameters.values()
+    if p.default is p.empty
+    and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    and p.name not in known
+  ]
+  if len(required) == 1 and 'num_classes' not in known:
+    return factory(available['num_classes'], **known)
+  if required:
+    raise _error(spec, f'needs {", ".join(required)}, which nobody gives it')
+  return factory(**known)

@@ -1,0 +1,393 @@
+"""Linen models as users write them, for the tests of surgery.
+
+Each entry of `CASES` says which channel groups are to be found (producers:
+size) and, by a piece of the reason, what is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def norm(train, **kwargs):
+  return nn.BatchNorm(use_running_average=not train, momentum=0.9, **kwargs)
+
+
+class Plain(nn.Module):
+  """Compact, with biases in front of BatchNorm."""
+
+  width: int = 6
+  dtype: Any = None
+  flatten: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    for i in range(2):
+      x = nn.Conv(self.width + i, (3, 3), dtype=self.dtype)(x)
+      x = nn.relu(norm(train, dtype=self.dtype)(x))
+      x = nn.max_pool(x, (2, 2), (2, 2))
+    x = x.reshape(x.shape[0], -1) if self.flatten else x.mean((1, 2))
+    return nn.Dense(3, dtype=self.dtype)(x)
+
+
+class Setup(nn.Module):
+  """Setup style, told by `deterministic`, keyword inputs."""
+
+  def setup(self):
+    self.stem = nn.Conv(5, (3, 3), use_bias=False)
+    self.bn = nn.BatchNorm(momentum=0.9)
+    self.body = [nn.Conv(7, (3, 3)), nn.Conv(4, (1, 1))]
+    self.norms = [nn.BatchNorm(momentum=0.9) for _ in range(2)]
+    self.head = nn.Dense(3)
+
+  def __call__(self, x, deterministic=True):
+    x = nn.relu(self.bn(self.stem(inputs=x), use_running_average=deterministic))
+    for conv, bn in zip(self.body, self.norms, strict=True):
+      x = nn.relu(bn(conv(x), use_running_average=deterministic))
+    return self.head(x.mean((1, 2)))
+
+
+class Field(nn.Module):
+  """Told by a field of the module, with BatchNorm after the activation."""
+
+  training: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    x = norm(self.training)(nn.relu(nn.Conv(5, (3, 3))(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Block(nn.Module):
+  """Residual or bottleneck block."""
+
+  features: int
+  hidden: int
+  stride: int = 1
+  bottleneck: bool = False
+
+  @nn.compact
+  def __call__(self, x, train):
+    strides = (self.stride,) * 2
+    kernel = (1, 1) if self.bottleneck else (3, 3)
+    y = nn.relu(norm(train)(nn.Conv(self.hidden, kernel, strides)(x)))
+    if self.bottleneck:
+      y = nn.relu(norm(train)(nn.Conv(self.hidden, (3, 3))(y)))
+    y = norm(train)(nn.Conv(self.features, kernel)(y))
+    if x.shape != y.shape:
+      x = norm(train, name='bn_proj')(
+        nn.Conv(self.features, (1, 1), strides, name='proj')(x)
+      )
+    return nn.relu(x + y)
+
+
+class Residual(nn.Module):
+  bottleneck: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    block = Block
+    if self.remat:
+      block = nn.remat(Block, static_argnums=(2,))
+    x = nn.relu(norm(train)(nn.Conv(6, (3, 3))(x)))
+    x = block(6, 4, bottleneck=self.bottleneck, name='a')(x, train)
+    x = block(8, 5, 2, bottleneck=self.bottleneck, name='b')(x, train)
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class PreAct(nn.Module):
+  """BatchNorms on the residual stream."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(6, (3, 3), name='stem')(x)
+    for i in range(2):
+      y = nn.Conv(4, (3, 3), name=f'a{i}')(nn.relu(norm(train)(x)))
+      x = x + nn.Conv(6, (3, 3), name=f'b{i}')(nn.relu(norm(train)(y)))
+    return nn.Dense(3)(nn.relu(norm(train)(x)).mean((1, 2)))
+
+
+class Depthwise(nn.Module):
+  """MobileNet-like; `bare` has no BatchNorm behind the depthwise one."""
+
+  bare: bool = False
+  multiplier: int = 1
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(6, (3, 3), name='expand')(x)
+    x = jax.nn.relu6(norm(train, name='bn1')(x))
+    x = nn.Conv(
+      6 * self.multiplier,
+      (3, 3),
+      feature_group_count=6,
+      use_bias=not self.bare,
+      name='depthwise',
+    )(x)
+    if not self.bare:
+      x = jax.nn.relu6(norm(train, name='bn2')(x))
+    x = norm(train, name='bn3')(nn.Conv(5, (1, 1), name='project')(x))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Squeeze(nn.Module):
+  """Squeeze-and-excite; `bn` puts a BatchNorm inside, too."""
+
+  bn: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.silu(norm(train)(nn.Conv(8, (3, 3), name='conv')(x)))
+    s = nn.Conv(x.shape[-1] // 2, (1, 1), name='down')(
+      x.mean((1, 2), keepdims=True)
+    )
+    s = nn.relu(norm(train, name='bn_se')(s) if self.bn else s)
+    x = x * nn.sigmoid(nn.Conv(x.shape[-1], (1, 1), name='up')(s))
+    x = nn.relu(norm(train)(nn.Conv(5, (1, 1), name='last')(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Densely(nn.Module):
+  """DenseNet-like: each BatchNorm acts on all earlier outputs."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(5, (3, 3), name='stem')(x)
+    for i in range(3):
+      y = nn.relu(norm(train)(x))
+      x = jnp.concatenate([x, nn.Conv(4, (3, 3), name=f'c{i}')(y)], -1)
+    x = nn.avg_pool(nn.relu(norm(train)(x)), (2, 2), (2, 2))
+    return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+class Inception(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    def unit(features, kernel, x, name):
+      x = nn.Conv(features, kernel, use_bias=False, name=name)(x)
+      return nn.relu(norm(train)(x))
+
+    a = unit(3, (1, 1), x, 'a')
+    b = unit(4, (3, 3), unit(2, (1, 1), x, 'b1'), 'b2')
+    c = unit(5, (1, 1), nn.max_pool(x, (3, 3), padding='SAME'), 'c')
+    x = jnp.concatenate([a, b, c], axis=-1)
+    x = unit(4, (1, 1), x, 'd')
+    return nn.Dense(3)(
+      jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0))).mean((1, 2))
+    )
+
+
+class Shared(nn.Module):
+  """One convolution and its BatchNorm on two branches; another three times."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    conv, bn = nn.Conv(5, (3, 3), name='conv'), norm(train, name='bn')
+    a, b = nn.relu(bn(conv(x))), nn.relu(bn(conv(x[:, ::-1])))
+    again, bn = nn.Conv(6, (3, 3), name='again'), norm(train, name='bn_again')
+    c = nn.relu(norm(train)(nn.Conv(6, (3, 3), name='first')(a - b)))
+    for _ in range(2):
+      c = nn.relu(bn(again(c)))
+    return nn.Dense(3)(c.mean((1, 2)))
+
+
+class Conditioned(nn.Module):
+  """Dropout and further arguments, one of them an array."""
+
+  @nn.compact
+  def __call__(self, x, t, scale=2.0, *, training=False):
+    x = nn.relu(norm(training)(nn.Conv(6, (3, 3), name='a')(x)))
+    x = nn.Dropout(0.5, deterministic=not training)(x * scale)
+    x = nn.Conv(6, (3, 3), name='b')(x)
+    x = x + nn.Dense(6, name='time')(t)[:, None, None]
+    x = nn.relu(norm(training)(x))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Constant(nn.Module):
+  """An activation that makes a constant of 0."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.sigmoid(norm(train)(nn.Conv(6, (3, 3), name='a')(x)))
+    x = nn.relu(norm(train)(nn.Conv(5, (3, 3), name='b')(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Awkward(nn.Module):
+  """What must be left alone, one thing after the other."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    def unit(features, x, name, **kwargs):
+      x = nn.Conv(features, (3, 3), name=name, **kwargs)(x)
+      return nn.relu(norm(train)(x))
+
+    x = unit(8, x, 'split')
+    x = jnp.concatenate([x[..., :4], nn.tanh(x[..., 4:])], -1)
+    x = unit(8, x, 'shuffled')
+    x = x.reshape(*x.shape[:-1], 2, 4).swapaxes(-1, -2).reshape(x.shape)
+    x = unit(8, x, 'into_groups')
+    x = unit(8, x, 'groups', feature_group_count=2)
+    x = unit(6, x, 'layer_norm')
+    x = nn.LayerNorm()(x)
+    x = unit(6, x, 'scaled')
+    x = x * self.param('gamma', nn.initializers.ones, (6,)).reshape(1, 1, 1, -1)
+    x = nn.relu(nn.Conv(6, (1, 1), name='no_norm')(x))
+    x = unit(6, x, 'attended')
+    tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = nn.MultiHeadDotProductAttention(2, name='attention')(tokens, tokens)
+    return nn.Dense(3)(x.mean(1))
+
+
+class Halves(nn.Module):
+  """A gated linear unit: two halves of one convolution, split by its width."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = norm(train)(nn.Conv(8, (3, 3), name='both')(x))
+    a, b = jnp.split(x, 2, -1)
+    x = norm(train)(nn.Conv(4, (3, 3), name='next')(a * nn.sigmoid(b)))
+    return nn.Dense(3)(nn.leaky_relu(nn.elu(nn.gelu(x))).mean((1, 2)))
+
+
+class Layered(nn.Module):
+  """Layers inside nn.scan, nn.vmap and nn.jit."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    def step(block, x, _):
+      return block(x), None
+
+    class Unit(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return nn.relu(norm(False)(nn.Conv(4, (3, 3))(x)))
+
+    x = nn.relu(norm(train)(nn.Conv(4, (3, 3), name='first')(x)))
+    stacked = {'params': 0, 'batch_stats': 0}
+    x, _ = nn.scan(
+      step, variable_axes=stacked, split_rngs={'params': True}, length=2
+    )(Unit(name='scanned'), x, None)
+    x = nn.relu(norm(train)(nn.Conv(5, (3, 3), name='second')(x)))
+    several = nn.vmap(
+      Unit,
+      in_axes=None,
+      out_axes=0,
+      axis_size=2,
+      variable_axes=stacked,
+      split_rngs={'params': True},
+    )
+    x = several(name='several')(x).sum(0)
+    x = nn.relu(norm(train)(nn.Conv(6, (3, 3), name='third')(x)))
+    x = nn.jit(Unit)(name='jitted')(x)
+    x = nn.relu(norm(train)(nn.Conv(4, (3, 3), name='fourth')(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class WithoutNorm(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.GroupNorm(2)(nn.Conv(4, (3, 3))(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A model and what is to be found in it."""
+
+  model: nn.Module
+  groups: dict[str, int]
+  alone: dict[str, str] = dataclasses.field(default_factory=dict)
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  further: tuple[Any, ...] = ()
+  constant: tuple[str, ...] = ()
+
+
+_STREAM = {'Conv_0': 'tied by a sum', 'b/proj': 'tied by a sum'}
+_BLOCKS = {'a/Conv_0': 4, 'b/Conv_0': 5}
+
+CASES = {
+  'plain': Case(Plain(), {'Conv_0': 6, 'Conv_1': 7}, {'Dense_0': 'output'}),
+  'bfloat16': Case(Plain(dtype=jnp.bfloat16), {'Conv_0': 6, 'Conv_1': 7}),
+  'flatten': Case(Plain(flatten=True), {'Conv_0': 6, 'Conv_1': 7}),
+  'setup': Case(Setup(), {'stem': 5, 'body_0': 7, 'body_1': 4}),
+  'field': Case(Field(), {'Conv_0': 5}),
+  'residual': Case(Residual(), _BLOCKS, _STREAM),
+  'remat': Case(Residual(remat=True), _BLOCKS, _STREAM),
+  'bottleneck': Case(
+    Residual(bottleneck=True),
+    {'a/Conv_0': 4, 'a/Conv_1': 4, 'b/Conv_0': 5, 'b/Conv_1': 5},
+    _STREAM,
+  ),
+  'together': Case(
+    Residual(),
+    {'Conv_0+a/Conv_1': 6, 'b/Conv_1+b/proj': 8, **_BLOCKS},
+    options={'residual': True},
+  ),
+  'preact': Case(
+    PreAct(), {'a0': 4, 'a1': 4}, {'stem': 'tied by a sum: stem, b0'}
+  ),
+  'preact together': Case(
+    PreAct(),
+    {'stem+b0+b1': 6, 'a0': 4, 'a1': 4},
+    options={'residual': True},
+  ),
+  'depthwise': Case(
+    Depthwise(), {'expand': 6, 'project': 5}, {'bn1': 'stand further on'}
+  ),
+  'multiplier': Case(Depthwise(multiplier=2), {'expand': 6, 'project': 5}),
+  'bare depthwise': Case(Depthwise(bare=True), {'expand': 6, 'project': 5}),
+  'squeeze': Case(
+    Squeeze(), {'conv+up': 8, 'last': 5}, {'down': 'no BatchNorm between'}
+  ),
+  'squeeze norm': Case(Squeeze(bn=True), {'conv+up': 8, 'down': 4, 'last': 5}),
+  'dense': Case(Densely(), {'stem': 5, 'c0': 4, 'c1': 4, 'c2': 4}),
+  'inception': Case(Inception(), {'a': 3, 'b1': 2, 'b2': 4, 'c': 5, 'd': 4}),
+  'shared': Case(
+    Shared(), {'conv': 5}, {'again': 'tied by a shared layer', 'first': 'tied'}
+  ),
+  'shared together': Case(
+    Shared(), {'conv': 5, 'first+again': 6}, options={'residual': True}
+  ),
+  'conditioned': Case(
+    Conditioned(),
+    {'a': 6, 'b+time': 6},
+    options={'residual': True},
+    further=(jnp.linspace(-1, 1, 8).reshape(2, 4), 1.5),
+  ),
+  'constant': Case(Constant(), {'a': 6, 'b': 5}, constant=('a',)),
+  'awkward': Case(
+    Awkward(),
+    {},
+    {
+      'split': "the model's code",
+      'shuffled': "the model's code",
+      'into_groups': 'grouped convolution',
+      'groups': 'grouped convolution',
+      'layer_norm': 'mixed by reduce_sum in Awkward/LayerNorm_0',
+      'scaled': 'combined with the parameter gamma',
+      'no_norm': 'no BatchNorm between it and attended',
+      'attended': 'mixed by dot_general in Awkward/attention/query',
+    },
+  ),
+  'halves': Case(Halves(), {'both': 4, 'next': 4}),
+  'layered': Case(
+    Layered(),
+    {'fourth': 4},
+    {
+      'first': 'mixed by scan',
+      'scanned/Conv_0': 'inside nn.jit or a loop',
+      'several/Conv_0': 'inside nn.vmap',
+      'jitted/Conv_0': 'inside nn.jit or a loop',
+      'second': 'nn.vmap',
+      'third': 'read by jitted/Conv_0: inside nn.jit',
+    },
+  ),
+}
