@@ -8,12 +8,12 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, errors, stages
+from pfs_jax import console, errors, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
 )
-MODE = flags.DEFINE_enum('mode', None, list(stages.MODES), 'What to do.')
+MODE = flags.DEFINE_enum('mode', None, [*stages.MODES, 'study'], 'What to do.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
 )
@@ -44,10 +44,13 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
   """Runs one mode in the workdir."""
   del argv
-  logging.set_verbosity(
-    logging.WARNING
-  )  # JAX tells of TPUs that are not there.
-  stages.execute(MODE.value, stages.Job(CONFIG.value, workdir()))
+  # JAX tells of TPUs that are not there.
+  logging.set_verbosity(logging.WARNING)
+  c, mode = CONFIG.value, MODE.value
+  if studies.asked(mode, c):
+    studies.run(c, workdir())
+  else:
+    stages.execute(mode, stages.Job(c, workdir()))
 
 
 if __name__ == '__main__':

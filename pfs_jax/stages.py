@@ -62,6 +62,12 @@ class Job:
       train_examples=c.train_examples,
     )
 
+  @functools.cached_property
+  def search_weights(self) -> Any:
+    """The variables that the search freezes: random, unless assigned."""
+    key = config.key(self.config.seed, 'search weights')
+    return models.init(self.network.gated, key, self.image_shape)
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
@@ -160,12 +166,9 @@ def _search(job: Job, folder: pathlib.Path) -> None:
   source, validation = job.source(examples, 'search'), None
   if len(held_out[0]):
     validation = job.evaluation(held_out)
-  variables = models.init(
-    network.gated, config.key(c.seed, 'search weights'), job.image_shape
-  )
   state = search_lib.init(
     network.gated,
-    variables,
+    job.search_weights,
     sparsity=c.search.sparsity,
     balance=c.search.balance,
     learning_rate=c.search.learning_rate,

@@ -1,0 +1,44 @@
+"""What the configs of the studies share: networks, data, recipes.
+
+`fashion` is what the committed results were made with. It names its values
+itself where configs/fashion.py may change, so that results stay comparable.
+"""
+
+from configs import fashion as fashion_config
+from pfs_jax import config, studies
+
+
+def fashion():
+  """VGG16 at base width 16, 10,000 Fashion-MNIST images, 30 % of the MACs."""
+  c = fashion_config.get_config()
+  c.model.width = 0
+  c.search.epochs = 2.0
+  c.search.sparsity = 0.5
+  c.budget.keep = (0.3,)
+  c.train.epochs = 8.0
+  c.log_steps = 78  # An epoch.
+  return c
+
+
+def digits():
+  """VGG16 at base width 2 on 8x8 digits: the code of the studies, quickly."""
+  c = config.default()
+  c.model.name = 'vgg16'
+  c.model.base_width = 2
+  c.data.name = 'digits'
+  c.data.validation_examples = 300
+  c.search.epochs = 1.0
+  c.search.batch_size = 100
+  c.budget.keep = (0.5,)
+  c.train.epochs = 2.0
+  c.train.batch_size = 100
+  return c
+
+
+def study(variant, name, *, smoke=None, base=None, **fields):
+  """The study, or its smoke variant: digits, and the fields of `smoke`."""
+  if variant == 'smoke':
+    return studies.default(name, digits(), **{**fields, **(smoke or {})})
+  base = base or fashion()
+  c = studies.default(name, base, **fields)
+  return config.with_variant(c, variant, {'full': {}, 'smoke': {}})

@@ -1,0 +1,45 @@
+"""Does the searched structure beat the plain ones? VGG16/16 at 30 %.
+
+Searched from random weights, under each ranking of the same gates, against
+uniform width, random gates and the searched counts shuffled within their
+stages; all at the same MACs, trained for the same epochs (Scratch-E). `full` is
+the reference network. RESULTS.md tells what came out.
+
+  python main.py --config configs/studies/headline.py --mode=study
+    --workdir=runs/studies --config.results_dir=results
+    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
+
+(one line) goes on where results/headline.json ends; add
+`--config.report_only=True` for the tables alone. About 2 minutes a cell on 2
+cores. `smoke` runs the code on digits in half a minute.
+"""
+
+from configs.studies import common
+
+ARMS = (
+  'searched',
+  'uniform',
+  'random',
+  'searched+layer_mean',
+  'searched+cost0.5',
+  'shuffled',
+  'searched+cost1',
+  'full',
+  'searched+cost0.5+min_share',
+  'searched+min_share',
+)
+
+
+def get_config(variant='full'):
+  """The study, or its smoke variant."""
+  return common.study(
+    variant,
+    'headline',
+    arms=ARMS,
+    seeds=(0, 1, 2, 3, 4),
+    baseline='uniform',
+    smoke={
+      'arms': ('searched', 'uniform', 'searched+cost1', 'full'),
+      'seeds': (0, 1),
+    },
+  )

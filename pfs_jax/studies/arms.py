@@ -1,0 +1,209 @@
+"""Arms of a study: ways to get a structure, and to train it.
+
+An arm is a few words joined by '+', each a change to the fields of `Arm`:
+'searched', 'searched+cost0.5', 'uniform+scratch_b', 'filters+rewind'. All arms
+end in scores, {layer: [C] float}, that `prune.fit` cuts to the same ceiling on
+the MACs, by the same rules of minimum width and ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfs_jax import costs, errors, prune
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """What tells one arm from another.
+
+  Attributes:
+    scores: Where the scores of the channels come from: 'gates' (a search),
+      'equal' (uniform width), 'random' (a uniform draw per channel), 'shuffled'
+      (the counts of a search, permuted among layers of equal width), 'filters'
+      (L1 norm of trained filters over its layer's mean), 'scales' (|BatchNorm
+      scale| after network slimming), 'full' (nothing is cut).
+    ranking: What is done to the gates before the cut: 'global' (nothing, as in
+      the paper), 'layer_mean' or 'cost'.
+    power: Of the cost, with ranking 'cost'.
+    pretrain_epochs: Epochs for which the weights were trained before the
+      search; at most (and inf: as many as) config.train.epochs.
+    penalty: Weight of the L1 norm of the BatchNorm scales in network slimming.
+    training: 'scratch' (new random weights), 'inherit' (the kept channels'
+      weights where they were scored), 'rewind' (the same channels' first
+      random values), or 'none' (only the structure).
+    overrides: Fields of the config.
+  """
+
+  scores: str = 'gates'
+  ranking: str = 'global'
+  power: float = 0.0
+  pretrain_epochs: float = 0.0
+  penalty: float = 0.0
+  training: str = 'scratch'
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def searches(self) -> bool:
+    """Whether a search of gates is part of it."""
+    return self.scores in ('gates', 'shuffled')
+
+  @property
+  def untrained(self) -> bool:
+    """Whether its scores need nothing but the cost model and the seed."""
+    return self.scores in ('full', 'equal', 'random')
+
+
+# Fine-tuning starts at a tenth of the recipe's rate: at the whole rate the
+# first epochs undo what was inherited.
+WORDS: dict[str, dict[str, Any]] = {
+  'full': {'scores': 'full'},
+  'searched': {'scores': 'gates'},
+  'pretrained': {'scores': 'gates', 'pretrain_epochs': math.inf},
+  'uniform': {'scores': 'equal'},
+  'random': {'scores': 'random'},
+  'shuffled': {'scores': 'shuffled'},
+  'filters': {'scores': 'filters'},
+  'slimming': {'scores': 'scales', 'penalty': 1e-4},
+  'layer_mean': {'ranking': 'layer_mean'},
+  'cost0.5': {'ranking': 'cost', 'power': 0.5},
+  'cost1': {'ranking': 'cost', 'power': 1.0},
+  'min_share': {'overrides': {'budget.min_share': 0.1}},
+  'scratch_b': {'overrides': {'train.scratch': 'B'}},
+  'fine_tune': {
+    'training': 'inherit',
+    'overrides': {'train.learning_rate': 0.01},
+  },
+  'rewind': {'training': 'rewind'},
+  'structure': {'training': 'none'},
+}
+
+
+def parse(name: str) -> Arm:
+  """The arm that words joined by '+' describe; unknown ones list the known."""
+  fields: dict[str, Any] = {}
+  for word in name.split('+'):
+    if word not in WORDS:
+      raise errors.UserError(
+        f'config.arms must be of the words {", ".join(WORDS)}, joined by +; '
+        f'got {name!r}.'
+      )
+    change = dict(WORDS[word])
+    overrides = {**fields.get('overrides', {}), **change.pop('overrides', {})}
+    fields = {**fields, **change, 'overrides': overrides}
+  arm = Arm(**fields)
+  if arm.training in ('inherit', 'rewind') and arm.scores in (
+    'full',
+    'equal',
+    'random',
+    'shuffled',
+  ):
+    raise errors.UserError(
+      f'config.arms: {name!r} has no weights to start from.'
+    )
+  return arm
+
+
+# Scores.
+
+
+def generator(seed: int, purpose: str) -> np.random.Generator:
+  """A generator for one purpose of one seed."""
+  return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
+
+
+def equal(cost_model: costs.CostModel) -> dict[str, np.ndarray]:
+  """All 1: ties spread in proportion, so `prune.fit` gives uniform width."""
+  return {
+    name: np.ones(width)
+    for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
+  }
+
+
+def random(cost_model: costs.CostModel, seed: int) -> dict[str, np.ndarray]:
+  """A draw from [0, 1) per channel: no layer is favoured, whatever its size."""
+  rng = generator(seed, 'random gates')
+  return {
+    name: rng.random(width)
+    for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
+  }
+
+
+def shuffled(
+  cost_model: costs.CostModel, counts: Sequence[int], seed: int
+) -> dict[str, np.ndarray]:
+  """Scores that lead `prune.fit` to counts permuted among equal layers.
+
+  The counts of the layers of equal width (VGG's and ResNet's stages; VGG's last
+  two are one group) are permuted at random. The j-th channel of a layer that is
+  to keep t gets the score t / (j + 0.5). So the ranking, cut anywhere, keeps
+  about s * t channels in every layer, for one s: the permuted counts, scaled by
+  a common factor as the ceiling asks (about 1, since permuting changes the
+  MACs), with ties, minimum width and the last channels by the rules of the
+  solver.
+
+  Args:
+    cost_model: Costs of the searched network.
+    counts: What a search kept in each layer.
+    seed: Of the permutation.
+  """
+  rng = generator(seed, 'shuffled counts')
+  widths, wanted = np.array(cost_model.widths), np.array(counts)
+  for width in dict.fromkeys(cost_model.widths):
+    group = np.flatnonzero(widths == width)
+    wanted[group] = wanted[rng.permutation(group)]
+  return {
+    name: t / (np.arange(width) + 0.5)
+    for name, width, t in zip(cost_model.layers, widths, wanted, strict=True)
+  }
+
+
+def _leaf(params: Mapping[str, Any], layer: str, *names: str) -> np.ndarray:
+  for name in (*layer.split('/'), *names):
+    params = params[name]
+  return np.asarray(params, np.float64)
+
+
+def filters(
+  params: Mapping[str, Any], layers: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """L1 norm of each filter over its layer's mean (Li et al. 2017).
+
+  Norms of layers with other fan-in have another scale, hence the mean.
+
+  Args:
+    params: Of the trained network; kernels [k, k, C_in, C].
+    layers: The gated layers.
+  """
+  return prune.over_layer_mean(
+    {
+      layer: np.abs(_leaf(params, layer, 'conv', 'kernel')).sum((0, 1, 2))
+      for layer in layers
+    }
+  )
+
+
+def scales(
+  params: Mapping[str, Any], layers: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """|scale| of each layer's BatchNorm, ranked globally (Liu et al. 2017)."""
+  return {
+    layer: np.abs(_leaf(params, layer, 'bn', 'scale')) for layer in layers
+  }
+
+
+def ranked(
+  arm: Arm, gates: Mapping[str, Any], cost_model: costs.CostModel
+) -> dict[str, np.ndarray]:
+  """The scores that an arm makes of searched gates."""
+  if arm.ranking == 'layer_mean':
+    return prune.over_layer_mean(gates)
+  if arm.ranking == 'cost':
+    return prune.over_cost(gates, cost_model, arm.power)
+  return dict(gates)

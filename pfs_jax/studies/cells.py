@@ -1,0 +1,149 @@
+"""One cell: a structure by some arm, trained in some way, one record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pfs_jax import prune, runs, stages
+from pfs_jax import train as train_lib
+from pfs_jax.studies import arms, plan, products, results
+
+
+def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
+  """Does a cell, or what is left of it, and gives its record.
+
+  Args:
+    cell: What is to be done.
+    root: The study's workdir; the cell's folder is cells/<hash> in it.
+
+  Raises:
+    products.Busy: If another process is making something that it needs.
+  """
+  folder = root / 'cells' / cell.hash
+  with (
+    (folder / 'log.txt').open('a') as log,
+    contextlib.redirect_stdout(log),
+  ):
+    found = _structure(cell, folder, root)
+    record = {**_record(cell, folder), **found}
+    if cell.arm.training != 'none':
+      record |= _trained(cell, folder)
+  runs.write_json(folder / 'cell.json', record)
+  _forget_programs()
+  return record
+
+
+def _forget_programs() -> None:
+  """Frees compiled programs: hardly a cell has the shapes of another.
+
+  What is needed again comes from the compilation cache on disk.
+  """
+  train_lib.compiled_call.cache_clear()
+  jax.clear_caches()
+
+
+# Structure.
+
+
+def scores(
+  cell: plan.Cell, cost_model, root: pathlib.Path
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """({layer: scores}, fields of the record that say what they are from)."""
+  arm, seed = cell.arm, cell.seed
+  if arm.scores in ('full', 'equal'):
+    return arms.equal(cost_model), {}
+  if arm.scores == 'random':
+    return arms.random(cost_model, seed), {}
+  if arm.scores in ('filters', 'scales'):
+    variables, folder = products.trained(cell, root, math.inf)
+    score = arms.filters if arm.scores == 'filters' else arms.scales
+    found = score(variables['params'], cost_model.layers)
+    return found, {'wide_seconds': products.seconds(folder)}
+  gates, folder = products.searched(cell, root)
+  facts = {
+    'search_seconds': products.seconds(folder / 'search'),
+    'search_epochs': cell.config.search.epochs,
+    'sparsity': cell.config.search.sparsity,
+    'pretrain_epochs': arm.pretrain_epochs,
+    'gate_means': {k: round(float(g.mean()), 4) for k, g in gates.items()},
+  }
+  return arms.ranked(arm, gates, cost_model), facts
+
+
+def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
+  """Writes structure.json; the record's fields about it."""
+  job = stages.Job(cell.config, folder)
+  model, budget = job.network.cost_model, job.budgets[0]
+  found, facts = scores(cell, model, root)
+  structure = prune.fit(found, model, **budget.ceilings())
+  if cell.arm.scores == 'shuffled':
+    found = arms.shuffled(model, structure.counts, cell.seed)
+    structure = prune.fit(found, model, **budget.ceilings())
+  structure = dataclasses.replace(
+    structure,
+    model=job.network.description,
+    source={'budget': budget.name, 'seed': cell.seed, 'arm': cell.name},
+  )
+  runs.write_text(folder / 'structure.json', structure.to_json() + '\n')
+  if cell.arm.training == 'none':
+    kept = prune.kept(found, structure)
+    facts['kept'] = {name: results.bits(kept[name]) for name in kept}
+  return {**_costs(job, structure), **facts}
+
+
+def _costs(job: stages.Job, structure: prune.Structure) -> dict[str, Any]:
+  network = job.network
+  return {
+    'model': network.description['name'],
+    'macs': structure.macs,
+    'reference_macs': network.reference_macs,
+    'macs_share': structure.macs / network.reference_macs,
+    'params': structure.params,
+    'counts': dict(zip(structure.layers, structure.counts, strict=True)),
+    'widths': list(network.cost_model.widths),
+    'tie_share': structure.tie_share,
+  }
+
+
+# Training and record.
+
+
+def _trained(cell: plan.Cell, folder: pathlib.Path) -> dict[str, Any]:
+  """Trains the structure as `--mode=train` does; the record's fields of it."""
+  c = cell.config.copy_and_resolve_references()
+  c.train.structure = str(folder / 'structure.json')
+  stages.train(stages.Job(c, folder))
+  result: Mapping[str, Any] = runs.read_json(folder / 'result.json')
+  epochs = c.train.epochs
+  if c.train.scratch == 'B':
+    epochs *= result['reference_macs'] / result['macs']
+  return {
+    'test_accuracy': result['test_accuracy'],
+    'seconds': result['seconds'],
+    'commit': result['versions']['commit'],
+    'hardware': result['versions']['hardware'],
+    'train_epochs': epochs,
+  }
+
+
+def _record(cell: plan.Cell, folder: pathlib.Path) -> dict[str, Any]:
+  versions = runs.versions()
+  return {
+    'arm': cell.name,
+    'variation': dict(cell.variation),
+    'seed': cell.seed,
+    'config_hash': cell.hash,
+    'commit': versions['commit'],
+    'hardware': versions['hardware'],
+    'test_accuracy': None,
+    'seconds': 0.0,
+    'fields': cell.identity,
+  }

@@ -1,0 +1,151 @@
+"""Runs the cells of a study, each once, in as many processes as are started.
+
+    workdir/  cells/<hash>/   a run folder, with cell.json when it is finished
+              shared/         searches and wide trainings (`products`)
+              compiled/       JAX's compilation cache
+              <study>.json    the results, unless config.results_dir says where
+
+A cell is done by the process that holds its lock; others pass it over and come
+back. What was cut off goes on from its checkpoints. A cell whose hash is in the
+results already, from whatever machine, is not done again.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from pfs_jax import console, errors, runs
+from pfs_jax.studies import cells, locks, plan, products, results
+
+_POLL_SECONDS = 1.0
+
+
+def asked(mode: str, c: ml_collections.ConfigDict) -> bool:
+  """Whether a study is asked for; raises UserError unless the config is one.
+
+  Args:
+    mode: Of the command line.
+    c: Any config; one of a study has the field `study`.
+  """
+  if ('study' in c) != (mode == 'study'):
+    kind = 'a study' if 'study' in c else 'one run'
+    wanted = 'study' if 'study' in c else 'run, search, ...'
+    raise errors.UserError(
+      f'--mode={mode}: the config is that of {kind} (--mode={wanted}).'
+    )
+  return mode == 'study'
+
+
+def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Does the cells that are not done yet and prints the tables.
+
+  Raises:
+    errors.UserError: If some cells failed; the others are done before.
+  """
+  planned = plan.cells(study)
+  if not study.report_only:
+    _cache_programs(study, workdir)
+    _work(study, workdir, planned)
+  results.show(study, workdir)
+
+
+def _cache_programs(study, workdir: pathlib.Path) -> None:
+  """Compiled programs are kept on disk: each structure has its own.
+
+  JAX_COMPILATION_CACHE_DIR, where set, is left as it is.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = study.compilation_cache or str((workdir / 'compiled').absolute())
+    jax.config.update('jax_compilation_cache_dir', folder)
+
+
+class _Run:
+  """What one process knows while it works through a study."""
+
+  def __init__(self, study, workdir, planned):
+    self.study, self.workdir = study, workdir
+    self.order = [cell.hash for cell in planned]
+    self.file = results.path(study, workdir)
+    self.pending = list(planned)
+    self.failed: list[str] = []
+    self.worked = 0  # Cells done by this process.
+    self.start = time.perf_counter()
+
+  def record(self, cell: plan.Cell) -> Mapping[str, Any] | None:
+    """The record of a finished cell, from its folder or any results."""
+    path = self.workdir / 'cells' / cell.hash / 'cell.json'
+    if path.exists():
+      return runs.read_json(path)
+    return results.known(self.study, self.workdir).get(cell.hash)
+
+  def finish(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
+    """Puts a cell's record into the study's results."""
+    self.pending.remove(cell)
+    record = {
+      **{k: v for k, v in record.items() if k != 'study'},
+      'arm': cell.name,
+      'variation': dict(cell.variation),
+    }
+    record = {'study': self.study.study, **record}
+    there = {r['config_hash']: r for r in results.read(self.file)}
+    if there.get(cell.hash) != record:
+      results.merge(self.file, record, self.order)
+
+  def say(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
+    """One line: what came out, how far the study is, and the time left."""
+    left = len(self.pending)
+    seconds = (time.perf_counter() - self.start) / max(self.worked, 1)
+    accuracy = record['test_accuracy']
+    outcome = '' if accuracy is None else f'{accuracy:.2%} at '
+    console.say(
+      f'{self.study.study} {len(self.order) - left}/{len(self.order)}  '
+      f'{cell.label}, seed {cell.seed}: {outcome}{record["macs_share"]:.1%} of '
+      f'the MACs  {console.duration(seconds * left)} left'
+    )
+
+
+def _work(study, workdir: pathlib.Path, planned: list[plan.Cell]) -> None:
+  run_ = _Run(study, workdir, planned)
+  for cell in planned:
+    record = run_.record(cell)
+    if record is not None:
+      run_.finish(cell, record)
+  done = len(planned) - len(run_.pending)
+  console.say(
+    f'{study.study}: {done} of {len(planned)} cells are done; results in '
+    f'{run_.file}'
+  )
+  while run_.pending:
+    progress = [_attempt(run_, cell) for cell in list(run_.pending)]
+    if run_.pending and not any(progress):
+      time.sleep(_POLL_SECONDS)  # The rest is in work elsewhere.
+  if run_.failed:
+    raise errors.UserError('\n'.join(run_.failed[:3]))
+
+
+def _attempt(run_: _Run, cell: plan.Cell) -> bool:
+  """Does a cell unless another process is at it; whether it was settled."""
+  with locks.attempt(run_.workdir / 'cells' / cell.hash) as held:
+    if not held:
+      return False
+    record = run_.record(cell)  # Another process may have finished it.
+    if record is None:
+      try:
+        record = cells.run(cell, run_.workdir)
+      except products.Busy:
+        return False
+      except errors.UserError as e:
+        run_.pending.remove(cell)
+        run_.failed.append(f'{cell.label}, seed {cell.seed}: {e}')
+        console.say(f'failed: {run_.failed[-1]}')
+        return True
+      run_.worked += 1
+    run_.finish(cell, record)
+    run_.say(cell, record)
+    return True

@@ -1,0 +1,212 @@
+"""A study's config, and the cells that follow from it.
+
+    cells = seeds x values of one varied field x arms,
+
+seed by seed, so that comparisons paired by seed exist early. Cells that would
+be the same work (uniform width does not depend on how long others search) are
+one cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from pfs_jax import config, errors
+from pfs_jax.studies import arms
+
+# Part of every cell's hash. To be raised when a default of the config, or the
+# code, changes what a cell with the same fields comes out at.
+REVISION = 1
+
+
+def default(
+  name: str,
+  base: ml_collections.ConfigDict,
+  *,
+  arms: Sequence[str],
+  seeds: Sequence[int],
+  field: str = '',
+  values: Sequence[float] = (),
+  baseline: str = '',
+) -> ml_collections.ConfigDict:
+  """A study, locked.
+
+  Args:
+    name: Of the study and of its file under `results_dir`.
+    base: The config of one run; each arm and value changes some of its fields.
+    arms: Names of arms, see `arms.WORDS`.
+    seeds: One run for each.
+    field: The field that is varied, such as 'search.epochs', or a number of the
+      arm, such as 'arm.pretrain_epochs'; '' for none.
+    values: Its values.
+    baseline: The arm that the others are compared with, paired by seed.
+  """
+  return ml_collections.ConfigDict(
+    {
+      'study': name,
+      'base': base,
+      'arms': tuple(arms),
+      'seeds': tuple(seeds),
+      'field': field,
+      'values': tuple(values),
+      'baseline': baseline,
+      'results_dir': '',  # Where <study>.json is kept; '': in the workdir.
+      'report_only': False,  # Print the tables of what there is, run nothing.
+      'compilation_cache': '',  # '': compiled/ in the workdir.
+    }
+  ).lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of a study.
+
+  Attributes:
+    name: The arm's name.
+    arm: What it means.
+    seed: The seed.
+    variation: {field: value} where the varied field changes the work, else {}.
+    config: The whole config of the run.
+    wide: That of what comes before the cut: without what the arm changes.
+  """
+
+  name: str
+  arm: arms.Arm
+  seed: int
+  variation: Mapping[str, float]
+  config: ml_collections.ConfigDict
+  wide: ml_collections.ConfigDict
+
+  @functools.cached_property
+  def identity(self) -> dict[str, Any]:
+    """The fields on which the cell's result depends, where not the default.
+
+    Fields at their default are left out, so that a field added later, with a
+    default that changes nothing, leaves the hashes of finished cells alone.
+    """
+    arm = self.arm
+    fields = changed(
+      self.config,
+      *(['search'] if arm.searches else []),
+      *([] if arm.training == 'none' else ['train']),
+    )
+    fields |= _differing(self.config, 'budget')
+    if arm.pretrain_epochs or not (arm.searches or arm.untrained):
+      wide = changed(self.wide, 'train')
+      fields |= {k.replace('config.', 'wide.'): v for k, v in wide.items()}
+    return {**fields, **_arm_fields(arm)}
+
+  @functools.cached_property
+  def hash(self) -> str:
+    """12 hexadecimal digits of the identity; the name of the cell's folder."""
+    return config.digest({**self.identity, 'revision': REVISION})
+
+  @property
+  def label(self) -> str:
+    """The arm and what is varied."""
+    varied = [f'{k.split(".")[-1]} {v:g}' for k, v in self.variation.items()]
+    return ', '.join([self.name, *varied])
+
+
+def _differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
+  plain = config.flat(config.default(), *fields)
+  found = config.flat(c, *fields)
+  return {k: v for k, v in found.items() if v != plain[k]}
+
+
+def changed(c: ml_collections.ConfigDict, *sections: str) -> dict[str, Any]:
+  """The fields of `config.identity` of these sections that are not default."""
+  known = set().union(*(config.identity(c, s) for s in ('search', 'train')))
+  fields = _differing(c, 'seed', 'dtype', 'model', 'data', *sections)
+  fields = {k: v for k, v in fields.items() if k in known}
+  return {'config.seed': c.seed, **fields}
+
+
+def _arm_fields(arm: arms.Arm) -> dict[str, Any]:
+  fields = dataclasses.asdict(arm)
+  del fields['overrides']  # They are in the config.
+  return {f'arm.{name}': value for name, value in fields.items()}
+
+
+def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
+  arm = arms.parse(name)
+  wide = study.base.copy_and_resolve_references()
+  fields = {'seed': seed, 'train.structure': '', 'train.reference': False}
+  for field, value in variation.items():
+    if field.startswith('arm.'):
+      arm = dataclasses.replace(arm, **{field.removeprefix('arm.'): value})
+    elif field == 'budget.keep':
+      fields[field] = (float(value),)
+    else:
+      fields[field] = value
+  wide.update_from_flattened_dict(fields)
+  c = wide.copy_and_resolve_references()
+  c.update_from_flattened_dict(dict(arm.overrides))
+  if arm.scores == 'full':  # The reference network, whatever is searched.
+    c.update_from_flattened_dict(
+      {'model.width': 0, 'model.multiplier': 1.0, 'budget.keep': (1.0,)}
+    )
+  epochs = min(arm.pretrain_epochs, wide.train.epochs)
+  arm = dataclasses.replace(arm, pretrain_epochs=float(epochs))
+  return Cell(name, arm, seed, dict(variation), c, wide)
+
+
+def _check(study: ml_collections.ConfigDict) -> None:
+  for field in ('arms', 'seeds'):
+    if not study[field]:
+      raise errors.UserError(f'config.{field} must not be empty.')
+    if len(set(study[field])) < len(study[field]):
+      raise errors.UserError(
+        f'config.{field} must name each once; got {study[field]}.'
+      )
+  if bool(study.field) != bool(study['values']):
+    raise errors.UserError(
+      'config.field and config.values must be given together.'
+    )
+  if study.baseline and study.baseline not in study.arms:
+    raise errors.UserError(
+      f'config.baseline must be one of {", ".join(study.arms)}; '
+      f'got {study.baseline!r}.'
+    )
+  if study.field.startswith('arm.'):
+    known = ('pretrain_epochs', 'penalty', 'power')
+    if study.field.removeprefix('arm.') not in known:
+      raise errors.UserError(
+        f'config.field must be a field of a run or arm. and one of '
+        f'{", ".join(known)}; got {study.field!r}.'
+      )
+  elif study.field and f'config.{study.field}' not in config.flat(
+    study.base, *study.base
+  ):
+    raise errors.UserError(
+      f'config.field must be a field of config.base; got {study.field!r}.'
+    )
+  if not all(math.isfinite(v) for v in study['values']):
+    raise errors.UserError('config.values must be finite.')
+
+
+def cells(study: ml_collections.ConfigDict) -> list[Cell]:
+  """The cells of a study, seed by seed, each once.
+
+  Raises:
+    errors.UserError: If a field of the study or of a cell's config is wrong.
+  """
+  _check(study)
+  variations = [{study.field: v} for v in study['values']] or [{}]
+  found: dict[str, Cell] = {}
+  for seed in study.seeds:
+    for variation in variations:
+      for name in study.arms:
+        cell = _cell(study, name, seed, variation)
+        config.validate(cell.config)
+        if cell.hash not in found:
+          found[cell.hash] = cell
+        elif found[cell.hash].name == name:  # The field changes nothing here.
+          found[cell.hash] = dataclasses.replace(found[cell.hash], variation={})
+  return list(found.values())

@@ -1,0 +1,181 @@
+"""What several cells of a study share: searches and trained wide networks.
+
+Each lies in a folder named by the hash of what it depends on, is made once, and
+goes on from its checkpoint if it was cut off:
+
+    shared/search-<hash>/   a run folder; search/gates.npz
+    shared/trained-<hash>/  metrics.jsonl checkpoints/ weights/<epoch>.npz
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pfs_jax import config, errors, runs, stages
+from pfs_jax import train as train_lib
+from pfs_jax.studies import locks, plan
+
+
+class Busy(Exception):
+  """Another process is making what is needed; come back later."""
+
+
+def _folder(root: pathlib.Path, kind: str, fields: Mapping[str, Any]):
+  return root / 'shared' / f'{kind}-{config.digest(fields)}'
+
+
+# Weights.
+
+
+@functools.cache
+def scale_penalty(penalty: float) -> optax.GradientTransformation:
+  """Adds penalty * sign(scale) to the gradients of BatchNorm's scales.
+
+  The subgradient of penalty * sum |scale|: network slimming (Liu et al. 2017).
+  """
+
+  def add(path, gradient, parameter):
+    if path[-1].key != 'scale':
+      return gradient
+    return gradient + penalty * jnp.sign(parameter)
+
+  return optax.stateless(
+    lambda updates, params: jax.tree_util.tree_map_with_path(
+      add, updates, params
+    )
+  )
+
+
+@functools.cache
+def _optimizer(base: optax.GradientTransformation, penalty: float):
+  return optax.chain(scale_penalty(penalty), base) if penalty else base
+
+
+def first_weights(job: stages.Job) -> dict[str, Any]:
+  """The random variables that a search starts from, gates left out."""
+  return {k: v for k, v in job.search_weights.items() if k != 'gates'}
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  flat = flax.traverse_util.flatten_dict(jax.device_get(dict(variables)))
+  return {'/'.join(path): value for path, value in flat.items()}
+
+
+def _read_weights(path: pathlib.Path) -> dict[str, Any]:
+  flat = runs.read_arrays(path)
+  return flax.traverse_util.unflatten_dict(
+    {tuple(name.split('/')): value for name, value in flat.items()}
+  )
+
+
+def trained(cell: plan.Cell, root: pathlib.Path, epochs: float):
+  """(variables, folder) of the searched network, trained for so many epochs.
+
+  The ungated network at the searched width starts from the weights that the
+  search would freeze and is trained by the recipe on the search's part of the
+  training images, so validation images stay unseen. There is one training of
+  config.train.epochs with its schedule; fewer epochs are a look at it on its
+  way, as in the paper.
+
+  Args:
+    cell: Whose config and penalty it is.
+    root: The study's workdir.
+    epochs: Whole epochs, or all.
+
+  Raises:
+    Busy: If another process is at it.
+  """
+  fields = plan.changed(cell.wide, 'train')
+  fields['arm.penalty'] = cell.arm.penalty
+  folder = _folder(root, 'trained', fields)
+  name = 'all' if epochs >= cell.wide.train.epochs else f'{epochs:g}'
+  path = folder / 'weights' / f'{name}.npz'
+  if not (folder / 'weights' / 'all.npz').exists():
+    with locks.attempt(folder) as held:
+      if not held:
+        raise Busy(folder.name)
+      _train(cell, folder)
+  if not path.exists():
+    raise errors.UserError(
+      f'arm.pretrain_epochs must be whole epochs, or all; got {epochs:g}.'
+    )
+  return _read_weights(path), folder
+
+
+def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
+  job = stages.Job(cell.wide, folder)
+  module = job.network.narrow(job.network.cost_model.widths)
+  source = job.data.train_source('train', hold_out=True)
+  validation, per_epoch = job.data.validation(), source.steps_per_epoch
+  total = config.steps(job.config.train.epochs, per_epoch)
+  base = train_lib.optimizer(job.config.train, total)
+  state = train_lib.init(
+    module,
+    first_weights(job),
+    _optimizer(base, cell.arm.penalty),
+    job.config.train.label_smoothing,
+  )
+
+  def evaluate(state, step):
+    if step % per_epoch == 0:
+      path = folder / 'weights' / f'{step // per_epoch}.npz'
+      runs.write_arrays(path, _flatten(state.variables))
+    if validation is None:
+      return {}
+    found = train_lib.evaluate(module, state.variables, validation)
+    return {f'validation_{k}': v for k, v in found.items()}
+
+  with source:
+    state = train_lib.loop(
+      state,
+      train_lib.step,
+      source,
+      job.plan(total, per_epoch),
+      folder=folder,
+      label='wide',
+      evaluate=evaluate,
+    )
+  runs.write_arrays(folder / 'weights' / 'all.npz', _flatten(state.variables))
+
+
+# Gates.
+
+
+def searched(cell: plan.Cell, root: pathlib.Path):
+  """(gates, folder) of the search of a cell.
+
+  Raises:
+    Busy: If another process is at it, or at its weights.
+  """
+  variables = None
+  fields = plan.changed(cell.wide, 'search')
+  if cell.arm.pretrain_epochs:
+    variables, where = trained(cell, root, cell.arm.pretrain_epochs)
+    fields['trained'] = where.name
+    fields['arm.pretrain_epochs'] = cell.arm.pretrain_epochs
+  folder = _folder(root, 'search', fields)
+  path = folder / 'search' / 'gates.npz'
+  if not path.exists():
+    with locks.attempt(folder) as held:
+      if not held:
+        raise Busy(folder.name)
+      job = stages.Job(cell.wide, folder)
+      if variables is not None:
+        job.search_weights = variables
+      stages.search(job)
+  return runs.read_arrays(path), folder
+
+
+def seconds(folder: pathlib.Path) -> float:
+  """Seconds that a product took, compilation included."""
+  records = runs.read_metrics(folder)
+  return records[-1]['seconds'] if records else 0.0

@@ -1,0 +1,219 @@
+"""Results of a study: records, the file they are kept in, and its tables.
+
+results/<study>.json is a list of records, one a line, each with the fields
+
+  study arm variation seed config_hash commit model macs reference_macs
+  macs_share params counts test_accuracy seconds hardware
+
+(test_accuracy 0..1 of the last epoch, null where only the structure was asked;
+seconds of the training, those of search and wide training apart) and, for
+whoever asks why, fields, train_epochs, search_epochs, sparsity, tie_share,
+gate_means {layer: mean gate} and kept {layer: bits as hexadecimal, channel 0
+the lowest}.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfs_jax import console, runs
+from pfs_jax.studies import locks, plan, statistics
+
+Record = Mapping[str, Any]
+
+
+def path(study, workdir: pathlib.Path) -> pathlib.Path:
+  """The file of a study's results."""
+  folder = pathlib.Path(study.results_dir) if study.results_dir else workdir
+  return folder / f'{study.study}.json'
+
+
+def read(file: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a file, [] if there is none."""
+  return runs.read_json(file) if file.exists() else []
+
+
+def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
+  """Puts one record into a file that other processes write to as well.
+
+  Records stand in the study's order of cells (`order`, hashes); those of cells
+  that the study no longer has come last.
+  """
+  with locks.alone(file.parent):
+    found = {r['config_hash']: r for r in read(file)}
+    found[record['config_hash']] = record
+    place = {h: i for i, h in enumerate(order)}
+    ordered = sorted(found, key=lambda h: place.get(h, len(place)))
+    lines = ',\n'.join(json.dumps(found[h]) for h in ordered)
+    runs.write_text(file, f'[\n{lines}\n]\n')
+
+
+def known(study, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """{config hash: record} of every study beside this one's file."""
+  folder = path(study, workdir).parent
+  records = [r for f in sorted(folder.glob('*.json')) for r in read(f)]
+  return {r['config_hash']: r for r in records}
+
+
+def bits(indices: Iterable[int]) -> str:
+  """A set of channels as hexadecimal digits."""
+  return f'{sum(1 << int(i) for i in indices):x}'
+
+
+def channels(text: str) -> list[int]:
+  """The set that `bits` wrote."""
+  number = int(text, 16)
+  return [i for i in range(number.bit_length()) if number >> i & 1]
+
+
+# Tables.
+
+
+def mine(study, workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of the study's cells, in their order."""
+  there = {r['config_hash']: r for r in read(path(study, workdir))}
+  found = []
+  for cell in plan.cells(study):
+    if cell.hash in there:
+      found.append({**there[cell.hash], 'label': cell.label})
+  return found
+
+
+def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
+  """{label of arm and variation: records}, in order of appearance."""
+  groups: dict[str, list[Record]] = {}
+  for record in records:
+    groups.setdefault(record['label'], []).append(record)
+  return groups
+
+
+def accuracies(records: Sequence[Record]) -> dict[int, float]:
+  """{seed: test accuracy in percent}."""
+  return {
+    r['seed']: 100 * r['test_accuracy']
+    for r in records
+    if r['test_accuracy'] is not None
+  }
+
+
+def _opponent(study, records, group) -> dict[int, float]:
+  """The baseline's accuracies at the variation of a group, or at none."""
+  for variation in (group[0]['variation'], {}):
+    found = [
+      r
+      for r in records
+      if r['arm'] == study.baseline and r['variation'] == variation
+    ]
+    if found:
+      return accuracies(found)
+  return {}
+
+
+def _signed(low: float | None, high: float | None) -> str:
+  return '-' if low is None else f'{low:+.2f} .. {high:+.2f}'
+
+
+def rows(study, records: Sequence[Record]) -> list[list[str]]:
+  """One row for each arm and variation: accuracy, spread, difference, cost."""
+  table = []
+  for label, group in grouped(records).items():
+    found = accuracies(group)
+    if not found:
+      continue
+    total = statistics.summary(list(found.values()))
+    share = np.mean([r['macs_share'] for r in group])
+    seconds = np.mean([r['seconds'] for r in group])
+    sd = '-' if total.sd is None else f'{total.sd:.2f}'
+    row = [label, str(total.n), f'{total.mean:.2f}', sd]
+    versus = None
+    if study.baseline and group[0]['arm'] != study.baseline:
+      versus = statistics.paired(found, _opponent(study, records, group))
+    if versus is None:
+      row += ['', '']
+    else:
+      row += [f'{versus.mean:+.2f}', _signed(versus.low, versus.high)]
+    table.append([*row, f'{share:.1%}', f'{seconds:.0f}'])
+  return table
+
+
+def shares(record: Record) -> list[float]:
+  """Share kept of each layer."""
+  counts = record['counts'].values()
+  return [n / w for n, w in zip(counts, record['widths'], strict=True)]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+  values = [v for v in values if v is not None]
+  return float(np.mean(values)) if values else None
+
+
+def overlap(a: Record, b: Record) -> tuple[float, float]:
+  """(Jaccard index of the kept channels, that of chance), means over layers."""
+  found, chance = [], []
+  for layer, width in zip(a['counts'], a['widths'], strict=True):
+    first, second = channels(a['kept'][layer]), channels(b['kept'][layer])
+    found.append(statistics.jaccard(first, second))
+    chance.append(statistics.chance_jaccard(width, len(first), len(second)))
+  return float(np.mean(found)), float(np.mean(chance))
+
+
+def similarity(
+  pairs: Sequence[tuple[Record, Record]],
+) -> tuple[float | None, float | None, float | None]:
+  """Means over pairs: correlation of shares, overlap, overlap by chance."""
+  correlations, found, chance = [], [], []
+  for a, b in pairs:
+    correlations.append(statistics.correlation(shares(a), shares(b)))
+    if 'kept' in a and 'kept' in b:
+      for values, value in zip((found, chance), overlap(a, b), strict=True):
+        values.append(value)
+  return _mean(correlations), _mean(found), _mean(chance)
+
+
+def similarity_rows(records: Sequence[Record]) -> list[list[str]]:
+  """Structures of different seeds, then those of one seed along a variation."""
+  groups, table = grouped(records), []
+
+  def row(label, pairs):
+    if pairs:
+      shown = ('-' if v is None else f'{v:.2f}' for v in similarity(pairs))
+      table.append([label, str(len(pairs)), *shown])
+
+  for label, group in groups.items():
+    row(f'{label}: seeds', list(itertools.combinations(group, 2)))
+  for a, b in itertools.combinations(groups, 2):
+    if groups[a][0]['arm'] != groups[b][0]['arm']:
+      continue
+    other = {r['seed']: r for r in groups[b]}
+    same = [(r, other[r['seed']]) for r in groups[a] if r['seed'] in other]
+    row(f'{a} / {b.rpartition(", ")[2]}: same seed', same)
+  return table
+
+
+def show(study, workdir: pathlib.Path) -> None:
+  """Prints the tables of what is finished."""
+  records, total = mine(study, workdir), len(plan.cells(study))
+  file = path(study, workdir)
+  if any(r['test_accuracy'] is not None for r in records):
+    against = f' - {study.baseline}' if study.baseline else ''
+    console.table(
+      f'{study.study}: test accuracy in %, {len(records)} of {total} cells, '
+      f'{file}',
+      ['arm', 'n', 'mean', 'sd', against, '95 %', 'MACs', 's'],
+      rows(study, records),
+    )
+  if any('kept' in r for r in records):
+    console.table(
+      f'{study.study}: similarity of structures, {len(records)} of {total} '
+      f'cells, {file}',
+      ['between', 'pairs', 'correlation', 'overlap', 'by chance'],
+      similarity_rows(records),
+    )
+  if not records:
+    console.say(f'{study.study}: none of {total} cells is finished ({file}).')

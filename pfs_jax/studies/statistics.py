@@ -1,0 +1,84 @@
+"""Statistics of studies: spread, paired differences, similarity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import scipy.stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """n values, their mean, and the standard deviation (n - 1; None if n < 2)."""
+
+  n: int
+  mean: float
+  sd: float | None
+
+
+def summary(values: Sequence[float]) -> Summary:
+  """Mean and standard deviation of at least one value."""
+  values = np.asarray(values, np.float64)
+  sd = float(values.std(ddof=1)) if len(values) > 1 else None
+  return Summary(len(values), float(values.mean()), sd)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A mean difference over n pairs and its 95 % interval (None if n < 2)."""
+
+  n: int
+  mean: float
+  low: float | None
+  high: float | None
+
+
+def paired(
+  ours: Mapping[int, float], theirs: Mapping[int, float]
+) -> Difference | None:
+  """ours - theirs over the seeds that both have; None if there are none.
+
+  The interval is mean +- t(0.975, n - 1) * sd / sqrt(n), Student's t on the
+  differences.
+
+  Args:
+    ours: {seed: value}.
+    theirs: {seed: value}.
+  """
+  seeds = sorted(set(ours) & set(theirs))
+  if not seeds:
+    return None
+  found = summary([ours[s] - theirs[s] for s in seeds])
+  if found.sd is None:
+    return Difference(found.n, found.mean, None, None)
+  half = scipy.stats.t.ppf(0.975, found.n - 1) * found.sd / math.sqrt(found.n)
+  half = float(half)
+  return Difference(found.n, found.mean, found.mean - half, found.mean + half)
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+  """Pearson's correlation of two vectors; None where one is constant."""
+  a, b = (np.asarray(v, np.float64) - np.mean(v) for v in (a, b))
+  scale = math.sqrt(float(a @ a) * float(b @ b))
+  if scale < 1e-12:
+    return None
+  return float(a @ b) / scale
+
+
+def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
+  """Shared members over all members of two sets that are not both empty."""
+  a, b = set(a), set(b)
+  return len(a & b) / len(a | b)
+
+
+def chance_jaccard(n: int, first: int, second: int) -> float:
+  """Expected Jaccard index of random subsets of n things, of these sizes.
+
+  The overlap k is hypergeometric and the index k / (first + second - k).
+  """
+  k = np.arange(max(0, first + second - n), min(first, second) + 1)
+  chance = scipy.stats.hypergeom.pmf(k, n, first, second)
+  return float((chance * k / (first + second - k)).sum())
