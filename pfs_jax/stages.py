@@ -36,6 +36,8 @@ class Job:
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
     config.validate(c)
     self.config, self.workdir = c, workdir
+    # What the narrow network starts from; None: new random weights.
+    self.train_weights: Any = None
     self.spec = data.spec(c.data.name)
     self.network = models.network(
       c.model.name,
@@ -377,10 +379,13 @@ def _fit(job: Job, module, folder: pathlib.Path, label: str, epochs: float):
 
 
 def _initial(job: Job, module, total: int, label: str):
-  key = config.key(job.config.seed, f'{label} weights')
+  weights = job.train_weights if label == 'train' else None
+  if weights is None:
+    key = config.key(job.config.seed, f'{label} weights')
+    weights = models.init(module, key, job.image_shape)
   return train_lib.init(
     module,
-    models.init(module, key, job.image_shape),
+    weights,
     train_lib.optimizer(job.config.train, total),
     job.config.train.label_smoothing,
   )
