@@ -177,7 +177,7 @@ def _search(job: Job, folder: pathlib.Path) -> None:
   )
 
   def evaluate(state, step):
-    gates = jax.device_get(network.by_layer(state.gates))
+    gates = network.by_layer(jax.device_get(state.gates))
     runs.write_arrays(folder / 'gates' / f'{step:08d}.npz', gates)
     numbers = {
       'gates_mean': float(search_lib.mean_gate(gates)),
@@ -201,7 +201,7 @@ def _search(job: Job, folder: pathlib.Path) -> None:
       evaluate=evaluate,
     )
   runs.barrier('search')
-  _select(job, folder, jax.device_get(network.by_layer(state.gates)))
+  _select(job, folder, network.by_layer(jax.device_get(state.gates)))
 
 
 def _select(job: Job, folder: pathlib.Path, last) -> None:
