@@ -7,6 +7,19 @@ itself where configs/fashion.py may change, so that results stay comparable.
 from configs import fashion as fashion_config
 from pfs_jax import config, studies
 
+HEADLINE_ARMS = (
+  'searched',
+  'uniform',
+  'random',
+  'searched+layer_mean',
+  'searched+cost0.5',
+  'shuffled',
+  'searched+cost1',
+  'full',
+  'searched+cost0.5+min_share',
+  'searched+min_share',
+)
+
 
 def fashion():
   """VGG16 at base width 16, 10,000 Fashion-MNIST images, 30 % of the MACs."""
@@ -20,10 +33,10 @@ def fashion():
   return c
 
 
-def digits():
-  """VGG16 at base width 2 on 8x8 digits: the code of the studies, quickly."""
+def digits(name='vgg16'):
+  """A network of base width 2 on 8x8 digits: the studies' code, quickly."""
   c = config.default()
-  c.model.name = 'vgg16'
+  c.model.name = name
   c.model.base_width = 2
   c.data.name = 'digits'
   c.data.validation_examples = 300
@@ -38,7 +51,7 @@ def digits():
 def study(variant, name, *, smoke=None, base=None, **fields):
   """The study, or its smoke variant: digits, and the fields of `smoke`."""
   if variant == 'smoke':
-    return studies.default(name, digits(), **{**fields, **(smoke or {})})
-  base = base or fashion()
-  c = studies.default(name, base, **fields)
+    fields, base = {**fields, **(smoke or {})}, digits()
+    return studies.default(name, fields.pop('base', base), **fields)
+  c = studies.default(name, base or fashion(), **fields)
   return config.with_variant(c, variant, {'full': {}, 'smoke': {}})

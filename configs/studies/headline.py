@@ -16,26 +16,13 @@ cores. `smoke` runs the code on digits in half a minute.
 
 from configs.studies import common
 
-ARMS = (
-  'searched',
-  'uniform',
-  'random',
-  'searched+layer_mean',
-  'searched+cost0.5',
-  'shuffled',
-  'searched+cost1',
-  'full',
-  'searched+cost0.5+min_share',
-  'searched+min_share',
-)
-
 
 def get_config(variant='full'):
   """The study, or its smoke variant."""
   return common.study(
     variant,
     'headline',
-    arms=ARMS,
+    arms=common.HEADLINE_ARMS,
     seeds=(0, 1, 2, 3, 4),
     baseline='uniform',
     smoke={

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax
 import numpy as np
 
 from pfs_jax import costs, errors, prune
@@ -196,6 +197,18 @@ def scales(
   return {
     layer: np.abs(_leaf(params, layer, 'bn', 'scale')) for layer in layers
   }
+
+
+def folded(
+  variables: Mapping[str, Any], gates: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Variables with the gates multiplied into BatchNorm's scale and bias."""
+  flat = flax.traverse_util.flatten_dict(dict(variables))
+  for layer, gate in gates.items():
+    for name in ('scale', 'bias'):
+      path = ('params', *layer.split('/'), 'bn', name)
+      flat[path] = np.asarray(flat[path]) * np.asarray(gate)
+  return flax.traverse_util.unflatten_dict(flat)
 
 
 def ranked(

@@ -35,7 +35,7 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
     found = _structure(cell, folder, root)
     record = {**_record(cell, folder), **found}
     if cell.arm.training != 'none':
-      record |= _trained(cell, folder)
+      record |= _trained(cell, folder, root, found)
   runs.write_json(folder / 'cell.json', record)
   _forget_programs()
   return record
@@ -93,7 +93,7 @@ def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
     source={'budget': budget.name, 'seed': cell.seed, 'arm': cell.name},
   )
   runs.write_text(folder / 'structure.json', structure.to_json() + '\n')
-  if cell.arm.training == 'none':
+  if cell.arm.scores != 'full':
     kept = prune.kept(found, structure)
     facts['kept'] = {name: results.bits(kept[name]) for name in kept}
   return {**_costs(job, structure), **facts}
@@ -116,11 +116,37 @@ def _costs(job: stages.Job, structure: prune.Structure) -> dict[str, Any]:
 # Training and record.
 
 
-def _trained(cell: plan.Cell, folder: pathlib.Path) -> dict[str, Any]:
+def _weights(
+  cell: plan.Cell, root: pathlib.Path, kept: Mapping[str, str]
+) -> dict[str, Any]:
+  """The kept channels of the wide network's variables.
+
+  'rewind' takes its first random values; 'inherit' those at which the channels
+  were scored, with the gates, where there are any, multiplied into BatchNorm's
+  scale and bias (the running statistics are those without gates).
+  """
+  job = stages.Job(cell.wide, root)
+  arm, variables = cell.arm, products.first_weights(job)
+  if arm.training == 'inherit':
+    if arm.scores in ('filters', 'scales'):
+      variables, _ = products.trained(cell, root, math.inf)
+    elif arm.pretrain_epochs:
+      variables, _ = products.trained(cell, root, arm.pretrain_epochs)
+    if arm.scores == 'gates':
+      gates, _ = products.searched(cell, root)
+      variables = arms.folded(variables, gates)
+  indices = {name: np.array(results.channels(kept[name])) for name in kept}
+  return job.network.slice_variables(variables, indices)
+
+
+def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
   """Trains the structure as `--mode=train` does; the record's fields of it."""
   c = cell.config.copy_and_resolve_references()
   c.train.structure = str(folder / 'structure.json')
-  stages.train(stages.Job(c, folder))
+  job = stages.Job(c, folder)
+  if cell.arm.training != 'scratch' and not (folder / 'result.json').exists():
+    job.train_weights = _weights(cell, root, found['kept'])
+  stages.train(job)
   result: Mapping[str, Any] = runs.read_json(folder / 'result.json')
   epochs = c.train.epochs
   if c.train.scratch == 'B':

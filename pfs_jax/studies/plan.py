@@ -45,7 +45,8 @@ def default(
     field: The field that is varied, such as 'search.epochs', or a number of the
       arm, such as 'arm.pretrain_epochs'; '' for none.
     values: Its values.
-    baseline: The arm that the others are compared with, paired by seed.
+    baseline: The arm, or the label of an arm at one value ('searched, epochs
+      2'), that the others are compared with, paired by seed.
   """
   return ml_collections.ConfigDict(
     {
@@ -152,7 +153,7 @@ def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
     c.update_from_flattened_dict(
       {'model.width': 0, 'model.multiplier': 1.0, 'budget.keep': (1.0,)}
     )
-  epochs = min(arm.pretrain_epochs, wide.train.epochs)
+  epochs = min(arm.pretrain_epochs, wide.train.epochs) if arm.searches else 0
   arm = dataclasses.replace(arm, pretrain_epochs=float(epochs))
   return Cell(name, arm, seed, dict(variation), c, wide)
 
@@ -168,11 +169,6 @@ def _check(study: ml_collections.ConfigDict) -> None:
   if bool(study.field) != bool(study['values']):
     raise errors.UserError(
       'config.field and config.values must be given together.'
-    )
-  if study.baseline and study.baseline not in study.arms:
-    raise errors.UserError(
-      f'config.baseline must be one of {", ".join(study.arms)}; '
-      f'got {study.baseline!r}.'
     )
   if study.field.startswith('arm.'):
     known = ('pretrain_epochs', 'penalty', 'power')
@@ -209,4 +205,10 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
           found[cell.hash] = cell
         elif found[cell.hash].name == name:  # The field changes nothing here.
           found[cell.hash] = dataclasses.replace(found[cell.hash], variation={})
+  known = dict.fromkeys([*study.arms, *(c.label for c in found.values())])
+  if study.baseline and study.baseline not in known:
+    raise errors.UserError(
+      f'config.baseline must be one of {"; ".join(known)}; '
+      f'got {study.baseline!r}.'
+    )
   return list(found.values())

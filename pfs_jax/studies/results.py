@@ -103,16 +103,27 @@ def accuracies(records: Sequence[Record]) -> dict[int, float]:
 
 
 def _opponent(study, records, group) -> dict[int, float]:
-  """The baseline's accuracies at the variation of a group, or at none."""
-  for variation in (group[0]['variation'], {}):
-    found = [
-      r
-      for r in records
-      if r['arm'] == study.baseline and r['variation'] == variation
-    ]
-    if found:
-      return accuracies(found)
-  return {}
+  """The accuracies that a group is compared with, paired by seed.
+
+  Those of the baseline trained the same way (Scratch-B against Scratch-B) where
+  there are any, at the same variation, or at none.
+  """
+  arm, variation = group[0]['arm'], group[0]['variation']
+  if study.baseline in (arm, group[0]['label']):
+    return {}
+  names = [study.baseline]
+  if 'scratch_b' in arm:
+    names.insert(0, f'{study.baseline}+scratch_b')
+  for name in names:
+    if name == arm:
+      return {}
+    for wanted in (variation, {}):
+      found = [
+        r for r in records if r['arm'] == name and r['variation'] == wanted
+      ]
+      if found:
+        return accuracies(found)
+  return accuracies([r for r in records if r['label'] == study.baseline])
 
 
 def _signed(low: float | None, high: float | None) -> str:
@@ -131,9 +142,7 @@ def rows(study, records: Sequence[Record]) -> list[list[str]]:
     seconds = np.mean([r['seconds'] for r in group])
     sd = '-' if total.sd is None else f'{total.sd:.2f}'
     row = [label, str(total.n), f'{total.mean:.2f}', sd]
-    versus = None
-    if study.baseline and group[0]['arm'] != study.baseline:
-      versus = statistics.paired(found, _opponent(study, records, group))
+    versus = statistics.paired(found, _opponent(study, records, group))
     if versus is None:
       row += ['', '']
     else:
@@ -208,7 +217,7 @@ def show(study, workdir: pathlib.Path) -> None:
       ['arm', 'n', 'mean', 'sd', against, '95 %', 'MACs', 's'],
       rows(study, records),
     )
-  if any('kept' in r for r in records):
+  if study.field and len(records) > 1:
     console.table(
       f'{study.study}: similarity of structures, {len(records)} of {total} '
       f'cells, {file}',

@@ -1,0 +1,30 @@
+"""Are structures alike? Of other seeds, and after more pre-training.
+
+No training of narrow networks: correlation of the share kept of each layer
+between seeds, for searches from weights trained 0 (random) to 8 epochs, and the
+overlap (Jaccard index) of the kept channels against that of chance; `random` is
+the control.
+
+  python main.py --config configs/studies/similarity.py --mode=study
+    --workdir=runs/studies --config.results_dir=results
+    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
+
+(one line) goes on where results/similarity.json ends;
+`--config.report_only=True` prints its tables alone. `smoke` runs the code on
+digits.
+"""
+
+from configs.studies import common
+
+
+def get_config(variant='full'):
+  """The study, or its smoke variant."""
+  return common.study(
+    variant,
+    'similarity',
+    arms=('searched+structure', 'random+structure'),
+    seeds=(0, 1, 2, 3, 4),
+    field='arm.pretrain_epochs',
+    values=(0.0, 1.0, 2.0, 4.0, 8.0),
+    smoke={'seeds': (0, 1), 'values': (0.0, 1.0, 2.0)},
+  )
