@@ -58,6 +58,9 @@ class Call:
     output_size: Spatial output size, () where there is none.
     again: Whether an earlier call already had the parameters (a module that is
       called more than once).
+    input_size: Spatial input size, () where there is none.
+    kernel: Kernel size of a convolution.
+    strides: Strides of a convolution.
   """
 
   path: str
@@ -70,6 +73,9 @@ class Call:
   vectors: int = 0
   output_size: tuple[int, ...] = ()
   again: bool = False
+  input_size: tuple[int, ...] = ()
+  kernel: tuple[int, ...] = ()
+  strides: tuple[int, ...] = ()
 
   @property
   def macs(self) -> int:
@@ -101,6 +107,9 @@ def _call_of(module: nn.Module, x, y) -> Call | None:
     groups = module.feature_group_count
     depthwise = groups > 1 and groups == x.shape[-1]
     space = y.shape[-1 - len(kernel) : -1]
+    strides = module.strides
+    if strides is None or isinstance(strides, int):
+      strides = (strides or 1,) * len(kernel)
     return Call(
       path,
       'depthwise' if depthwise else 'conv',
@@ -111,6 +120,9 @@ def _call_of(module: nn.Module, x, y) -> Call | None:
       groups,
       int(module.use_bias),
       space,
+      input_size=x.shape[-1 - len(kernel) : -1],
+      kernel=kernel,
+      strides=tuple(strides),
     )
   if isinstance(module, nn.Dense):
     # A dense layer on a feature map is applied at each position.
@@ -186,8 +198,8 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
 class Op:
   """One costly layer whose sizes are functions of the counts.
 
-  `path`, `kind`, `positions`, `taps`, `vectors`, `output_size` and `again` are
-  those of `Call`; `inputs` and `outputs` are affine in the counts (`Size`).
+  `inputs` and `outputs` are affine in the counts (`Size`); all else is as in
+  `Call`.
   """
 
   path: str
@@ -198,8 +210,11 @@ class Op:
   taps: int
   groups: int
   vectors: int
-  output_size: tuple[int, ...]
+  output_size: tuple[int, ...] = ()
   again: bool = False
+  input_size: tuple[int, ...] = ()
+  kernel: tuple[int, ...] = ()
+  strides: tuple[int, ...] = ()
 
   def _kernel(self) -> dict[tuple[int, int], int]:
     """Products inputs * outputs / groups as {(layer, layer): coefficient}."""

@@ -6,145 +6,38 @@ milliseconds, and is the same on every machine and every run.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pfs_jax import costs, errors
+from pfs_jax import costs, errors, structures
 
-SCHEMA = 'pfs_jax.structure/1'
+Structure = structures.Structure
+
+# Counts -> milliseconds.
+Latency = Callable[[Sequence[int]], float]
 
 
 class Infeasible(errors.UserError):
   """No structure meets the budget: even the narrowest one costs more.
 
   Attributes:
-    quantity: 'macs' or 'params', the first ceiling that cannot be met.
+    quantity: 'macs', 'params' or 'latency_ms', the first ceiling that cannot
+      be met.
     floor: That quantity of the narrowest structure allowed.
     ceiling: What was asked for.
   """
 
-  def __init__(self, quantity: str, floor: int, ceiling: int, hint: str = ''):
+  def __init__(self, quantity: str, floor: float, ceiling: float):
     self.quantity, self.floor, self.ceiling = quantity, floor, ceiling
-    name = {'macs': 'MACs', 'params': 'parameters'}.get(quantity, quantity)
+    name = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}[
+      quantity
+    ]
     super().__init__(
       f'a budget of {ceiling:,} {name} cannot be met: the narrowest structure '
-      f'allowed has {floor:,} (the floor).{hint}'
+      f'allowed has {floor:,} (the floor).'
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Structure:
-  """Channel counts and what they cost: all that passes from search to train.
-
-  Attributes:
-    layers: Names of the gated layers, forward order.
-    counts: Channels kept in each.
-    macs: Multiply-accumulates of one image.
-    params: Parameters.
-    budget: What was asked: ceilings, minimum width, multiple; {} if nothing.
-    floor: MACs and parameters of the narrowest structure allowed.
-    binding: The ceiling that stopped the cut: 'macs', 'params', ... or '' when
-      everything was kept.
-    tie_share: Share (0..1) of the kept channels whose gate equals that of some
-      channel that was dropped: these were chosen by the tie rule, not by the
-      search.
-    model: What `models.build_from` needs to build the network; {} for a model
-      of the user's own.
-    source: Where the structure comes from: seed, config hash, checksum of the
-      gates.
-  """
-
-  layers: tuple[str, ...]
-  counts: tuple[int, ...]
-  macs: int
-  params: int
-  budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  floor: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  binding: str = ''
-  tie_share: float = 0.0
-  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  @property
-  def unused(self) -> dict[str, int]:
-    """What the ceilings left unused, by quantity."""
-    return {
-      quantity: self.budget[f'max_{quantity}'] - getattr(self, quantity)
-      for quantity in ('macs', 'params')
-      if self.budget.get(f'max_{quantity}') is not None
-    }
-
-  def to_json(self) -> str:
-    """A JSON text that a person can read and edit."""
-    fields = dataclasses.asdict(self)
-    layers = dict(zip(fields.pop('layers'), fields.pop('counts'), strict=True))
-    fields['unused'] = self.unused
-    return json.dumps({'schema': SCHEMA, 'counts': layers, **fields}, indent=2)
-
-  @classmethod
-  def from_json(cls, text: str) -> Structure:
-    """Reads what `to_json` wrote; raises UserError naming a bad field."""
-    try:
-      data = json.loads(text)
-    except json.JSONDecodeError as e:
-      raise errors.UserError(f'structure: not valid JSON: {e}.') from e
-    if not isinstance(data, dict):
-      raise errors.UserError('structure: must be a JSON object.')
-    schema = data.pop('schema', None)
-    if schema != SCHEMA:
-      raise errors.UserError(
-        f'structure: schema must be {SCHEMA!r}; got {schema!r}.'
-      )
-    counts = data.pop('counts', None)
-    if not isinstance(counts, dict) or not counts:
-      raise errors.UserError(
-        'structure: counts must be a map from layer name to channels.'
-      )
-    for layer, number in counts.items():
-      if type(number) is not int or number < 1:
-        raise errors.UserError(
-          f'structure: counts[{layer!r}] must be an integer >= 1; '
-          f'got {number!r}.'
-        )
-    data.pop('unused', None)
-    return cls(
-      layers=tuple(counts), counts=tuple(counts.values()), **_typed(data)
-    )
-
-
-_FIELD_TYPES = {
-  'macs': int,
-  'params': int,
-  'budget': dict,
-  'floor': dict,
-  'binding': str,
-  'tie_share': (int, float),
-  'model': dict,
-  'source': dict,
-}
-
-
-def _typed(data: dict[str, Any]) -> dict[str, Any]:
-  """`data` if it holds the fields of a structure, each of its type."""
-  for name in data:
-    if name not in _FIELD_TYPES:
-      raise errors.UserError(
-        f'structure: unknown field {name!r}; known: '
-        f'{", ".join(["schema", "counts", "unused", *_FIELD_TYPES])}.'
-      )
-  for name in ('macs', 'params'):
-    if name not in data:
-      raise errors.UserError(f'structure: field {name!r} is missing.')
-  for name, value in data.items():
-    if not isinstance(value, _FIELD_TYPES[name]) or isinstance(value, bool):
-      raise errors.UserError(
-        f'structure: {name} has the wrong type; got {value!r}.'
-      )
-  return data
 
 
 # Ranking.
@@ -296,14 +189,29 @@ def check_budget(
   min_channels: int = 1,
   min_share: float = 0.0,
   round_to: int = 1,
+  max_latency_ms: float | None = None,
+  latency: Latency | None = None,
 ) -> tuple[int, ...]:
   """The narrowest counts allowed; raises Infeasible if they cost too much."""
   least = minimum(cost_model, min_channels, min_share, round_to)
-  for quantity, ceiling in (('macs', max_macs), ('params', max_params)):
-    floor = getattr(cost_model, quantity)(least)
-    if ceiling is not None and floor > ceiling:
-      raise Infeasible(quantity, floor, ceiling)
+  for quantity, (cost, ceiling) in _ceilings(
+    cost_model, max_macs, max_params, max_latency_ms, latency
+  ).items():
+    if cost(least) > ceiling:
+      raise Infeasible(quantity, cost(least), ceiling)
   return least
+
+
+def _ceilings(cost_model, max_macs, max_params, max_latency_ms, latency):
+  """{quantity: (cost of counts, ceiling)} of the ceilings that are given."""
+  if max_latency_ms is not None and latency is None:
+    raise ValueError('max_latency_ms needs a latency model.')
+  given = {
+    'macs': (cost_model.macs, max_macs),
+    'params': (cost_model.params, max_params),
+    'latency_ms': (latency, max_latency_ms),
+  }
+  return {k: v for k, v in given.items() if v[1] is not None}
 
 
 def fit(
@@ -314,6 +222,8 @@ def fit(
   min_channels: int = 1,
   round_to: int = 1,
   min_share: float = 0.0,
+  max_latency_ms: float | None = None,
+  latency: Latency | None = None,
 ) -> Structure:
   """The structure that keeps the best-ranked channels under the ceilings.
 
@@ -336,6 +246,9 @@ def fit(
     min_channels: Channels that each layer keeps at least, >= 1.
     round_to: Multiple that counts are rounded to, inside the solver, >= 1.
     min_share: Share (0..1) of its channels that each layer keeps at least.
+    max_latency_ms: Ceiling on the predicted milliseconds of one batch, or None.
+    latency: counts -> milliseconds, such as `latency.LatencyModel`; must never
+      fall when a count grows.
 
   Returns:
     The `Structure`; its `tie_share` says which share of the kept channels the
@@ -345,8 +258,9 @@ def fit(
     Infeasible: If even the minimum widths cost more than a ceiling.
   """
   vectors = _checked(gates, cost_model)
-  ceilings = {'macs': max_macs, 'params': max_params}
-  ceilings = {k: int(v) for k, v in ceilings.items() if v is not None}
+  ceilings = _ceilings(
+    cost_model, max_macs, max_params, max_latency_ms, latency
+  )
   least = check_budget(
     cost_model,
     max_macs,
@@ -354,11 +268,13 @@ def fit(
     min_channels=min_channels,
     min_share=min_share,
     round_to=round_to,
+    max_latency_ms=max_latency_ms,
+    latency=latency,
   )
 
   def exceeded(counts) -> str:
-    for quantity, ceiling in ceilings.items():
-      if getattr(cost_model, quantity)(counts) > ceiling:
+    for quantity, (cost, ceiling) in ceilings.items():
+      if cost(counts) > ceiling:
         return quantity
     return ''
 
@@ -370,6 +286,7 @@ def fit(
     'min_channels': min_channels,
     'min_share': min_share,
     'round_to': round_to,
+    **({'max_latency_ms': max_latency_ms} if latency else {}),
   }
   return Structure(
     layers=cost_model.layers,
@@ -377,7 +294,12 @@ def fit(
     macs=cost_model.macs(counts),
     params=cost_model.params(counts),
     budget=budget,
-    floor={'macs': cost_model.macs(least), 'params': cost_model.params(least)},
+    latency_ms=latency(counts) if latency else None,
+    floor={
+      'macs': cost_model.macs(least),
+      'params': cost_model.params(least),
+      **({'latency_ms': latency(least)} if latency else {}),
+    },
     binding=binding,
     tie_share=_tie_share(vectors, counts),
   )

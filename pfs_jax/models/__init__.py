@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pfs_jax import costs, errors, prune
-from pfs_jax.models import mobilenet, resnet, vgg
+from pfs_jax.models import mobilenet, resnet, slicing, vgg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +178,40 @@ def gates_by_layer(name: str, gates: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def slice_variables(
+  name: str,
+  variables: Mapping[str, Any],
+  kept: Mapping[str, Any],
+  *,
+  width: int | None = None,
+  gate_site: str = 'acting',
+) -> dict[str, Any]:
+  """The variables of the narrow network that keeps these channels.
+
+  In evaluation mode they give the logits of the wide network whose other gates
+  are 0.
+
+  Args:
+    name: A name of the registry.
+    variables: `params` and `batch_stats` of the wide network.
+    kept: {layer name: sorted indices}, as `prune.kept` gives them.
+    width: Base width of the wide network.
+    gate_site: Where the gates stood that chose the channels.
+
+  Raises:
+    errors.UserError: With the published gate site in a network where it is not
+      the acting one: a gate of 0 there is not a removed channel, since the
+      next BatchNorm makes a constant of it.
+  """
+  if gate_site == 'published' and family(name).acting:
+    raise errors.UserError(
+      f"config.model.gate_site must be 'acting' to slice weights of {name}: a "
+      'published gate of 0 is no removed channel (docs/gate_sites.md).'
+    )
+  model = cost_model(name, 10, 32, width=width)  # Only who feeds whom is used.
+  return slicing.slice_variables(model, variables, kept)
+
+
 @functools.lru_cache(maxsize=64)
 def cost_model(
   name: str,
@@ -234,6 +268,7 @@ class Network:
     reference_params: Its parameters.
     by_layer: The collection `gates` -> {layer name: [C]}, forward order.
     narrow: counts -> the narrow module.
+    slice_variables: (variables, kept) -> variables of the narrow module.
     description: What `Structure.model` holds.
   """
 
@@ -244,6 +279,7 @@ class Network:
   reference_params: int
   by_layer: Callable[[Mapping[str, Any]], dict[str, Any]]
   narrow: Callable[[Sequence[int]], nn.Module]
+  slice_variables: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
   description: Mapping[str, Any]
 
 
@@ -293,6 +329,9 @@ def network(
     by_layer=functools.partial(gates_by_layer, name),
     narrow=lambda counts: build(
       name, num_classes, width, counts, multiplier=multiplier, dtype=dtype
+    ),
+    slice_variables=functools.partial(
+      slice_variables, name, width=width, gate_site=gate_site
     ),
     description={
       'name': name,

@@ -70,7 +70,9 @@ class VGG(nn.Module):
 
   def unit_gates(self) -> dict[str, Any]:
     """The collection `gates`, all ones."""
-    return layers.unit_gates(gate_sizes(self.depths, 1), self.counts, self.dtype)
+    return layers.unit_gates(
+      gate_sizes(self.depths, 1), self.counts, self.dtype
+    )
 
 
 def build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -59,6 +60,7 @@ def network(
     reference_params=cost_model.params(cost_model.widths),
     by_layer=gated.by_layer,
     narrow=narrow,
+    slice_variables=functools.partial(apply.slice_variables, model, sites),
     description=dict(description or {}),
   )
 
