@@ -8,7 +8,7 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, errors, stages, studies
+from pfs_jax import console, devices, errors, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
@@ -17,6 +17,11 @@ MODE = flags.DEFINE_enum('mode', None, [*stages.MODES, 'study'], 'What to do.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
 )
+COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'Of several processes: host:port of the first, or auto.'
+)
+PROCESSES = flags.DEFINE_integer('processes', 1, 'Their number.')
+PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is.')
 
 
 def workdir() -> pathlib.Path:
@@ -46,6 +51,7 @@ def main(argv: list[str]) -> None:
   del argv
   # JAX tells of TPUs that are not there.
   logging.set_verbosity(logging.WARNING)
+  devices.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   c, mode = CONFIG.value, MODE.value
   if studies.asked(mode, c):
     studies.run(c, workdir())

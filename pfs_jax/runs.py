@@ -337,7 +337,9 @@ def barrier(name: str) -> None:
 class StopSignal:
   """Catches SIGTERM and SIGINT; the loop acts between steps.
 
-  A second signal ends the process at once.
+  A second signal ends the process at once. With several processes nothing is
+  caught here: JAX's own handler tells all of them of a SIGTERM to one, and
+  `Checkpoints.reached_preemption` says at which step they all stop.
   """
 
   def __init__(self):
@@ -345,9 +347,10 @@ class StopSignal:
 
   def __enter__(self) -> StopSignal:
     """Installs the handlers."""
-    self._before = {
-      s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if jax.process_count() > 1:
+      numbers = ()
+    self._before = {s: signal.signal(s, self._handle) for s in numbers}
     return self
 
   def __exit__(self, *_) -> None:
