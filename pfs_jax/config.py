@@ -50,6 +50,11 @@ def default() -> ml_collections.ConfigDict:
     validation_examples=5000,  # The last so many, held out from the search.
     eval_batch_size=500,
     augment=True,
+    # Of sets that are streamed (docs/imagenet.md):
+    image_size=0,  # 0: the data set's own.
+    num_classes=0,  # 0: the data set's own.
+    workers=-1,  # Processes that decode; -1: one a core; 0: threads here.
+    corrupt='error',  # Or 'skip': leave out files that cannot be decoded.
   )
   c.search = config_dict.create(
     epochs=10.0,
@@ -58,6 +63,9 @@ def default() -> ml_collections.ConfigDict:
     balance=0.5,  # lambda
     sparsity=0.5,  # r: the mean gate aimed at, a share to keep.
     evaluate_steps=0,  # 0: every epoch.
+    crop_scale=0.0,  # Least area of a random resized crop; 0: the set's own.
+    colour_jitter=0.0,  # Of brightness, contrast, saturation.
+    lighting=0.0,  # Of AlexNet's PCA colours.
   )
   c.budget = config_dict.create(
     keep=(0.5,),  # Shares of the reference network's MACs, a structure each.
@@ -85,6 +93,9 @@ def default() -> ml_collections.ConfigDict:
     decay_factor=0.1,
     warmup_share=0.0,
     label_smoothing=0.0,
+    crop_scale=0.0,  # As in search.
+    colour_jitter=0.0,
+    lighting=0.0,
     holdout=False,  # Leave the validation images out and evaluate on them.
     reference=False,  # Train the reference network too, to compare.
   )
@@ -102,6 +113,24 @@ CIFAR_VARIANTS = {
     'search.epochs': 0.2,
     'train.epochs': 0.2,
   },
+}
+
+
+# What `smoke` changes in every ImageNet config: it draws its JPEG files itself.
+IMAGENET_SMOKE = {
+  'data.name': 'shapes',
+  'data.validation_examples': 80,
+  'data.eval_batch_size': 80,
+  'data.workers': 1,
+  'model.base_width': 8,
+  'search.epochs': 1.0,
+  'search.batch_size': 32,
+  'search.evaluate_steps': 0,
+  'budget.keep': (0.8,),  # So narrow a network has a floor of 2/3.
+  'train.epochs': 4.0,
+  'train.batch_size': 32,
+  'train.learning_rate': 0.8,
+  'log_steps': 15,
 }
 
 
@@ -153,12 +182,19 @@ RULES = {
   'data.train_examples': _NATURAL,
   'data.validation_examples': _NATURAL,
   'data.eval_batch_size': _COUNT,
+  'data.image_size': _NATURAL,
+  'data.num_classes': _NATURAL,
+  'data.workers': ('>= -1', lambda v: v >= -1),
+  'data.corrupt': _one_of('error', 'skip'),
   'search.epochs': _NATURAL,
   'search.batch_size': _COUNT,
   'search.learning_rate': _POSITIVE,
   'search.balance': _NATURAL,
   'search.sparsity': _SHARE,
   'search.evaluate_steps': _NATURAL,
+  'search.crop_scale': _SHARE,
+  'search.colour_jitter': _SHARE,
+  'search.lighting': _SHARE,
   'budget.keep': _all('shares in (0, 1]', lambda v: 0 < v <= 1),
   'budget.macs': _all('integers >= 1', lambda v: v >= 1 and v == int(v)),
   'budget.params': _all('integers >= 1', lambda v: v >= 1 and v == int(v)),
@@ -178,6 +214,9 @@ RULES = {
   'train.decay_at': _all('shares in [0, 1]', lambda v: 0 <= v <= 1),
   'train.decay_factor': _POSITIVE,
   'train.warmup_share': _SHARE,
+  'train.crop_scale': _SHARE,
+  'train.colour_jitter': _SHARE,
+  'train.lighting': _SHARE,
   'train.label_smoothing': ('in [0, 1)', lambda v: 0 <= v < 1),
 }
 
@@ -233,7 +272,13 @@ def flat(config: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
 
 
 # Where files are found or how fast the work goes does not change a result.
-_DATA_PLACES = ('data_dir', 'source_dir', 'download', 'eval_batch_size')
+_DATA_PLACES = (
+  'data_dir',
+  'source_dir',
+  'download',
+  'eval_batch_size',
+  'workers',
+)
 
 
 def identity(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from pfs_jax import (
 )
 from pfs_jax import search as search_lib
 from pfs_jax import train as train_lib
-from pfs_jax.data import pipeline
 
 
 class Job:
@@ -38,7 +37,7 @@ class Job:
     self.config, self.workdir = c, workdir
     # What the narrow network starts from; None: new random weights.
     self.train_weights: Any = None
-    self.spec = data.spec(c.data.name)
+    self.spec = data.configured(c.data)
     self.network = models.network(
       c.model.name,
       self.spec.num_classes,
@@ -53,16 +52,9 @@ class Job:
     self.budgets = config.budgets(c, self.network.reference_macs)
 
   @functools.cached_property
-  def dataset(self) -> data.Dataset:
-    """The data, loaded at first use."""
-    c = self.config.data
-    return data.load(
-      c.name,
-      data_dir=c.data_dir,
-      source_dir=c.source_dir,
-      download=c.download,
-      train_examples=c.train_examples,
-    )
+  def data(self) -> Any:
+    """The data set (see `data.open_set`), read at first use."""
+    return data.open_set(self.config, self.workdir)
 
   @functools.cached_property
   def search_weights(self) -> Any:
@@ -74,48 +66,6 @@ class Job:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return (self.spec.image_size, self.spec.image_size, self.spec.channels)
-
-  def split(self) -> tuple[Any, Any]:
-    """((images, labels) to train on, (images, labels) held out)."""
-    d = self.dataset
-    return data.split(
-      d.train_images, d.train_labels, self.config.data.validation_examples
-    )
-
-  def augmentation(self) -> pipeline.Augmentation:
-    """What is done to a training image."""
-    augment = self.config.data.augment
-    return pipeline.Augmentation(
-      mean=self.spec.mean,
-      std=self.spec.std,
-      padding=self.spec.crop_padding if augment else 0,
-      flip=self.spec.flip and augment,
-      dtype=config.DTYPES[self.config.dtype],
-    )
-
-  def source(self, examples, stage: str) -> pipeline.ArraySource:
-    """Training batches of a stage ('search' or 'train')."""
-    batch_size = self.config[stage].batch_size
-    devices.check_batch(f'{stage}.batch_size', batch_size)
-    if not 1 <= batch_size <= len(examples[0]):
-      raise errors.UserError(
-        f'config.{stage}.batch_size must be in [1, {len(examples[0])}], the '
-        f'number of training images; got {batch_size}.'
-      )
-    return pipeline.ArraySource(
-      *examples,
-      batch_size=batch_size,
-      key=config.key(self.config.seed, f'{stage} data'),
-      augmentation=self.augmentation(),
-    )
-
-  def evaluation(self, examples) -> pipeline.ArrayEvaluation:
-    """Batches that hold every image exactly once."""
-    return pipeline.ArrayEvaluation(
-      *examples,
-      batch_size=self.config.data.eval_batch_size,
-      augmentation=self.augmentation(),
-    )
 
   def plan(self, total_steps: int, evaluate_steps: int) -> train_lib.Plan:
     """The plan of a loop under this config."""
@@ -164,10 +114,8 @@ def search(job: Job) -> None:
 
 def _search(job: Job, folder: pathlib.Path) -> None:
   c, network = job.config, job.network
-  examples, held_out = job.split()
-  source, validation = job.source(examples, 'search'), None
-  if len(held_out[0]):
-    validation = job.evaluation(held_out)
+  source = job.data.train_source('search', hold_out=True)
+  validation = job.data.validation()
   state = search_lib.init(
     network.gated,
     job.search_weights,
@@ -191,15 +139,16 @@ def _search(job: Job, folder: pathlib.Path) -> None:
   total = config.steps(c.search.epochs, source.steps_per_epoch)
   plan = job.plan(total, c.search.evaluate_steps or source.steps_per_epoch)
   if total:
-    state = train_lib.loop(
-      state,
-      search_lib.step,
-      source,
-      plan,
-      folder=folder,
-      label='search',
-      evaluate=evaluate,
-    )
+    with source:
+      state = train_lib.loop(
+        state,
+        search_lib.step,
+        source,
+        plan,
+        folder=folder,
+        label='search',
+        evaluate=evaluate,
+      )
   runs.barrier('search')
   _select(job, folder, network.by_layer(jax.device_get(state.gates)))
 
@@ -352,14 +301,9 @@ def train(job: Job) -> None:
 
 def _fit(job: Job, module, folder: pathlib.Path, label: str, epochs: float):
   """Trains a module by the recipe of the config, or goes on with it."""
-  recipe = job.config.train
-  examples, held_out = job.split()
-  validation = None
-  if recipe.holdout:
-    validation = job.evaluation(held_out)
-  else:
-    examples = (job.dataset.train_images, job.dataset.train_labels)
-  source = job.source(examples, 'train')
+  holdout = job.config.train.holdout
+  validation = job.data.validation() if holdout else None
+  source = job.data.train_source('train', hold_out=holdout)
   total = config.steps(epochs, source.steps_per_epoch)
   state = _initial(job, module, total, label)
 
@@ -367,15 +311,16 @@ def _fit(job: Job, module, folder: pathlib.Path, label: str, epochs: float):
     found = train_lib.evaluate(module, state.variables, validation)
     return {f'validation_{k}': v for k, v in found.items()}
 
-  return train_lib.loop(
-    state,
-    train_lib.step,
-    source,
-    job.plan(total, source.steps_per_epoch),
-    folder=folder,
-    label=label,
-    evaluate=evaluate if validation else None,
-  )
+  with source:
+    return train_lib.loop(
+      state,
+      train_lib.step,
+      source,
+      job.plan(total, source.steps_per_epoch),
+      folder=folder,
+      label=label,
+      evaluate=evaluate if validation else None,
+    )
 
 
 def _initial(job: Job, module, total: int, label: str):
@@ -391,10 +336,11 @@ def _initial(job: Job, module, total: int, label: str):
   )
 
 
-def _test_accuracy(job: Job, module, state) -> float:
-  """The one reading of the test set."""
-  test = job.evaluation((job.dataset.test_images, job.dataset.test_labels))
-  return train_lib.evaluate(module, state.variables, test)['accuracy']
+def _test(job: Job, module, state) -> tuple[float, int]:
+  """(accuracy, images) of the one reading of the test set."""
+  test = job.data.test()
+  accuracy = train_lib.evaluate(module, state.variables, test)['accuracy']
+  return accuracy, test.size
 
 
 def _reference_accuracy(job: Job) -> float | None:
@@ -407,7 +353,7 @@ def _reference_accuracy(job: Job) -> float | None:
   if not result.exists():
     module = job.network.reference
     state = _fit(job, module, folder, 'reference', job.config.train.epochs)
-    accuracy = _test_accuracy(job, module, state)
+    accuracy, _ = _test(job, module, state)
     runs.write_json(result, {'test_accuracy': accuracy})
     runs.barrier('reference')
   return runs.read_json(result)['test_accuracy']
@@ -416,10 +362,11 @@ def _reference_accuracy(job: Job) -> float | None:
 def _write_result(job, name, structure, module, state, folder, reference):
   c, network = job.config, job.network
   searched = network.cost_model.macs(network.cost_model.widths)
+  accuracy, examples = _test(job, module, state)
   result = {
-    'test_accuracy': _test_accuracy(job, module, state),
+    'test_accuracy': accuracy,
     'reference_test_accuracy': reference,
-    'test_examples': len(job.dataset.test_images),
+    'test_examples': examples,
     'macs': structure.macs,
     'params': structure.params,
     'reference_macs': network.reference_macs,
@@ -455,8 +402,7 @@ def evaluate(job: Job) -> None:
   if found is None:
     raise errors.UserError(f'{folder} holds no checkpoint yet.')
   step, state = found
-  accuracy = _test_accuracy(job, module, state)
-  n = len(job.dataset.test_images)
+  accuracy, n = _test(job, module, state)
   console.say(
     f'{folder} at step {step}: test accuracy {accuracy:.2%} '
     f'({round(accuracy * n)} of {n} images)'

@@ -1,10 +1,11 @@
-"""Data sets as uint8 arrays: `spec`, `load`, `split`.
+"""Data sets: `spec`, `configured`, `open_set`; as arrays: `load`, `split`.
 
 Importing this package brings in NumPy only; TFDS and scikit-learn are imported
 by the data sets that need them, when they need them.
 """
 
 import dataclasses
+import pathlib
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from pfs_jax.data import registry
 Spec = registry.Spec
 register = registry.register
 spec = registry.spec
+configured = registry.configured
 
 _Pair = tuple[np.ndarray, np.ndarray]
 
@@ -36,6 +38,31 @@ class Dataset:
   test_images: np.ndarray
   test_labels: np.ndarray
   spec: Spec
+
+
+def open_set(config, workdir: pathlib.Path):
+  """The data set of a config, in memory or streamed; reads it.
+
+  Args:
+    config: The whole configuration.
+    workdir: Where a set that is made or indexed may be kept.
+
+  Returns:
+    `pipeline.Arrays` or `imagenet.Streamed`: both have `spec`,
+    `train_source(stage, hold_out)`, a context manager with the interface of
+    `pipeline.ArraySource`, and `validation()` and `test()` like
+    `pipeline.ArrayEvaluation`.
+
+  Raises:
+    UserError: data that is missing or not what it should be.
+  """
+  if configured(config.data).in_memory:
+    from pfs_jax.data import pipeline
+
+    return pipeline.Arrays(config)
+  from pfs_jax.data import imagenet
+
+  return imagenet.Streamed(config, workdir)
 
 
 def load(

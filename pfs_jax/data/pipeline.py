@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from pfs_jax import devices, errors
+from pfs_jax import config, data, devices, errors
+from pfs_jax.data import registry
 
 
 def normalise(
@@ -24,9 +26,16 @@ def normalise(
 ) -> jax.Array:
   """uint8 [..., C] -> float (x / 255 - mean) / std."""
   dtype = jnp.promote_types(dtype, jnp.float32)
-  shape = (1,) * (images.ndim - 1) + (-1,)
-  mean, std = (jnp.asarray(v, dtype).reshape(shape) for v in (mean, std))
-  return (images.astype(dtype) / 255 - mean) / std
+  return standardise(images.astype(dtype) / 255, mean, std)
+
+
+def standardise(
+  x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+  """float [..., C] of 0..1 -> (x - mean) / std."""
+  shape = (1,) * (x.ndim - 1) + (-1,)
+  mean, std = (jnp.asarray(v, x.dtype).reshape(shape) for v in (mean, std))
+  return (x - mean) / std
 
 
 def crop_and_flip(
@@ -50,11 +59,13 @@ def crop_and_flip(
     padded = jnp.pad(
       images, ((0, 0), (padding, padding), (padding, padding), (0, 0))
     )
-    rows = offsets[:, :1] + jnp.arange(height)[None]
-    columns = offsets[:, 1:] + jnp.arange(width)[None]
-    images = padded[
-      jnp.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]
-    ]
+    # Slices, not indices by image: the compiler keeps each on its device.
+    crop = functools.partial(
+      jax.lax.dynamic_slice, slice_sizes=(height, width, images.shape[-1])
+    )
+    images = jax.vmap(lambda image, o: crop(image, (o[0], o[1], 0)))(
+      padded, offsets
+    )
   if flip:
     flipped = jax.random.bernoulli(flip_key, shape=(n,))
     images = jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
@@ -144,6 +155,13 @@ class ArraySource:
     self._order_key, self._augment_key = jax.random.split(key)
     self._epoch, self._order = -1, None
 
+  def __enter__(self) -> ArraySource:
+    """Itself; sources that are streamed have something to close."""
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Nothing."""
+
   def _indices(self, step: int) -> np.ndarray:
     epoch, position = divmod(step, self.steps_per_epoch)
     if epoch != self._epoch:
@@ -195,3 +213,88 @@ class ArrayEvaluation:
       weight = np.pad(np.ones(len(x), np.float32), (0, short))
       x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
       yield devices.split_batch((x, np.pad(y, (0, short)), weight))
+
+
+class Arrays:
+  """A data set in memory under one config; see `data.open_set`.
+
+  Attributes:
+    spec: Its facts.
+  """
+
+  def __init__(self, c: ml_collections.ConfigDict):
+    self.spec = registry.configured(c.data)
+    for field in ('crop_scale', 'colour_jitter', 'lighting'):
+      for stage in ('search', 'train'):
+        if c[stage][field]:
+          raise errors.UserError(
+            f'config.{stage}.{field} must be 0 for {self.spec.name}, which is '
+            f'not streamed; got {c[stage][field]:g}.'
+          )
+    self._config = c
+    self._dataset = data.load(
+      c.data.name,
+      data_dir=c.data.data_dir,
+      source_dir=c.data.source_dir,
+      download=c.data.download,
+      train_examples=c.data.train_examples,
+    )
+
+  def _split(self):
+    d = self._dataset
+    return data.split(
+      d.train_images, d.train_labels, self._config.data.validation_examples
+    )
+
+  def _augmentation(self) -> Augmentation:
+    augment = self._config.data.augment
+    return Augmentation(
+      mean=self.spec.mean,
+      std=self.spec.std,
+      padding=self.spec.crop_padding if augment else 0,
+      flip=self.spec.flip and augment,
+      dtype=config.DTYPES[self._config.dtype],
+    )
+
+  def train_source(self, stage: str, hold_out: bool) -> ArraySource:
+    """Training batches of a stage ('search' or 'train').
+
+    Args:
+      stage: The section of the config with the batch size.
+      hold_out: Whether the validation images are left out.
+    """
+    examples = (self._dataset.train_images, self._dataset.train_labels)
+    if hold_out:
+      examples, _ = self._split()
+    batch_size, n = self._config[stage].batch_size, len(examples[0])
+    devices.check_batch(f'{stage}.batch_size', batch_size)
+    if not 1 <= batch_size <= n:
+      raise errors.UserError(
+        f'config.{stage}.batch_size must be in [1, {n}], the number of '
+        f'training images; got {batch_size}.'
+      )
+    return ArraySource(
+      *examples,
+      batch_size=batch_size,
+      key=config.key(self._config.seed, f'{stage} data'),
+      augmentation=self._augmentation(),
+    )
+
+  def validation(self) -> ArrayEvaluation | None:
+    """The images held out from training, or None."""
+    _, held_out = self._split()
+    return self._evaluation(*held_out) if len(held_out[0]) else None
+
+  def test(self) -> ArrayEvaluation:
+    """The test images."""
+    return self._evaluation(
+      self._dataset.test_images, self._dataset.test_labels
+    )
+
+  def _evaluation(self, images, labels) -> ArrayEvaluation:
+    return ArrayEvaluation(
+      images,
+      labels,
+      batch_size=self._config.data.eval_batch_size,
+      augmentation=self._augmentation(),
+    )

@@ -68,6 +68,24 @@ def load(
   return arrays
 
 
+def prepared(name: str, data_dir: str):
+  """The stock builder of a data set that is prepared, or None.
+
+  Args:
+    name: any data set of TFDS.
+    data_dir: as in `load`.
+
+  Returns:
+    (the directory that was looked into, the builder or None).
+
+  Raises:
+    UserError: the directory is damaged, or not a local one.
+  """
+  root = _root(data_dir)
+  there = _is_prepared(name, root)
+  return root, _stock_builder(name, root) if there else None
+
+
 def _root(data_dir: str) -> pathlib.Path:
   if '://' in data_dir:
     raise errors.UserError(

@@ -23,11 +23,13 @@ class Spec:
     flip: whether a left-right flip keeps the meaning (of a digit it does not).
     crop_padding: zero pixels added on each side before a random crop; 0 means
       no crop.
-    class_names: one a class, in label order.
+    class_names: one a class, in label order; empty where folders name them.
     train_examples: images in the training split.
     test_examples: images in the test split.
     in_memory: whether `data.load` gives it as arrays. A set that is streamed
       (ImageNet) is registered with False and brings its own reader.
+    crop_scale: least share of the area of a random resized crop, of sets that
+      are streamed; 0 elsewhere.
   """
 
   name: str
@@ -42,10 +44,11 @@ class Spec:
   train_examples: int
   test_examples: int
   in_memory: bool = True
+  crop_scale: float = 0.0
 
   def __post_init__(self):
     assert len(self.mean) == len(self.std) == self.channels, self.name
-    assert len(self.class_names) == self.num_classes, self.name
+    assert len(self.class_names) in (0, self.num_classes), self.name
 
 
 _DIGITS = tuple('0123456789')
@@ -97,6 +100,34 @@ def spec(name: str) -> Spec:
       f'config.data.name must be one of {", ".join(SPECS)}; got {name}.'
     )
   return SPECS[name]
+
+
+def configured(fields) -> Spec:
+  """The facts of the data set of a config, as the config changes them.
+
+  Args:
+    fields: `config.data`: `name`, and `image_size` and `num_classes`, which a
+      streamed set takes (0: its own) and a set of arrays has already.
+
+  Returns:
+    Its `Spec`.
+
+  Raises:
+    UserError: no such data set, or a value that it cannot take.
+  """
+  facts = spec(fields.name)
+  asked = {
+    'image_size': fields.image_size or facts.image_size,
+    'num_classes': fields.num_classes or facts.num_classes,
+  }
+  for name, value in asked.items():
+    own = getattr(facts, name)
+    if facts.in_memory and value != own:
+      raise errors.UserError(
+        f'config.data.{name} must be 0 or {own} for {facts.name}; got {value}.'
+      )
+  names = facts.class_names if asked['num_classes'] == facts.num_classes else ()
+  return dataclasses.replace(facts, class_names=names, **asked)
 
 
 # Mean and deviation of the training images: digits and Fashion-MNIST measured
@@ -171,5 +202,46 @@ register(
     name='cifar100',
     num_classes=100,
     class_names=tuple(_CIFAR100.split()),
+  )
+)
+# ImageNet's customary numbers. Other sizes and folders with other classes come
+# by config.data.image_size and .num_classes.
+register(
+  Spec(
+    name='imagenet2012',
+    image_size=224,
+    channels=3,
+    num_classes=1000,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    flip=True,
+    crop_padding=0,
+    class_names=(),
+    train_examples=1_281_167,
+    test_examples=50_000,
+    in_memory=False,
+    crop_scale=0.25,
+  )
+)
+# Drawn by data/shapes.py: ImageNet's path at a size for two CPU cores.
+register(
+  Spec(
+    name='shapes',
+    image_size=64,
+    channels=3,
+    num_classes=8,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    flip=True,
+    crop_padding=0,
+    class_names=tuple(
+      f'{colour}_{shape}'
+      for colour in ('blue', 'red')
+      for shape in ('circle', 'ring', 'square', 'triangle')
+    ),
+    train_examples=480,
+    test_examples=80,
+    in_memory=False,
+    crop_scale=0.25,
   )
 )
