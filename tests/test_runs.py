@@ -486,16 +486,16 @@ def test_events_are_written_for_tensorboard(tmp_path):
 
 
 def test_the_clock_goes_on_where_the_log_ends(tmp_path):
-  assert runs.Clock(tmp_path).seconds() < 1
+  assert runs.Clock(tmp_path).seconds() < 60
   log = runs.MetricsLog(tmp_path, 0)
   log.write(1, loss=0.0, seconds=1000.0)
   log.write(2, loss=0.0, seconds=2000.0)
   log.close()
   clock = runs.Clock(tmp_path)
   first = clock.seconds()
-  assert 2000 <= first < 2001
+  assert 2000 <= first < 2060
   time.sleep(0.02)
-  assert first + 0.02 <= clock.seconds() + 1e-3 < 2002
+  assert first + 0.02 <= clock.seconds() + 1e-3 < 2120
 
 
 # Signals.

@@ -650,7 +650,13 @@ def test_training_learns(tmp_path):
 
 def sums(folder):
   """Numbers that depend on every parameter, and the evaluation."""
-  state = jax.device_get(fit(folder))
+  state = fit(folder)
+  for leaf in jax.tree.leaves(state):
+    assert leaf.sharding.is_equivalent_to(devices.replicated(), leaf.ndim)
+  if jax.device_count() > 1:  # In a process of its own.
+    call = train.compiled_call(train.step, make_source().draw)
+    assert call._cache_size() == 1
+  state = jax.device_get(state)
   found = train.evaluate(state.module, state.variables, make_evaluation(23, 8))
   leaves = jax.tree.leaves(state.variables)
   return [float(np.abs(v).sum()) for v in leaves] + list(found.values())
