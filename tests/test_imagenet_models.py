@@ -1,0 +1,389 @@
+"""MobileNetV1, MobileNetV2 and ResNet-50: costs, gate sites, gradients."""
+
+import importlib.util
+import json
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfs_jax import config, costs, errors, layers, models, prune, train
+from tests import processes
+
+MOBILENETS = ['mobilenet_v1', 'mobilenet_v2']
+NAMES = [*MOBILENETS, 'resnet50']
+# Block outputs of these are narrow in the tests too.
+NARROW = {'mobilenet_v2': 0.25, 'resnet50': 1 / 16}
+
+
+def shapes(module, size=32):
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(module.init, key, x)
+
+
+def paths(tree):
+  flat = flax.traverse_util.flatten_dict(tree, sep='/')
+  return {path: leaf.shape for path, leaf in flat.items()}
+
+
+# Costs.
+
+
+def test_macs_and_parameters_are_the_published_ones(golden):
+  rows = json.loads((golden / 'macs.json').read_text())['imagenet']
+  assert len(rows) == 6
+  for row, published in rows.items():
+    name, width = row.split('/')
+    model = models.cost_model(name, 1000, 224, width=int(width))
+    found = [model.macs(model.widths), model.params(model.widths)]
+    assert found == published, row
+    built = models.build(name, 1000, int(width))
+    assert list(costs.count(built, (224, 224, 3))) == published, row
+
+
+def test_published_cuts_count_for_count(golden):
+  cases = json.loads((golden / 'bisection.json').read_text())
+  cases = [(i, c) for i, c in enumerate(cases) if c['arch'] in NAMES]
+  arrays = np.load(golden / 'bisection.npz')
+  assert {case['arch'] for _, case in cases} == set(NAMES)
+  for i, case in cases:
+    name, width = case['arch'], case['expanded_inchannel']
+    sizes = models.gate_sizes(name, width)
+    assert list(sizes.values()) == case['gate_sizes']
+    ends = np.cumsum(case['gate_sizes'])[:-1]
+    vectors = np.split(arrays[f'gates_{i:02d}'], ends)
+    gates = dict(zip(sizes, vectors, strict=True))
+    model = models.cost_model(name, 1000, 224, width=width)
+    found = prune.published(gates, model, case['ratio'], case['full_macs'])
+    assert list(found.counts) == case['counts'], name
+    assert (found.macs, found.params) == (case['macs'], case['params'])
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('size', [32, 64, 224])
+def test_cost_model_is_the_built_modules_own_count(name, size):
+  rng = np.random.default_rng(size)
+  multiplier = NARROW.get(name, 1.0) if size == 64 else 1.0
+  model = models.cost_model(name, 7, size, width=24, multiplier=multiplier)
+  counts = [int(rng.integers(1, w + 1)) for w in model.widths]
+  counts[rng.integers(len(counts))] = 1
+  built = models.build(name, 7, 24, counts, multiplier=multiplier)
+  found = costs.count(built, (size, size, 3))
+  assert found == (model.macs(counts), model.params(counts))
+
+
+@pytest.mark.parametrize('name', ['mobilenet_v2', 'resnet50'])
+def test_multiplier_widens_block_outputs_and_nothing_else(name):
+  plain, wide = (
+    paths(shapes(models.build(name, 10, multiplier=m))['params'])
+    for m in (1.0, 1.25)
+  )
+  outputs = ('project/conv/kernel', 'conv3/conv/kernel', 'shortcut/conv/kernel')
+  convs = [path for path in plain if path.endswith('conv/kernel')]
+  for path in convs:
+    times = 1.25 if path.endswith(outputs) else 1
+    assert wide[path][-1] == times * plain[path][-1], path
+  assert sum(path.endswith(outputs) for path in convs) in (17, 16 + 4)
+
+
+def test_expansion_stays_where_hidden_width_equals_the_inputs():
+  sizes = models.gate_sizes('mobilenet_v2')
+  inputs = [16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160]
+  counts = [16, *inputs, sizes['last']]
+  built = models.build('mobilenet_v2', 10, counts=counts)
+  params = shapes(built)['params']
+  for block, width in enumerate(inputs, 1):
+    kernel = params[f'block{block}']['expand']['conv']['kernel']
+    assert kernel.shape == (1, 1, width, width)
+  assert 'expand' not in params['block0']
+  model = models.cost_model('mobilenet_v2', 10, 64)
+  assert model.macs(counts) == costs.count(built, (64, 64, 3))[0]
+
+
+# Gates and their sites.
+
+
+@pytest.mark.parametrize('site', models.GATE_SITES)
+@pytest.mark.parametrize('name', NAMES)
+def test_gates_carry_the_names_of_their_groups(name, site):
+  sizes = models.gate_sizes(name, 8)
+  counts = tuple(range(3, 3 + len(sizes)))  # Told apart by their number.
+  args = dict(counts=counts, multiplier=NARROW.get(name, 1.0), gate_site=site)
+  gated = models.build(name, 10, 8, gated=True, **args)
+  variables = shapes(gated)
+  by_layer = models.gates_by_layer(name, variables['gates'])
+  assert list(by_layer) == list(sizes)
+  assert [g.shape for g in by_layer.values()] == [(c,) for c in counts]
+  assert paths(gated.unit_gates()) == paths(variables['gates'])
+  plain = shapes(models.build(name, 10, 8, **args))
+  assert set(plain) == {'params', 'batch_stats'}
+  assert paths(plain['params']) == paths(variables['params'])
+  depthwise = [p for p in paths(variables['gates']) if 'depthwise' in p]
+  acting = site == 'acting' and name in MOBILENETS
+  assert len(depthwise) == (len(sizes) - 1 if acting else 0)
+
+
+def test_gate_site_is_refused_or_without_effect():
+  with pytest.raises(errors.UserError, match='gate_site must be one of acting'):
+    models.build('mobilenet_v1', 10, gate_site='both')
+  for name in ('resnet20', 'vgg16', 'resnet50'):
+    published = models.build(name, 10, gated=True, gate_site='published')
+    assert published == models.build(name, 10, gated=True)
+  with pytest.raises(errors.UserError, match='multiplier must be 1.0'):
+    models.build('mobilenet_v1', 10, multiplier=1.25)
+
+
+@pytest.fixture(scope='module')
+def small():
+  """(weights of MobileNetV1 at base width 2, images)."""
+  x = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+  plain = models.build('mobilenet_v1', 10, 2)
+  return models.init(plain, jax.random.key(0), (32, 32, 3)), x
+
+
+def leaf(tree, path):
+  return flax.traverse_util.flatten_dict(tree, sep='/')[path]
+
+
+def with_leaf(tree, path, value):
+  flat = flax.traverse_util.flatten_dict(tree, sep='/')
+  return flax.traverse_util.unflatten_dict({**flat, path: value}, sep='/')
+
+
+@pytest.mark.parametrize('site', models.GATE_SITES)
+def test_only_an_acting_gate_of_0_removes_its_channel(small, site):
+  """Then what the consumer makes of that channel is of no consequence."""
+  variables, x = small
+  module = models.build('mobilenet_v1', 10, 2, gated=True, gate_site=site)
+  at = 'block1/depthwise' if site == 'acting' else 'block0/pointwise'
+  gates = module.unit_gates()
+  gates = with_leaf(
+    gates, f'{at}/gate', leaf(gates, f'{at}/gate').at[1].set(0.0)
+  )
+  params = variables['params']
+  bias = 'block1/depthwise/bn/bias'
+  params = with_leaf(params, bias, leaf(params, bias) + 0.5)
+  consumer = 'block1/pointwise/conv/kernel'
+  kernel = leaf(params, consumer)
+  logits = [
+    jax.jit(module.apply)(
+      {**variables, 'params': with_leaf(params, consumer, k), 'gates': gates}, x
+    )
+    for k in (kernel, kernel.at[:, :, 1].add(1.0), kernel.at[:, :, 0].add(1.0))
+  ]
+  assert np.array_equal(logits[0], logits[1]) == (site == 'acting')
+  assert not np.array_equal(logits[0], logits[2])
+
+
+GRADIENTS = """
+import json, sys
+import jax, jax.numpy as jnp
+sys.path.insert(0, 'benchmarks')
+import gate_sites
+from pfs_jax import models
+
+def random_gates(name):
+  gates = gate_sites.build(name).unit_gates()
+  leaves, tree = jax.tree.flatten(gates)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  return jax.tree.unflatten(tree, [
+    jax.random.uniform(k, g.shape, jnp.float64, 0.3, 1.0)
+    for k, g in zip(keys, leaves)])
+
+def scale(name):
+  gates, found = gate_sites.gradients(
+    name, 'acting', 'float64', 1e-30, random_gates(name))
+  by_layer = [models.gates_by_layer(name, g) for g in (gates, found)]
+  return {
+    layer: float(abs((g * d).sum()) / abs(g * d).sum())
+    for (layer, g), d in zip(by_layer[0].items(), by_layer[1].values())}
+
+means = {
+  f'{name} {site} {epsilon}':
+    gate_sites.means(name, site, 'float64', epsilon)
+  for name in gate_sites.NAMES for site in models.GATE_SITES
+  for epsilon in (1e-5, 1e-30)}
+print(json.dumps([means, scale('mobilenet_v1')]))
+"""
+
+
+@pytest.fixture(scope='module')
+def gradients():
+  """Mean |dCE/dg| and scale sums in float64, in a process of its own."""
+  fast_to_compile = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  return json.loads(
+    processes.output(GRADIENTS, x64=True, timeout=400, env=fast_to_compile)
+  )
+
+
+@pytest.mark.parametrize('name', MOBILENETS)
+def test_published_gates_are_cancelled_and_acting_ones_are_not(gradients, name):
+  found = {
+    (site, epsilon): gradients[0][f'{name} {site} {epsilon}']
+    for site in models.GATE_SITES
+    for epsilon in (1e-5, 1e-30)
+  }
+  layer_names = list(models.gate_sizes(name))
+  assert list(found['acting', 1e-5]) == layer_names
+  for layer in layer_names[:-1]:
+    acting, published = (found[site, 1e-5][layer] for site in models.GATE_SITES)
+    assert acting > 3e-4 and acting > 4 * published, layer
+    exact = found['published', 1e-30][layer]
+    if (name, layer) != ('mobilenet_v2', 'stem'):  # Some reach 6 in ReLU6.
+      assert exact < 1e-13, layer
+    assert found['acting', 1e-30][layer] > 3e-4, layer
+  # The median layer: orders of magnitude, though the last layers come near.
+  ratios = [
+    found['acting', 1e-5][layer] / found['published', 1e-5][layer]
+    for layer in layer_names[:-1]
+  ]
+  assert np.median(ratios) > 100
+  last = [found[key][layer_names[-1]] for key in found]
+  assert min(last) > 3e-4  # It has no depthwise convolution behind it.
+
+
+def test_scale_of_a_layers_gates_is_free(gradients):
+  """sum_k g_k dCE/dg_k = 0 where a convolution with BatchNorm consumes them."""
+  scale = dict(gradients[1])
+  assert list(scale) == list(models.gate_sizes('mobilenet_v1'))
+  # The classifier consumes the last layer.
+  assert scale.pop('block12/pointwise') > 1e-3
+  assert max(scale.values()) < 1e-9
+
+
+def test_scale_of_resnet50s_gates_is_free():
+  """Then scaling the gates of a layer, each layer differently, does nothing."""
+  module = models.build(
+    'resnet50', 10, 4, gated=True, multiplier=NARROW['resnet50']
+  ).clone(epsilon=1e-12)
+  rng = np.random.default_rng(0)
+
+  def drawn(path, leaf):
+    if path[-1].key == 'kernel':
+      value = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+    else:
+      value = np.full(leaf.shape, path[-1].key in ('scale', 'var'))
+    return value.astype(np.float32)
+
+  variables = jax.tree_util.tree_map_with_path(drawn, shapes(module))
+  gates = jax.tree.map(
+    lambda g: rng.uniform(0.3, 1.0, g.shape).astype(np.float32),
+    module.unit_gates(),
+  )
+  scaled = jax.tree.map(lambda g: g * np.float32(rng.uniform(0.2, 1)), gates)
+  uneven = jax.tree.map(
+    lambda g: g * (1 + 0.1 * (np.arange(len(g)) == 0)), gates
+  )
+
+  @jax.jit
+  def logits(gates, x):
+    return module.apply(
+      {**variables, 'gates': gates}, x, train=True, mutable=['batch_stats']
+    )[0]
+
+  x = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+  first, second, third = (logits(g, x) for g in (gates, scaled, uneven))
+  np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
+  assert np.abs(first - third).max() > 0.05
+
+
+# Layers.
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [(7, 6), (1, 1)])
+def test_depthwise_on_cpu_is_the_convolution(stride, size):
+  x = jax.random.normal(jax.random.key(0), (2, *size, 5))
+  kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 5))
+
+  def outputs(convolution):
+    def call(x, kernel):
+      return convolution(
+        x,
+        kernel,
+        (stride, stride),
+        [(1, 1)] * 2,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=5,
+      )
+
+    y, pull = jax.vjp(call, x, kernel)
+    return y, *pull(jnp.cos(y))
+
+  for ours, theirs in zip(
+    jax.jit(lambda: outputs(layers._grouped_conv))(),
+    jax.jit(lambda: outputs(jax.lax.conv_general_dilated))(),
+    strict=True,
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_initial_weights(small):
+  params = small[0]['params']
+  for path, shape in paths(params).items():
+    value = np.asarray(leaf(params, path))
+    if path.endswith('conv/kernel') and value.size > 500:
+      deviation = np.sqrt(2 / (shape[0] * shape[1] * shape[3]))
+      np.testing.assert_allclose(value.std(), deviation, rtol=0.15)
+    if path.endswith('bn/scale'):
+      assert (value == 1).all()
+    if path.endswith('bias'):
+      assert (value == 0).all()
+  kernel = np.asarray(leaf(params, 'classifier/kernel'))
+  np.testing.assert_allclose(kernel.std(), 0.01, rtol=0.1)
+
+
+@pytest.mark.parametrize('name', MOBILENETS)
+def test_dense_kernels_decay_even_with_one_input_channel(name):
+  counts = [1] * len(models.gate_sizes(name))
+  params = shapes(models.build(name, 10, counts=counts))['params']
+  mask = paths_of_mask(train.decay_mask('dense')(params))
+  kernels = {p for p in paths(params) if p.endswith('kernel')}
+  assert {p for p, decays in mask.items() if decays} == {
+    p for p in kernels if 'depthwise' not in p
+  }
+  depthwise = {'mobilenet_v1': 13, 'mobilenet_v2': 17}[name]
+  assert sum('depthwise' in p for p in kernels) == depthwise
+
+
+def paths_of_mask(mask):
+  return flax.traverse_util.flatten_dict(mask, sep='/')
+
+
+# Configs.
+
+
+def load(name):
+  path = processes.ROOT / 'configs' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(f'config_{name}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_configs_hold_the_papers_recipe(name):
+  module = load(name)
+  for variant in module.VARIANTS:
+    config.validate(module.get_config(variant))
+  c = module.get_config()
+  mobile = name in MOBILENETS
+  assert c.model.name == name
+  assert (c.search.balance, c.search.sparsity) == (0.05, 0.5)
+  assert (c.search.epochs, c.search.batch_size) == (1.0, 100)
+  recipe = c.train
+  assert recipe.decay_rule == ('dense' if mobile else 'all')
+  assert recipe.weight_decay == (4e-5 if mobile else 1e-4)
+  assert (recipe.nesterov, recipe.momentum) == (True, 0.9)
+  assert (recipe.epochs, recipe.label_smoothing) == (150.0, 0.1)
+  recipe.batch_size = 1024  # Four devices: four times the rate.
+  schedule = train.schedule(recipe, 1000)
+  rate = 0.2 if mobile else 0.4
+  shares = {0: 1, 500: 0.5, 999: 0.0} if mobile else {0: 1, 299: 1, 301: 0.1}
+  for step, share in shares.items():
+    assert float(schedule(step)) == pytest.approx(rate * share, abs=1e-5)
+  expanded = module.get_config('expanded')
+  assert expanded.model.width == 1.25 * expanded.model.base_width
