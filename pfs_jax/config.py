@@ -39,6 +39,8 @@ def default() -> ml_collections.ConfigDict:
     base_width=0,  # Of the reference network; 0: the family's default.
     width=0,  # Of the searched network; 0: base_width. Wider: expansion.
     multiplier=1.0,  # Widens block outputs of the searched network.
+    factory='',  # package.module:callable of your own model, in place of name.
+    residual=False,  # With factory: prune what residual sums tie together too.
     gate_site='acting',  # Or 'published': MobileNets, docs/gate_sites.md.
   )
   c.data = config_dict.create(
@@ -73,11 +75,15 @@ def default() -> ml_collections.ConfigDict:
     params=(),  # Absolute parameters, a structure each.
     max_macs=0,  # A ceiling on every structure besides; 0: none.
     max_params=0,
+    latency_ms=(),  # Milliseconds of a batch here, a structure each.
+    latency_batch=1,  # Images in that batch.
     min_channels=1,
     min_share=0.0,
     round_to=1,
   )
   c.train = config_dict.create(
+    init='random',  # inherit (fine-tuning) or rewind (lottery ticket).
+    wide_epochs=0.0,  # With inherit: of the wide network; 0: epochs.
     structure='',  # A structure file; '': the one in the workdir.
     epochs=160.0,
     scratch='E',  # E: these epochs; B: the reference network's compute.
@@ -200,10 +206,14 @@ RULES = {
   'budget.params': _all('integers >= 1', lambda v: v >= 1 and v == int(v)),
   'budget.max_macs': _NATURAL,
   'budget.max_params': _NATURAL,
+  'budget.latency_ms': _all('numbers > 0', lambda v: v > 0),
+  'budget.latency_batch': _COUNT,
   'budget.min_channels': _COUNT,
   'budget.min_share': _SHARE,
   'budget.round_to': _COUNT,
   'train.epochs': _POSITIVE,
+  'train.init': _one_of('random', 'inherit', 'rewind'),
+  'train.wide_epochs': _NATURAL,
   'train.scratch': _one_of('E', 'B'),
   'train.batch_size': _COUNT,
   'train.learning_rate': _POSITIVE,
@@ -228,6 +238,9 @@ def get(config: ml_collections.ConfigDict, field: str) -> Any:
   return config
 
 
+_BUDGET_KINDS = ('keep', 'macs', 'params', 'latency_ms')
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks every rule; raises UserError naming the field, rule and value."""
   plain = flat(default(), *default())
@@ -247,10 +260,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not holds:
       raise errors.UserError(f'config.{field} must be {rule}; got {value!r}.')
   budget = config.budget
-  if not (budget.keep or budget.macs or budget.params):
+  if not any(budget[kind] for kind in _BUDGET_KINDS):
     raise errors.UserError(
-      'config.budget.keep, .macs or .params must name at least one budget; all '
-      'are empty.'
+      'config.budget must name at least one budget; '
+      f'{", ".join(_BUDGET_KINDS)} are all empty.'
     )
   if config.train.holdout and not config.data.validation_examples:
     raise errors.UserError(
@@ -310,10 +323,11 @@ class Budget:
   """Ceilings of one structure and the name that its files carry.
 
   Attributes:
-    name: Such as 'keep0.5', 'macs20000000', 'params100000', with '-round8' and
-      the like where the cut has more conditions.
+    name: Such as 'keep0.5', 'macs20000000', 'params100000' or 'latency2.5ms',
+      with '-roundto8' and the like where the cut has more conditions.
     max_macs: Ceiling on MACs, or None.
     max_params: Ceiling on parameters, or None.
+    max_latency_ms: Ceiling on the predicted milliseconds of a batch, or None.
     min_channels: See `prune.fit`.
     min_share: See `prune.fit`.
     round_to: See `prune.fit`.
@@ -322,6 +336,7 @@ class Budget:
   name: str
   max_macs: int | None
   max_params: int | None
+  max_latency_ms: float | None
   min_channels: int
   min_share: float
   round_to: int
@@ -336,7 +351,7 @@ class Budget:
 def budgets(
   config: ml_collections.ConfigDict, reference_macs: int
 ) -> tuple[Budget, ...]:
-  """One budget for each entry of keep, macs and params, in this order.
+  """One budget for each entry of keep, macs, params, latency_ms, in this order.
 
   A share allows floor(share * reference_macs) MACs.
   """
@@ -347,13 +362,18 @@ def budgets(
       f'keep{share:.12g}',
       math.floor(fractions.Fraction(str(share)) * reference_macs),
       None,
+      None,
     )
     for share in c.keep
   ]
-  asked += [(f'macs{int(n)}', int(n), None) for n in c.macs]
-  asked += [(f'params{int(n)}', None, int(n)) for n in c.params]
+  asked += [(f'macs{int(n)}', int(n), None, None) for n in c.macs]
+  asked += [(f'params{int(n)}', None, int(n), None) for n in c.params]
+  asked += [
+    (f'latency{ms:.12g}ms', None, None, float(ms)) for ms in c.latency_ms
+  ]
   suffix = ''
   for field, plain in (
+    ('latency_batch', 1),
     ('max_macs', 0),
     ('max_params', 0),
     ('min_channels', 1),
@@ -372,11 +392,12 @@ def budgets(
       name + suffix,
       lower(macs, c.max_macs),
       lower(params, c.max_params),
+      latency_ms,
       c.min_channels,
       c.min_share,
       c.round_to,
     )
-    for name, macs, params in asked
+    for name, macs, params, latency_ms in asked
   )
   if len({b.name for b in found}) < len(found):
     raise errors.UserError('config.budget names the same budget twice.')

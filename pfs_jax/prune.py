@@ -272,14 +272,15 @@ def fit(
     latency=latency,
   )
 
-  def exceeded(counts) -> str:
-    for quantity, (cost, ceiling) in ceilings.items():
-      if cost(counts) > ceiling:
-        return quantity
-    return ''
+  def fits(counts) -> bool:
+    return all(cost(counts) <= ceiling for cost, ceiling in ceilings.values())
 
   scores, steps = _blocks(vectors, round_to)
-  counts, binding = _cut(scores, steps, np.array(least), exceeded)
+  counts = _cut(scores, steps, np.array(least), fits)
+  binding = ''
+  if ceilings and tuple(counts) != maximum(cost_model, round_to):
+    used = {k: cost(counts) / top for k, (cost, top) in ceilings.items()}
+    binding = max(used, key=used.get)
   budget = {
     'max_macs': max_macs,
     'max_params': max_params,
@@ -319,7 +320,7 @@ def _blocks(
   return scores, steps
 
 
-def _cut(scores, steps, least, exceeded) -> tuple[np.ndarray, str]:
+def _cut(scores, steps, least, fits) -> np.ndarray:
   """Minimum, longest prefix that fits, then the rest that still fits."""
   layer, position = _order(scores)
   steps = np.array(steps)
@@ -331,22 +332,19 @@ def _cut(scores, steps, least, exceeded) -> tuple[np.ndarray, str]:
   low, high = 0, len(layer)
   while low < high:  # Invariant: prefix `low` fits, prefix `high + 1` does not.
     middle = (low + high + 1) // 2
-    fits = not exceeded(counts_of(middle))
-    low, high = (middle, high) if fits else (low, middle - 1)
-  counts, binding = counts_of(low), ''
+    low, high = (middle, high) if fits(counts_of(middle)) else (low, middle - 1)
+  counts = counts_of(low)
   full = set()  # Costs only grow: a layer that did not fit never will.
   for i, k in zip(layer[low:], position[low:], strict=True):
     if i in full or (k + 1) * steps[i] <= counts[i]:
       continue
     wider = counts.copy()
     wider[i] += steps[i]
-    over = exceeded(wider)
-    if over:
-      full.add(i)
-      binding = binding or over
-    else:
+    if fits(wider):
       counts = wider
-  return counts, binding
+    else:
+      full.add(i)
+  return counts
 
 
 def _tie_share(vectors: Sequence[np.ndarray], counts: np.ndarray) -> float:

@@ -29,8 +29,8 @@ class Structure:
       model; else None.
     budget: What was asked: ceilings, minimum width, multiple; {} if nothing.
     floor: MACs and parameters of the narrowest structure allowed.
-    binding: The ceiling that stopped the cut: 'macs', 'params', ... or '' when
-      everything was kept.
+    binding: The ceiling of which the largest share is used ('macs', 'params',
+      'latency_ms'), '' where none stopped the cut.
     tie_share: Share (0..1) of the kept channels whose gate equals that of some
       channel that was dropped: these were chosen by the tie rule, not by the
       search.

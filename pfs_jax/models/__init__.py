@@ -345,6 +345,42 @@ def network(
   )
 
 
+def structure_from_list(
+  network: Network, counts: Sequence[int]
+) -> prune.Structure:
+  """The structure with a plain list of counts, as the published code keeps it.
+
+  Args:
+    network: The searched network.
+    counts: Channels of its gated layers in forward order.
+
+  Raises:
+    errors.UserError: The list has another length, or an entry is no integer in
+      [1, width of its layer].
+  """
+  model = network.cost_model
+  if not isinstance(counts, list | tuple) or len(counts) != len(model.layers):
+    raise errors.UserError(
+      f'a list of counts must have {len(model.layers)} entries, one for each '
+      f'gated layer; got {len(counts)}.'
+    )
+  for layer, width, count in zip(
+    model.layers, model.widths, counts, strict=True
+  ):
+    if type(count) is not int or not 1 <= count <= width:
+      raise errors.UserError(
+        f'the count of {layer} must be an integer in [1, {width}]; got '
+        f'{count!r}.'
+      )
+  return prune.Structure(
+    layers=model.layers,
+    counts=tuple(counts),
+    macs=model.macs(counts),
+    params=model.params(counts),
+    model=network.description,
+  )
+
+
 def build_from(
   structure: prune.Structure, dtype: Any = jnp.float32
 ) -> nn.Module:

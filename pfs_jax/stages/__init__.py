@@ -1,0 +1,42 @@
+"""The stages behind `--mode`: search, prune, train, eval, run, info.
+
+Each reads what the one before left in the workdir, so each can run alone, on
+another machine. All that passes from search to train is a structure file.
+"""
+
+from __future__ import annotations
+
+from pfs_jax import runs
+from pfs_jax.stages import cutting, searching, showing, training
+from pfs_jax.stages.job import Job
+
+search = searching.search
+cut = cutting.cut
+train = training.train
+evaluate = training.evaluate
+info = showing.info
+
+
+def run(job: Job) -> None:
+  """Search, prune, train and evaluate."""
+  search(job)
+  train(job)
+
+
+def execute(mode: str, job: Job) -> None:
+  """Runs one mode; all but info hold the workdir."""
+  if mode == 'info':
+    info(job)
+    return
+  with runs.locked(job.workdir):
+    MODES[mode](job)
+
+
+MODES = {
+  'search': search,
+  'prune': cut,
+  'train': train,
+  'eval': evaluate,
+  'run': run,
+  'info': info,
+}

@@ -1,0 +1,225 @@
+"""The cut stage: gates to structure files, and reading them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from pfs_jax import config, console, errors, latency, models, prune, runs
+from pfs_jax.stages.job import Job
+
+
+def cut(job: Job) -> None:
+  """Cuts the gates of a finished search to every budget of the config."""
+  path = job.workdir / 'search' / 'gates.npz'
+  if not path.exists():
+    raise errors.UserError(
+      f'{path} does not exist: run --mode=search in this workdir first.'
+    )
+  runs.claim(path.parent, config.identity(job.config, 'search'))
+  gates = runs.read_arrays(path)
+  rows = []
+  for budget in job.budgets:
+    check_budget(job, budget)
+    structure = _fit(job, budget, gates)
+    path = job.file('structure', budget.name, '.json')
+    runs.write_text(path, structure.to_json() + '\n')
+    kept = prune.kept(gates, structure)
+    runs.write_json(
+      job.file('kept', budget.name, '.json'),
+      {layer: indices.tolist() for layer, indices in kept.items()},
+    )
+    rows.append(_structure_row(job, budget.name, structure))
+    if budget.max_latency_ms is not None:
+      _show_latency(job, structure)
+    if structure.tie_share > 0.1:
+      console.say(
+        f'warning: {structure.tie_share:.0%} of the kept channels of '
+        f'{budget.name} were chosen among equal gates, not by the search.'
+      )
+  runs.barrier('structures')
+  console.table(
+    f'Structures in {job.workdir}',
+    [
+      'budget',
+      'MACs',
+      'of reference',
+      'of searched',
+      'parameters',
+      'unused',
+      'binding',
+    ],
+    rows,
+  )
+
+
+def _fit(job: Job, budget: config.Budget, gates) -> prune.Structure:
+  """The structure of one budget, with where it comes from."""
+  structure = prune.fit(gates, job.network.cost_model, **job.ceilings(budget))
+  return dataclasses.replace(
+    structure,
+    model=job.network.description,
+    source={
+      'budget': budget.name,
+      'seed': job.config.seed,
+      'search': config.digest(config.identity(job.config, 'search')),
+      'gates_sha256': runs.checksum(gates),
+    },
+  )
+
+
+def check_budget(job: Job, budget: config.Budget) -> None:
+  """Refuses a budget below the floor, with what would be reachable."""
+  try:
+    prune.check_budget(job.network.cost_model, **job.ceilings(budget))
+  except prune.Infeasible as e:
+    hints = '; '.join(_reachable(job, budget, e))
+    raise errors.UserError(f'{budget.name}: {e}\nReachable: {hints}.') from e
+
+
+def _reachable(job: Job, budget: config.Budget, e: prune.Infeasible):
+  """What can be had instead: another budget, multiple or searched width."""
+  if e.quantity == 'macs':
+    share = e.floor / job.network.reference_macs
+    yield f'a budget of {e.floor:,} MACs, {share:.3f} of the reference network'
+  elif e.quantity == 'params':
+    yield f'a budget of {e.floor:,} parameters'
+  else:
+    yield f'a budget of {e.floor:.3g} ms'
+  if budget.max_latency_ms is not None:
+    return
+
+  def fits(model, **change):
+    try:
+      prune.check_budget(model, **{**budget.ceilings(), **change})
+    except prune.Infeasible:
+      return False
+    return True
+
+  multiple = budget.round_to // 2
+  while multiple >= 1:
+    if fits(job.network.cost_model, round_to=multiple):
+      yield f'multiples of {multiple} (round_to)'
+      break
+    multiple //= 2
+  c = job.network.description
+  if 'name' not in c:
+    return
+  for eighths in range(7, 0, -1):
+    width = max(1, c['width'] * eighths // 8)
+    model = models.cost_model(
+      c['name'],
+      c['num_classes'],
+      c['image_size'],
+      c['channels'],
+      width,
+      c['multiplier'],
+    )
+    if fits(model):
+      yield f'a search at base width {width} (config.model.width)'
+      return
+
+
+def _show_latency(job: Job, structure: prune.Structure) -> None:
+  """The narrow network timed whole against the sum, and its use of units."""
+  batch = job.config.budget.latency_batch
+  module = job.network.narrow(structure.counts)
+  key = config.key(job.config.seed, 'latency')
+  variables = models.init(module, key, job.image_shape)
+  median, least = latency.measure(module, variables, batch, job.image_shape)
+  gap = least / structure.latency_ms - 1
+  console.say(
+    f'predicted {structure.latency_ms:.3f} ms a batch of {batch} (sum of '
+    f'layers); the whole network: least {least:.3f} ms ({gap:+.0%}), median '
+    f'{median:.3f} ms on {runs.hardware()}'
+  )
+  model, counts = job.network.cost_model, structure.counts
+  use = [latency.padding_use(model, counts, m) for m in (8, 128)]
+  console.table(
+    'Useful MACs over MACs with channels padded to multiples',
+    ['layer', 'ms', 'of 8', 'of 128'],
+    [
+      [path, f'{ms:.3f}', f'{use[0][path]:.0%}', f'{use[1][path]:.0%}']
+      for path, ms in job.latency.layers(counts).items()
+    ],
+  )
+
+
+def _structure_row(job: Job, name: str, structure: prune.Structure):
+  model = job.network.cost_model
+  searched = model.macs(model.widths)
+  unused = ', '.join(
+    f'{n:,.4g} ms' if q == 'latency_ms' else f'{n:,} {q}'
+    for q, n in structure.unused.items()
+  )
+  return [
+    name,
+    f'{structure.macs:,}',
+    f'{structure.macs / job.network.reference_macs:.2%}',
+    f'{structure.macs / searched:.2%}',
+    f'{structure.params:,}',
+    unused,
+    structure.binding or '-',
+  ]
+
+
+def read(job: Job) -> tuple[str, prune.Structure]:
+  """(budget name, structure) that `train` and `eval` are about."""
+  asked = job.config.train.structure
+  if asked:
+    path = pathlib.Path(asked)
+    if not path.exists():
+      named = job.file('structure', asked, '.json')
+      path = named if named.exists() else path
+  else:
+    path = job.file('structure', job.budgets[0].name, '.json')
+  if not path.exists():
+    there = sorted(p.name for p in job.workdir.glob('structure*.json'))
+    found = f' There: {", ".join(there)}.' if there else ''
+    raise errors.UserError(
+      f'{path} does not exist: run --mode=search or --mode=prune first, or '
+      f'give --config.train.structure=PATH.{found}'
+    )
+  try:
+    text = path.read_text()
+  except (OSError, UnicodeDecodeError) as e:
+    raise errors.UserError(f'{path} cannot be read: {e}.') from e
+  if text.lstrip().startswith('['):  # The published code's plain list.
+    structure = _from_list(job, path, text)
+  else:
+    structure = prune.Structure.from_json(text)
+  _check_structure(job, path, structure)
+  return structure.source.get('budget', path.stem), structure
+
+
+def _from_list(job: Job, path: pathlib.Path, text: str) -> prune.Structure:
+  """A structure from the plain list of counts of the published code."""
+  try:
+    counts = json.loads(text)
+  except json.JSONDecodeError as e:
+    raise errors.UserError(f'{path}: not valid JSON: {e}.') from e
+  return models.structure_from_list(job.network, counts)
+
+
+def _check_structure(job: Job, path, structure: prune.Structure) -> None:
+  """Refuses a structure that is not of this config's network."""
+  model = job.network.cost_model
+  if structure.layers != model.layers:
+    raise errors.UserError(
+      f'{path}: counts must name the layers of {job.config.model.name} in '
+      f'forward order ({model.layers[0]}, ..., {model.layers[-1]}).'
+    )
+  for name, wanted in job.network.description.items():
+    there = structure.model.get(name, wanted)
+    if there != wanted:
+      raise errors.UserError(
+        f'{path}: model.{name} is {there!r}; this config has {wanted!r}.'
+      )
+  costs_now = (model.macs(structure.counts), model.params(structure.counts))
+  if costs_now != (structure.macs, structure.params):
+    raise errors.UserError(
+      f'{path}: counts cost {costs_now[0]:,} MACs and {costs_now[1]:,} '
+      f'parameters; the file says {structure.macs:,} and '
+      f'{structure.params:,}. Correct macs and params to what you mean.'
+    )

@@ -1,0 +1,118 @@
+"""A config and a workdir, and what several stages need of them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from pfs_jax import (
+  config,
+  data,
+  devices,
+  latency,
+  models,
+  prune,
+  runs,
+  surgery,
+)
+from pfs_jax import train as train_lib
+
+
+class Job:
+  """A config and a workdir, and what several stages need of them."""
+
+  def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
+    config.validate(c)
+    self.config, self.workdir = c, workdir
+    # What the narrow network starts from; None: new random weights.
+    self.train_weights: Any = None
+    self.spec = data.configured(c.data)
+    self.network = self._network()
+    self.budgets = config.budgets(c, self.network.reference_macs)
+
+  def _network(self) -> models.Network:
+    c, dtype = self.config.model, config.DTYPES[self.config.dtype]
+    shape = (
+      self.spec.num_classes,
+      self.spec.image_size,
+      self.spec.channels,
+    )
+    if c.factory:
+      return surgery.network_from_factory(
+        c.factory, *shape, dtype, residual=c.residual
+      )
+    return models.network(
+      c.name,
+      *shape,
+      base_width=c.base_width or None,
+      width=c.width or None,
+      multiplier=c.multiplier,
+      dtype=dtype,
+      gate_site=c.gate_site,
+    )
+
+  @functools.cached_property
+  def latency(self) -> latency.LatencyModel:
+    """Milliseconds of a batch on the present device, measured at first use."""
+    cache = os.environ.get('XDG_CACHE_HOME', '~/.cache')
+    return latency.LatencyModel(
+      self.network.cost_model,
+      self.config.budget.latency_batch,
+      pathlib.Path(cache).expanduser() / 'pfs_jax' / 'latency.json',
+      config.DTYPES[self.config.dtype],
+    )
+
+  def ceilings(self, budget: config.Budget) -> dict[str, Any]:
+    """The arguments of `prune.fit` and `prune.check_budget` for a budget."""
+    ceilings = budget.ceilings()
+    if budget.max_latency_ms is not None:
+      ceilings['latency'] = self.latency
+    return ceilings
+
+  @functools.cached_property
+  def data(self) -> Any:
+    """The data set (see `data.open_set`), read at first use."""
+    return data.open_set(self.config, self.workdir)
+
+  @functools.cached_property
+  def search_weights(self) -> Any:
+    """The variables that the search freezes: random, unless assigned."""
+    key = config.key(self.config.seed, 'search weights')
+    return models.init(self.network.gated, key, self.image_shape)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return (self.spec.image_size, self.spec.image_size, self.spec.channels)
+
+  def plan(self, total_steps: int, evaluate_steps: int) -> train_lib.Plan:
+    """The plan of a loop under this config."""
+    return train_lib.Plan(
+      total_steps=total_steps,
+      log_steps=self.config.log_steps,
+      evaluate_steps=evaluate_steps,
+      checkpoint_steps=self.config.checkpoint_steps,
+      steps_per_call=devices.steps_per_call(self.config.steps_per_call),
+    )
+
+  def file(self, stem: str, name: str, suffix: str = '') -> pathlib.Path:
+    """A file or folder of one budget.
+
+    The first budget that a workdir was cut to has the plain name; every other
+    carries its own: structure.json, structure-keep0.3.json.
+    """
+    first = self.workdir / 'structure.json'
+    plain = True
+    if first.exists():
+      there = prune.Structure.from_json(first.read_text())
+      plain = there.source.get('budget') == name
+    return self.workdir / (f'{stem}{"" if plain else f"-{name}"}{suffix}')
+
+  def note_config(self) -> None:
+    """Writes the whole config and the versions beside what they produce."""
+    runs.write_json(self.workdir / 'config.json', self.config.to_dict())
+    runs.write_json(self.workdir / 'versions.json', runs.versions())

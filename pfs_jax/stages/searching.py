@@ -1,0 +1,78 @@
+"""The search stage: gates of frozen weights, and which of them are kept."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+
+from pfs_jax import config, runs
+from pfs_jax import search as search_lib
+from pfs_jax import train as train_lib
+from pfs_jax.stages import cutting
+from pfs_jax.stages.job import Job
+
+
+def search(job: Job) -> None:
+  """Learns the gates and cuts them to the budgets."""
+  for budget in job.budgets:  # Before hours of search, not after.
+    cutting.check_budget(job, budget)
+  folder = job.workdir / 'search'
+  runs.claim(folder, config.identity(job.config, 'search'))
+  job.note_config()
+  if not (folder / 'gates.npz').exists():
+    _search(job, folder)
+  cutting.cut(job)
+
+
+def _search(job: Job, folder: pathlib.Path) -> None:
+  c, network = job.config, job.network
+  source = job.data.train_source('search', hold_out=True)
+  validation = job.data.validation()
+  state = search_lib.init(
+    network.gated,
+    job.search_weights,
+    sparsity=c.search.sparsity,
+    balance=c.search.balance,
+    learning_rate=c.search.learning_rate,
+  )
+
+  def evaluate(state, step):
+    gates = network.by_layer(jax.device_get(state.gates))
+    runs.write_arrays(folder / 'gates' / f'{step:08d}.npz', gates)
+    numbers = {
+      'gates_mean': float(search_lib.mean_gate(gates)),
+      'gates_density': float(search_lib.density(gates)),
+    }
+    if validation:
+      found = train_lib.evaluate(network.gated, state.variables, validation)
+      numbers['validation_accuracy'] = found['accuracy']
+    return numbers
+
+  total = config.steps(c.search.epochs, source.steps_per_epoch)
+  plan = job.plan(total, c.search.evaluate_steps or source.steps_per_epoch)
+  if total:
+    with source:
+      state = train_lib.loop(
+        state,
+        search_lib.step,
+        source,
+        plan,
+        folder=folder,
+        label='search',
+        evaluate=evaluate,
+      )
+  runs.barrier('search')
+  _select(job, folder, network.by_layer(jax.device_get(state.gates)))
+
+
+def _select(job: Job, folder: pathlib.Path, last) -> None:
+  """Writes gates.npz: the evaluation that the selection rule takes."""
+  step, gates = (
+    search_lib.select(runs.read_metrics(folder), job.config.search.sparsity),
+    last,
+  )
+  if step is not None:
+    gates = runs.read_arrays(folder / 'gates' / f'{step:08d}.npz')
+  runs.write_arrays(folder / 'gates.npz', gates)
+  runs.barrier('gates')

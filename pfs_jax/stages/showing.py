@@ -1,0 +1,106 @@
+"""What a finished run shows, and `--mode=info`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pfs_jax import console, prune, runs
+from pfs_jax.stages.job import Job
+
+
+def show(job: Job, name: str, structure: prune.Structure) -> None:
+  """The closing tables."""
+  result = runs.read_json(job.file('result', name, '.json'))
+  network, model = job.network, job.network.cost_model
+  searched = (model.macs(model.widths), model.params(model.widths))
+  reference = (network.reference_macs, network.reference_params)
+
+  def row(label, macs, params, accuracy):
+    shown = '-' if accuracy is None else f'{accuracy:.2%}'
+    share = f'{macs / network.reference_macs:.1%}'
+    return [label, f'{macs:,}', share, f'{params:,}', shown]
+
+  console.table(
+    f'Channels kept ({name})',
+    ['layer', 'searched', 'kept', 'share'],
+    [
+      [layer, str(width), str(count), f'{count / width:.0%}']
+      for layer, width, count in zip(
+        model.layers, model.widths, structure.counts, strict=True
+      )
+    ],
+  )
+  console.table(
+    f'{job.workdir}: {job.config.model.name} on {job.config.data.name}, seed '
+    f'{job.config.seed}, {console.duration(result["seconds"])} of training',
+    ['network', 'MACs', 'of reference', 'parameters', 'test accuracy'],
+    [
+      row('reference', *reference, result['reference_test_accuracy']),
+      row('searched', *searched, None),
+      row('narrow', result['macs'], result['params'], result['test_accuracy']),
+    ],
+  )
+
+
+def info(job: Job) -> None:
+  """Layers, MACs, parameters and floors; reads no data, trains nothing."""
+  network, model = job.network, job.network.cost_model
+  total = model.macs(model.widths)
+  gated = set(model.layers)
+  rows = []
+  for op in model.ops:
+    if op.kind == 'norm':
+      continue
+    inputs, outputs = op.channels(model.widths)
+    rows.append(_info_row(op, model, total, gated, inputs, outputs))
+  console.table(
+    f'{job.config.model.name}, searched network',
+    ['layer', 'kind', 'output', 'channels', 'MACs', 'share', 'gate'],
+    rows,
+  )
+  _info_totals(job, network, model, total)
+
+
+def _info_row(op, model, total, gated, inputs, outputs):
+  sized = np.append(np.array(model.widths, np.int64), 1)
+  macs = sum(
+    int(v * sized[i] * sized[j]) for (i, j), v in op.macs_terms().items()
+  )
+  site = op.path.rpartition('/')[0]
+  return [
+    op.path,
+    op.kind,
+    'x'.join(map(str, op.output_size)) or '1',
+    f'{inputs} -> {outputs}',
+    f'{macs:,}',
+    f'{macs / total:.1%}',
+    'yes' if site in gated else '',
+  ]
+
+
+def _info_totals(job: Job, network, model, total: int) -> None:
+  rows = [
+    [
+      'reference network',
+      f'{network.reference_macs:,}',
+      '100.0%',
+      f'{network.reference_params:,}',
+    ]
+  ]
+
+  def row(label, counts):
+    macs, params = model.macs(counts), model.params(counts)
+    share = f'{macs / network.reference_macs:.1%}'
+    return [label, f'{macs:,}', share, f'{params:,}']
+
+  rows.append(row('searched network', model.widths))
+  for multiple in (1, 8, 16):
+    least = prune.minimum(model, round_to=multiple)
+    rows.append(row(f'floor, multiples of {multiple}', least))
+  for budget in job.budgets:
+    try:
+      prune.check_budget(model, **budget.ceilings())
+      rows.append([f'budget {budget.name}', 'can be met', '', ''])
+    except prune.Infeasible as e:
+      rows.append([f'budget {budget.name}', f'floor {e.floor:,}', '', ''])
+  console.table('Totals', ['', 'MACs', 'of reference', 'parameters'], rows)

@@ -1,0 +1,192 @@
+"""The train and eval stages: the narrow network, and what it is held to."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+
+from pfs_jax import config, console, devices, errors, models, prune, runs
+from pfs_jax import train as train_lib
+from pfs_jax.stages import cutting, showing
+from pfs_jax.stages.job import Job
+
+
+def _train_identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
+  return {
+    **config.identity(job.config, 'train'),
+    'structure.counts': list(structure.counts),
+  }
+
+
+def _kept(job: Job, name: str, structure: prune.Structure) -> dict[str, Any]:
+  """Which channels the cut kept; read only where weights come along."""
+  path = job.file('kept', name, '.json')
+  kept = runs.read_json(path)
+  lengths = {layer: len(indices) for layer, indices in kept.items()}
+  expected = dict(zip(structure.layers, structure.counts, strict=True))
+  if lengths != expected:
+    raise errors.UserError(
+      f'{path} does not belong to the structure: it keeps other counts. Run '
+      '--mode=prune again.'
+    )
+  return kept
+
+
+def _inherited(job: Job, name: str, structure: prune.Structure):
+  """The narrow network's first weights by `config.train.init`; None: random.
+
+  The wide network starts from the weights that the search froze. 'inherit'
+  trains it first (in wide/) and takes the kept channels of what comes out;
+  'rewind' takes those of the first weights, as a lottery ticket does.
+  """
+  if job.config.train.init == 'random':
+    return None
+  kept = _kept(job, name, structure)
+  first = {k: v for k, v in job.search_weights.items() if k != 'gates'}
+  if job.config.train.init == 'inherit':
+    folder = job.workdir / 'wide'
+    identity = config.identity(job.config, 'train')
+    runs.claim(folder, {**identity, 'config.train.init': 'random'})
+    wide = job.network.narrow(job.network.cost_model.widths)
+    epochs = job.config.train.wide_epochs or job.config.train.epochs
+    first = _fit(job, wide, folder, 'wide', epochs, first).variables
+  return job.network.slice_variables(jax.device_get(first), kept)
+
+
+def train(job: Job) -> None:
+  """Trains the narrow network from new random weights and evaluates it."""
+  if (job.workdir / 'search').exists() and not job.config.train.structure:
+    runs.claim(job.workdir / 'search', config.identity(job.config, 'search'))
+  name, structure = cutting.read(job)
+  folder = job.file('train', name)
+  runs.claim(folder, _train_identity(job, structure))
+  job.note_config()
+  if not job.file('result', name, '.json').exists():
+    epochs = job.config.train.epochs
+    if job.config.train.scratch == 'B':
+      epochs *= job.network.reference_macs / structure.macs
+    module = job.network.narrow(structure.counts)
+    weights = job.train_weights or _inherited(job, name, structure)
+    state = _fit(job, module, folder, 'train', epochs, weights)
+    reference = _reference_accuracy(job)
+    _write_result(job, name, structure, module, state, folder, reference)
+  showing.show(job, name, structure)
+
+
+def _fit(
+  job: Job,
+  module,
+  folder: pathlib.Path,
+  label: str,
+  epochs: float,
+  weights: Any = None,
+):
+  """Trains a module by the recipe of the config, or goes on with it."""
+  holdout = job.config.train.holdout
+  validation = job.data.validation() if holdout else None
+  source = job.data.train_source('train', hold_out=holdout)
+  total = config.steps(epochs, source.steps_per_epoch)
+  state = _initial(job, module, total, label, weights)
+
+  def evaluate(state, step):
+    found = train_lib.evaluate(module, state.variables, validation)
+    return {f'validation_{k}': v for k, v in found.items()}
+
+  with source:
+    return train_lib.loop(
+      state,
+      train_lib.step,
+      source,
+      job.plan(total, source.steps_per_epoch),
+      folder=folder,
+      label=label,
+      evaluate=evaluate if validation else None,
+    )
+
+
+def _initial(job: Job, module, total: int, label: str, weights: Any = None):
+  """The state at step 0, from new random weights unless some are given."""
+  if weights is None:
+    key = config.key(job.config.seed, f'{label} weights')
+    weights = models.init(module, key, job.image_shape)
+  return train_lib.init(
+    module,
+    weights,
+    train_lib.optimizer(job.config.train, total),
+    job.config.train.label_smoothing,
+  )
+
+
+def _test(job: Job, module, state) -> tuple[float, int]:
+  """(accuracy, images) of the one reading of the test set."""
+  test = job.data.test()
+  accuracy = train_lib.evaluate(module, state.variables, test)['accuracy']
+  return accuracy, test.size
+
+
+def _reference_accuracy(job: Job) -> float | None:
+  """Test accuracy of the reference network, where the config wants it."""
+  if not job.config.train.reference:
+    return None
+  folder = job.workdir / 'reference'
+  runs.claim(folder, config.identity(job.config, 'train'))
+  result = folder / 'result.json'
+  if not result.exists():
+    module = job.network.reference
+    state = _fit(job, module, folder, 'reference', job.config.train.epochs)
+    accuracy, _ = _test(job, module, state)
+    runs.write_json(result, {'test_accuracy': accuracy})
+    runs.barrier('reference')
+  return runs.read_json(result)['test_accuracy']
+
+
+def _write_result(job, name, structure, module, state, folder, reference):
+  c, network = job.config, job.network
+  searched = network.cost_model.macs(network.cost_model.widths)
+  accuracy, examples = _test(job, module, state)
+  result = {
+    'test_accuracy': accuracy,
+    'reference_test_accuracy': reference,
+    'test_examples': examples,
+    'macs': structure.macs,
+    'params': structure.params,
+    'reference_macs': network.reference_macs,
+    'reference_params': network.reference_params,
+    'searched_macs': searched,
+    'macs_share': structure.macs / network.reference_macs,
+    'counts': dict(zip(structure.layers, structure.counts, strict=True)),
+    'model': dict(network.description),
+    'budget': name,
+    'seed': c.seed,
+    'steps': int(state.step),
+    'seconds': runs.Clock(folder).seconds(),
+    'versions': runs.versions(),
+    'config': c.to_dict(),
+  }
+  runs.write_json(job.file('result', name, '.json'), result)
+  runs.barrier('result')
+
+
+def evaluate(job: Job) -> None:
+  """Restores the trained narrow network and evaluates it on the test set."""
+  name, structure = cutting.read(job)
+  folder = job.file('train', name)
+  if not (folder / 'checkpoints').exists():
+    raise errors.UserError(
+      f'{folder} holds no checkpoint: run --mode=train in this workdir first.'
+    )
+  runs.claim(folder, _train_identity(job, structure))
+  module = job.network.narrow(structure.counts)
+  state = devices.replicate(_initial(job, module, 1, 'train'))
+  with runs.Checkpoints(folder) as checkpoints:
+    found = checkpoints.restore(state)
+  if found is None:
+    raise errors.UserError(f'{folder} holds no checkpoint yet.')
+  step, state = found
+  accuracy, n = _test(job, module, state)
+  console.say(
+    f'{folder} at step {step}: test accuracy {accuracy:.2%} '
+    f'({round(accuracy * n)} of {n} images)'
+  )
