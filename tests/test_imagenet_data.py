@@ -1,0 +1,924 @@
+"""Streaming: files, order, crops, colour, corruption, workers, TFDS."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from pfs_jax import config, data, errors
+from pfs_jax.data import imagenet, images, registry, shapes, workers
+from tests import processes
+
+CLASSES, TRAIN, VAL, SIZE = 5, 40, 9, 32
+SHAPES = [(40, 40), (64, 48), (48, 64), (100, 70), (33, 90)]
+
+
+# Files. Every image has one colour of its own, so that pixels tell which it is.
+
+
+def _colour(i):
+  return (20 + 7 * (i % 30), 20 + 7 * (i // 30), 128)
+
+
+def _which(pixels):
+  """uint8 [..., H, W, 3] -> the number of each image."""
+  red, green = (pixels[..., c].mean((-1, -2)) for c in (0, 1))
+  red, green = (np.rint((v - 20) / 7).astype(int) for v in (red, green))
+  return red + 30 * green
+
+
+def _jpeg(i, size, **options):
+  stream = io.BytesIO()
+  Image.new('RGB', size, _colour(i)).save(
+    stream, 'jpeg', quality=95, subsampling=0, **options
+  )
+  return stream.getvalue()
+
+
+def _files():
+  """{(split, class, name): (number, content)}"""
+  found = {}
+  for split, count in (('train', TRAIN), ('val', VAL)):
+    for label in range(CLASSES):
+      for i in range(count):
+        number = label * TRAIN + i + (split == 'val') * CLASSES * TRAIN
+        name = f'n{label:02d}_{(i * 37) % 101}.JPEG'
+        content = _jpeg(number, SHAPES[i % len(SHAPES)])
+        found[split, f'n{label:02d}', name] = (number, content)
+  return found
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp('imagenet')
+  for (split, label, name), (_, content) in _files().items():
+    path = root / split / label / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+  (root / 'train' / 'n00' / '.hidden.JPEG').write_bytes(b'not an image')
+  (root / 'train' / 'n00' / 'readme.txt').write_text('not an image')
+  (root / 'train' / '.cache').mkdir()
+  return root
+
+
+def _config(root, **fields):
+  c = config.default()
+  c.data.name = 'imagenet2012'
+  c.data.source_dir = str(root)
+  c.data.num_classes = CLASSES
+  c.data.image_size = SIZE
+  c.data.validation_examples = 3 * CLASSES
+  c.data.eval_batch_size = 16
+  c.data.workers = 0
+  c.search.batch_size = c.train.batch_size = 24
+  c.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
+  config.validate(c)
+  return c
+
+
+def _open(root, **fields):
+  return data.open_set(_config(root, **fields), pathlib.Path('/nonexistent'))
+
+
+def _batches(source, steps):
+  """(pixels, labels) of some steps, on the host."""
+  with source:
+    chunks = [source.chunk(step, 1) for step in steps]
+  return [(np.asarray(x)[0], np.asarray(y)[0]) for x, y, _ in chunks]
+
+
+def _assert_equal(some, others):
+  assert len(some) == len(others)
+  for a, b in zip(some, others, strict=True):
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+# What is in a folder.
+
+
+def test_classes_are_the_sorted_folders(folder):
+  listed = images.scan(folder / 'train')
+  assert listed.classes == tuple(f'n{i:02d}' for i in range(CLASSES))
+  assert len(listed) == CLASSES * TRAIN
+  assert [os.fsdecode(n) for n in listed.names[:TRAIN]] == sorted(
+    name
+    for split, label, name in _files()
+    if (split, label) == ('train', 'n00')
+  )
+  content, label = listed.read(TRAIN)
+  assert label == 1 and pathlib.Path(listed.where(TRAIN)).is_file()
+  assert content[:2] == b'\xff\xd8'
+
+
+def test_any_suffix_and_any_name(tmp_path):
+  for name in ('a.JPEG', 'b.jpg', 'c.PNG', 'Ünï cödé.jpeg'):
+    path = tmp_path / 'only' / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(_jpeg(1, (8, 8)))
+  listed = images.scan(tmp_path)
+  assert len(listed) == 4
+  assert all(listed.read(i)[0] == _jpeg(1, (8, 8)) for i in range(4))
+
+
+def test_what_is_missing_is_named(folder, tmp_path):
+  with pytest.raises(errors.UserError, match='cannot read .*/nowhere/train'):
+    _open(tmp_path / 'nowhere')
+  with pytest.raises(errors.UserError, match='hold 4 class folders .* has 5'):
+    _open(folder, data__num_classes=4, data__validation_examples=4)
+  with pytest.raises(errors.UserError, match='hold 1000 class folders'):
+    _open(folder, data__num_classes=0, data__validation_examples=0)
+  shutil.copytree(folder, tmp_path / 'copy')
+  os.rename(tmp_path / 'copy/val/n03', tmp_path / 'copy/val/other')
+  with pytest.raises(errors.UserError, match='n03, other in one only'):
+    _open(tmp_path / 'copy')
+  (tmp_path / 'copy/train/void').mkdir()
+  with pytest.raises(errors.UserError, match='train/void has none'):
+    _open(tmp_path / 'copy')
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'data__validation_examples': 7}, 'multiple of the 5 classes'),
+    ({'data__validation_examples': 200}, 'has 40; asked are 40 a class'),
+    ({'data__train_examples': 10}, 'must be 0 for a data set that is streamed'),
+    ({'search__batch_size': 186}, r'must be in \[1, 185\]'),
+  ],
+)
+def test_what_cannot_be_is_refused(folder, fields, message):
+  with pytest.raises(errors.UserError, match=message):
+    _open(folder, **fields).train_source('search', hold_out=True)
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('data.image_size', 16, 'config.data.image_size must be 0 or 8 for digits'),
+    ('data.num_classes', 9, 'config.data.num_classes must be 0 or 10'),
+    ('search.crop_scale', 0.5, 'config.search.crop_scale must be 0 for digits'),
+    ('train.lighting', 0.1, 'config.train.lighting must be 0 for digits'),
+    ('train.colour_jitter', 0.4, 'config.train.colour_jitter must be 0'),
+  ],
+)
+def test_arrays_refuse_what_is_for_streams(field, value, message, tmp_path):
+  c = config.default()
+  c.data.name = 'digits'
+  c.update_from_flattened_dict({field: value})
+  with pytest.raises(errors.UserError, match=message):
+    data.open_set(c, tmp_path)
+
+
+def test_facts_follow_the_config():
+  c = _config('')
+  facts = data.configured(c.data)
+  assert (facts.image_size, facts.num_classes) == (SIZE, CLASSES)
+  c.data.image_size = c.data.num_classes = 0
+  assert data.configured(c.data) == data.spec('imagenet2012')
+
+
+# What is held out.
+
+
+def test_the_least_hashes_of_each_class_are_held_out(folder):
+  listed = images.scan(folder / 'train')
+  mask = images.held_out(listed.names, listed.labels, 3)
+  for label in range(CLASSES):
+    own = listed.names[listed.labels == label]
+    least = sorted(own, key=lambda n: hashlib.sha256(n).hexdigest())[:3]
+    assert set(listed.names[mask & (listed.labels == label)]) == set(least)
+  # It does not depend on the order.
+  order = np.random.default_rng(0).permutation(len(listed))
+  again = images.held_out(listed.names[order], listed.labels[order], 3)
+  np.testing.assert_array_equal(again, mask[order])
+  assert not images.held_out(listed.names, listed.labels, 0).any()
+
+
+def test_the_search_never_sees_what_is_held_out(folder):
+  d = _open(folder)
+  validation = _evaluated(d.validation())
+  assert len(validation) == 3 * CLASSES
+  source = d.train_source('search', hold_out=True)
+  steps = range(2 * source.steps_per_epoch)
+  searched = {i for x, _ in _batches(source, steps) for i in _which(x)}
+  assert not searched & set(validation)
+  source = d.train_source('train', hold_out=False)
+  assert source.steps_per_epoch == CLASSES * TRAIN // 24
+  trained = {i for x, _ in _batches(source, range(24)) for i in _which(x)}
+  assert set(validation) <= trained
+  assert _open(folder, data__validation_examples=0).validation() is None
+
+
+# The order.
+
+
+def test_an_epoch_repeats_no_image(folder):
+  source = _open(folder).train_source('train', hold_out=False)
+  n = source.steps_per_epoch
+  batches = _batches(source, range(3 * n))
+  orders = []
+  for epoch in range(3):
+    part = batches[epoch * n : (epoch + 1) * n]
+    order = [i for x, _ in part for i in _which(x)]
+    assert len(set(order)) == len(order) == n * 24
+    assert all((_which(x) // TRAIN == y).all() for x, y in part)
+    orders.append(order)
+  assert sorted(orders[0]) != orders[0]
+  assert orders[0] != orders[1] != orders[2]
+  left = [set(range(CLASSES * TRAIN)) - set(order) for order in orders]
+  assert left[0] != left[1]  # Nobody is always left out.
+
+
+@pytest.mark.parametrize('processes_', [0, 1, 2])
+def test_a_batch_depends_on_seed_and_step_alone(folder, processes_):
+  walked = _walked(folder)
+  source = _open(folder, data__workers=processes_).train_source('train', False)
+  # It jumps back and ahead, as a run that is continued does.
+  _assert_equal(
+    _batches(source, [9, 10, 2, 11, 12]),
+    [walked[i] for i in (9, 10, 2, 11, 12)],
+  )
+
+
+@functools.cache
+def _walked(folder):
+  return _batches(_open(folder).train_source('train', False), range(13))
+
+
+def test_seeds_and_stages_differ(folder):
+  first = _walked(folder)[0]
+  other = _open(folder, seed=1).train_source('train', False)
+  assert (_which(_batches(other, [0])[0][0]) != _which(first[0])).any()
+  search = _open(folder, data__validation_examples=0).train_source(
+    'search', True
+  )
+  assert (_which(_batches(search, [0])[0][0]) != _which(first[0])).any()
+
+
+def test_several_steps_a_call_are_the_same_steps(folder):
+  walked = _walked(folder)
+  with _open(folder).train_source('train', False) as source:
+    x, y, (steps, _) = source.chunk(4, 3)
+  assert steps.tolist() == [4, 5, 6]
+  got = list(zip(np.asarray(x), np.asarray(y), strict=True))
+  _assert_equal(got, walked[4:7])
+
+
+def test_processes_decode_their_rows_only(folder):
+  listed = images.scan(folder / 'train')
+  whole = images.Batches(
+    listed, np.arange(len(listed)), 24, np.arange(24), SIZE, (1, 2), 0.25
+  )
+  for step in (0, 9):
+    expected = whole.piece(step, slice(None))
+    for rows in (np.arange(12), np.arange(12, 24), np.array([3, 7, 20])):
+      part = dataclasses.replace(whole, rows=rows)
+      for have, want in zip(
+        part.piece(step, slice(None))[:3], expected, strict=False
+      ):
+        np.testing.assert_array_equal(have, want[rows])
+
+
+SHARDED = """
+  import hashlib, json, sys
+  import jax
+  port, index = sys.argv[1:3]
+  if port != '0':
+    jax.distributed.initialize(
+      f'127.0.0.1:{port}', num_processes=2, process_id=int(index))
+  import numpy as np
+  from jax.experimental import multihost_utils
+  from pfs_jax import config, devices
+  from pfs_jax.data import images
+  decoded = []
+  piece = images.Batches.piece
+  def counted(self, step, rows):
+    decoded.append(len(self.rows[rows]))
+    return piece(self, step, rows)
+  images.Batches.piece = counted
+  from pfs_jax import data
+  import pathlib
+  from tests import test_imagenet_data as t
+  d = t._open(sys.argv[3], data__corrupt='skip')
+  found = []
+  with d.train_source('search', True) as source:
+    x, y, _ = source.chunk(3, 2)
+    source.close()
+  def gather(v):
+    same = jax.jit(lambda a: a, out_shardings=devices.replicated())
+    return np.asarray(same(v))
+  def digests(*arrays):
+    return [hashlib.sha256(gather(v).tobytes()).hexdigest() for v in arrays]
+  found = digests(x, y)
+  test, total = d.test(), 0.0
+  for x, y, w in test:
+    found += digests(x, y, w)
+    total += float(gather(w).sum())
+  assert max(decoded) <= 24 // jax.process_count()
+  print(json.dumps([found, total, test.size]))
+"""
+
+
+def test_two_processes_make_the_batches_of_one(folder, tmp_path):
+  root = tmp_path / 'one_corrupt'
+  shutil.copytree(folder, root)
+  (root / 'val/n03/n03_0.JPEG').write_bytes(b'no image')
+  import socket
+
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = str(s.getsockname()[1])
+  code = processes.command(SHARDED)
+
+  def start(port, index, devices):
+    return subprocess.Popen(
+      [*code, port, str(index), str(root)],
+      env=processes.environment(devices),
+      cwd=processes.ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  running = [start('0', 0, 4), start(port, 0, 2), start(port, 1, 2)]
+  done = [p.communicate(timeout=120) for p in running]
+  assert [p.returncode for p in running] == [0, 0, 0], done
+  one, *two = [out.splitlines()[-1] for out, _ in done]
+  assert two == [one, one]
+  assert one.endswith(f', {CLASSES * VAL - 1}.0, {CLASSES * VAL - 1}]')
+
+
+# Evaluation.
+
+
+def _evaluated(evaluation):
+  """Numbers of the images seen with weight 1, in order."""
+  seen = []
+  for x, y, w in evaluation:
+    x, y, w = (np.asarray(v) for v in (x, y, w))
+    assert x.dtype == np.uint8 and x.shape[1:] == (SIZE, SIZE, 3)
+    assert set(w.tolist()) <= {0.0, 1.0}
+    numbers = _which(x[w == 1])
+    assert (numbers % (CLASSES * TRAIN) // TRAIN == y[w == 1]).all()
+    seen += numbers.tolist()
+  return seen
+
+
+@pytest.mark.parametrize('batch_size, processes_', [(16, 2), (45, 0), (500, 1)])
+def test_evaluation_counts_every_image_once(folder, batch_size, processes_):
+  d = _open(folder, data__eval_batch_size=batch_size, data__workers=processes_)
+  first = CLASSES * TRAIN
+  expected = [first + c * TRAIN + i for c in range(CLASSES) for i in range(VAL)]
+  for _ in range(2):  # Again is the same.
+    test = d.test()
+    assert sorted(_evaluated(test)) == expected
+    assert test.size == len(expected)
+
+
+# Pixels.
+
+
+@pytest.mark.parametrize('size', [(64, 48), (48, 64), (32, 32), (9, 200)])
+@pytest.mark.parametrize('scale', [0.0, 0.08, 0.25, 1.0])
+def test_one_colour_stays_one_colour(size, scale):
+  rng = np.random.default_rng(0)
+  for i in (0, 77, 199):
+    pixels = images.decode(_jpeg(i, size), SIZE, scale, rng)
+    assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+    assert _which(pixels) == i and np.ptp(pixels, axis=(0, 1)).max() == 0
+
+
+@pytest.mark.parametrize('scale', [0.08, 0.25, 1.0])
+@pytest.mark.parametrize('width, height', [(500, 375), (375, 500), (64, 64)])
+def test_random_crops_keep_their_ranges(width, height, scale):
+  rng = np.random.default_rng(0)
+  boxes = np.array(
+    [images.crop_box(rng, width, height, scale) for _ in range(3000)]
+  )
+  left, top, right, bottom = boxes.T
+  w, h = right - left, bottom - top
+  assert left.min() >= 0 and top.min() >= 0
+  assert right.max() <= width and bottom.max() <= height
+  shares, ratios = w * h / (width * height), w / h
+  assert shares.min() > scale - 0.03 and shares.max() <= 1
+  assert ratios.min() > 0.72 and ratios.max() < 1.39
+  if scale < 1:  # Areas are uniform but for those that do not fit.
+    assert shares.min() < scale + 0.02 and shares.max() > 0.85
+    assert left.min() == 0 and right.max() == width
+    assert top.min() == 0 and bottom.max() == height
+    assert abs(np.log(ratios).mean()) < 0.1
+
+
+def test_an_image_too_narrow_is_cropped_in_the_middle():
+  rng = np.random.default_rng(0)
+  assert images.crop_box(rng, 1000, 10, 1.0) == (493, 0, 506, 10)
+  assert images.crop_box(rng, 10, 1000, 1.0) == (0, 493, 10, 506)
+  assert images.crop_box(rng, 1, 1, 0.25) == (0, 0, 1, 1)
+
+
+def _picture(width, height):
+  y, x = np.mgrid[:height, :width] / max(width, height)
+  waves = [np.sin(9 * x), np.cos(7 * y), np.sin(5 * (x + y))]
+  array = np.stack([127 + 100 * wave for wave in waves], -1)
+  return Image.fromarray(array.astype(np.uint8))
+
+
+def _encoded(image, kind='jpeg', **options):
+  stream = io.BytesIO()
+  image.save(stream, kind, **options)
+  return stream.getvalue()
+
+
+@pytest.mark.parametrize('size', [(500, 375), (375, 500), (2000, 1600)])
+def test_evaluation_is_resize_256_and_centre_crop_224(size):
+  """The usual two operations, up to rounding."""
+  content = _encoded(_picture(*size), quality=95)
+  image = Image.open(io.BytesIO(content))
+  short = min(size)
+  image = image.resize(
+    [round(v * 256 / short) for v in size], Image.Resampling.BILINEAR
+  )
+  left, top = (image.width - 224) / 2, (image.height - 224) / 2
+  expected = np.asarray(image.crop((left, top, left + 224, top + 224)))
+  have = images.decode(content, 224)
+  # (The largest is halved while decoding.)
+  assert np.abs(have.astype(float) - expected).max() <= 4
+  assert np.abs(have.astype(float) - expected).mean() < 0.6
+
+
+def test_a_crop_is_where_it_should_be_also_when_halved(monkeypatch):
+  box = (300, 100, 1500, 1100)
+  monkeypatch.setattr(images, 'crop_box', lambda *_: box)
+  picture = _picture(2000, 1600)
+  content = _encoded(picture, quality=95)
+  expected = picture.resize((64, 64), Image.Resampling.BILINEAR, box)
+  have = images.decode(content, 64, 0.5, None)
+  assert np.abs(have.astype(float) - np.asarray(expected)).max() <= 4
+  halved = []
+  draft = Image.Image.draft
+  opened = type(Image.open(io.BytesIO(content)))
+  draft = opened.draft
+  monkeypatch.setattr(
+    opened, 'draft', lambda *a: halved.append(draft(*a)) or halved[-1]
+  )
+  images.decode(content, 64, 0.5, None)
+  assert len(halved) == 1
+  images.decode(content, 800, 0.5, None)
+  assert len(halved) == 1  # Not where pixels would be made up.
+
+
+def test_all_kinds_become_rgb():
+  colour = (200, 60, 90)
+  rgb = Image.new('RGB', (40, 30), colour)
+  grey = round(0.299 * 200 + 0.587 * 60 + 0.114 * 90)
+  kinds = {
+    'rgb': (_encoded(rgb, quality=95), colour),
+    'grey': (_encoded(rgb.convert('L'), quality=95), (grey,) * 3),
+    'cmyk': (_encoded(rgb.convert('CMYK'), quality=95), colour),
+    'png': (_encoded(rgb, 'png'), colour),
+    'palette': (_encoded(rgb.quantize(4), 'png'), colour),
+    'alpha': (_encoded(rgb.convert('RGBA'), 'png'), colour),
+    'grey alpha': (_encoded(rgb.convert('LA'), 'png'), (grey,) * 3),
+    'odd exif': (_encoded(rgb, quality=95, exif=b'Exif\0\0nonsense'), colour),
+  }
+  for kind, (content, expected) in kinds.items():
+    pixels = images.decode(content, 16)
+    assert pixels.shape == (16, 16, 3), kind
+    assert np.abs(pixels.astype(int) - expected).max() <= 3, kind
+
+
+def test_exif_orientation_is_followed():
+  upright = _picture(60, 40)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # Stored lying on its left side.
+  lying = upright.transpose(Image.Transpose.ROTATE_90)
+  content = _encoded(lying, quality=98, subsampling=0, exif=exif)
+  have = images.decode(content, 16).astype(int)
+  want = images.decode(_encoded(upright, 'png'), 16)
+  assert np.abs(have - want).max() <= 4
+
+
+# Corrupt files.
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+  root = tmp_path / 'damaged'
+  shutil.copytree(folder, root)
+  for split in ('train', 'val'):
+    path = root / split / 'n02' / 'n02_0.JPEG'
+    path.write_bytes(path.read_bytes()[:300])  # Its head is in order.
+  (root / 'train' / 'n04' / 'n04_37.JPEG').write_bytes(b'')
+  return root
+
+
+@pytest.mark.parametrize('processes_', [0, 2])
+def test_a_corrupt_file_is_named(damaged, processes_):
+  d = _open(damaged, data__workers=processes_, data__validation_examples=0)
+  source = d.train_source('train', False)
+  with pytest.raises(errors.UserError) as e, source:
+    for step in range(source.steps_per_epoch):
+      source.chunk(step, 1)
+  message = str(e.value)
+  assert 'cannot be decoded' in message and "corrupt='skip'" in message
+  assert any(f'train/{n}' in message for n in ('n02/n02_0', 'n04/n04_37'))
+  assert len(message.splitlines()) <= 3
+  with pytest.raises(errors.UserError, match='val/n02/n02_0.JPEG cannot be'):
+    list(d.test())
+
+
+def test_corrupt_files_are_skipped_and_counted(damaged, capfd):
+  d = _open(damaged, data__corrupt='skip', data__workers=1)
+  source = d.train_source('train', False)
+  batches = _batches(source, range(3 * source.steps_per_epoch))
+  bad = {2 * TRAIN, 4 * TRAIN + 1}  # Numbers of the two.
+  seen = [i for x, _ in batches for i in _which(x)]
+  assert not bad & set(seen)
+  assert all((_which(x) // TRAIN == y).all() for x, y in batches)
+  said = capfd.readouterr().err
+  assert said.count('skipped, cannot be decoded') == 2  # Each once.
+  assert '(2 so far)' in said and 'n02/n02_0.JPEG' in said
+  test = d.test()
+  first = CLASSES * TRAIN
+  seen = _evaluated(test)
+  assert len(seen) == len(set(seen)) == test.size == CLASSES * VAL - 1
+  assert first + 2 * TRAIN not in seen
+
+
+def test_skipping_depends_on_nothing_else(damaged):
+  def some(processes_, steps):
+    d = _open(damaged, data__corrupt='skip', data__workers=processes_)
+    return _batches(d.train_source('train', False), steps)
+
+  _assert_equal(some(2, range(8))[3:], some(0, range(3, 8)))
+
+
+def test_a_file_that_is_gone_is_named(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / 'copy')
+  d = _open(tmp_path / 'copy')
+  os.remove(tmp_path / 'copy/val/n01/n01_37.JPEG')
+  with pytest.raises(errors.UserError, match='n01_37.JPEG cannot be decoded'):
+    list(d.test())
+
+
+def test_nothing_but_corrupt_files_is_an_error(tmp_path):
+  for split in ('train', 'val'):
+    (tmp_path / split / 'only').mkdir(parents=True)
+    for i in range(24):
+      (tmp_path / split / 'only' / f'{i}.jpg').write_bytes(b'nothing')
+  d = _open(
+    tmp_path,
+    data__num_classes=1,
+    data__validation_examples=0,
+    data__corrupt='skip',
+  )
+  with pytest.raises(
+    errors.UserError, match='24 images cannot be decoded, too'
+  ):
+    _batches(d.train_source('train', False), [0])
+
+
+# Colour.
+
+
+def _noise(n=4, size=6, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.uniform(0.2, 0.6, (n, size, size, 3)), jnp.float32)
+
+
+def test_jitter_is_brightness_contrast_and_saturation():
+  """Against Pillow's definitions, image by image, in float."""
+  x, key = _noise(), jax.random.key(3)
+  have = np.asarray(imagenet.jitter(x, key, 0.4))
+  factors = np.asarray(
+    jax.random.uniform(key, (3, 4, 1, 1, 1), jnp.float32, 0.6, 1.4)
+  ).reshape(3, 4)
+  grey = np.array([0.299, 0.587, 0.114])
+  for image, got, (b, c, s) in zip(np.asarray(x), have, factors.T, strict=True):
+    image = image * b
+    image = (image @ grey).mean() * (1 - c) + image * c
+    image = (image @ grey)[..., None] * (1 - s) + image * s
+    np.testing.assert_allclose(got, image.clip(0, 1), atol=1e-6)
+  assert len(set(factors.ravel().tolist())) == 12  # Each its own.
+  np.testing.assert_allclose(imagenet.jitter(x, key, 0.0), x, atol=1e-6)
+  wild = imagenet.jitter(_noise(64), key, 1.0)
+  assert wild.min() >= 0 and wild.max() <= 1
+
+
+def test_lighting_has_the_covariance_of_imagenet():
+  x = jnp.zeros((20000, 1, 1, 3))
+  added = np.asarray(imagenet.lighting(x, jax.random.key(0), 0.1)).reshape(
+    -1, 3
+  )
+  vectors = np.array(imagenet._EIGENVECTORS)
+  np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=2e-3)
+  variances = (0.1 * np.array(imagenet._EIGENVALUES)) ** 2
+  expected = vectors @ np.diag(variances) @ vectors.T
+  np.testing.assert_allclose(np.cov(added.T), expected, rtol=0.05, atol=2e-6)
+  assert 2 < 255 * added.std(axis=0).min() < 4  # Not near nil.
+  many = imagenet.lighting(_noise(), jax.random.key(0), 0.1) - _noise()
+  assert np.ptp(np.asarray(many), axis=(1, 2)).max() < 1e-6
+
+
+def test_augmentation_flips_then_colours_then_normalises():
+  x = jnp.asarray(
+    np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3)), jnp.uint8
+  )
+  plain = imagenet.Augmentation((0.5,) * 3, (0.25,) * 3, flip=True)
+  key = jax.random.key(1)
+  flipped = np.asarray(plain.train(x, key))
+  straight = np.asarray(plain.test(x))
+  same = (flipped == straight).all((1, 2, 3))
+  assert 0 < same.sum() < 8
+  np.testing.assert_array_equal(flipped[~same], straight[~same][:, :, ::-1])
+  full = dataclasses.replace(plain, colour_jitter=0.4, lighting=0.1)
+  jitter_only = dataclasses.replace(plain, colour_jitter=1e-6)
+  np.testing.assert_allclose(jitter_only.train(x, key), flipped, atol=1e-4)
+  assert np.abs(np.asarray(full.train(x, key)) - flipped).max() > 0.1
+  np.testing.assert_array_equal(full.test(x), straight)
+
+
+def test_the_draw_augments_by_step_and_is_equal_by_value(folder):
+  fields = {'train__colour_jitter': 0.4, 'train__lighting': 0.1}
+  source, other = (
+    _open(folder, **fields).train_source('train', False) for _ in range(2)
+  )
+  assert source.draw == other.draw and hash(source.draw) == hash(other.draw)
+  assert source.draw.augmentation.colour_jitter == 0.4
+
+  def drawn(source, step):
+    with source:
+      item = jax.tree.map(lambda v: v[0], source.chunk(step, 1))
+    return np.asarray(source.draw(source.resident, item)[0])
+
+  np.testing.assert_array_equal(drawn(source, 3), drawn(other, 3))
+  assert not (drawn(source, 3) == drawn(source, 4)).all()
+  plain = _open(folder, data__augment=False, **fields)
+  x, _ = _batches(source := plain.train_source('train', False), [3])[0]
+  np.testing.assert_array_equal(
+    drawn(source, 3), np.asarray(source.draw.augmentation.test(jnp.asarray(x)))
+  )
+
+
+# Worker processes.
+
+
+def _decoders(parent):
+  """Ids of the decoding processes that a process has."""
+  found = []
+  for folder in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+      command = (folder / 'cmdline').read_bytes()
+      stat = (folder / 'stat').read_text().rpartition(')')[2].split()
+    except OSError:  # It has just ended.
+      continue
+    if b'workers.serve' in command and int(stat[1]) == parent:
+      found.append(int(folder.name))
+  return found
+
+
+def _children():
+  return _decoders(os.getpid())
+
+
+def test_workers_end_with_their_source(folder):
+  source = _open(folder, data__workers=2).train_source('train', False)
+  with source:
+    source.chunk(0, 1)
+    assert len(_children()) == 2
+    start = time.perf_counter()
+  assert _children() == [] and time.perf_counter() - start < 2
+  with pytest.raises(ZeroDivisionError), source:
+    source.chunk(0, 1)
+    raise ZeroDivisionError
+  assert _children() == []
+  source.close()
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(folder):
+  source = _open(folder, data__workers=1).train_source('train', False)
+  with pytest.raises(errors.UserError, match='ended with code -9'), source:
+    source.chunk(0, 1)
+    os.kill(_children()[0], signal.SIGKILL)
+    for step in range(1, 20):
+      source.chunk(step, 1)
+  assert _children() == []
+
+
+def test_workers_import_neither_jax_nor_tensorflow():
+  out = processes.output("""
+    import sys
+    from pfs_jax.data import workers
+    print({'jax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))
+  """)
+  assert out == 'set()'
+
+
+TRAINED = """
+  import pathlib, sys
+  import flax.linen as nn
+  import jax, optax
+  from pfs_jax import console, train
+  from tests import test_imagenet_data as t
+  d = t._open(sys.argv[1], data__workers=2)
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(t.CLASSES)(x.mean((1, 2)))
+  net = Net()
+  variables = net.init(jax.random.key(0), t.np.zeros((1, 32, 32, 3)))
+  state = train.init(net, variables, optax.sgd(0.1))
+  def main():
+    with d.train_source('train', False) as source:
+      train.loop(
+        state, train.step, source, train.Plan(10**6, 10, 10**6, 10**6),
+        folder=pathlib.Path(sys.argv[2]), label='train')
+  console.guarded(main)()
+"""
+
+
+@pytest.mark.parametrize('how', ['ctrl-c', 'terminate all', 'kill'])
+def test_signals_leave_nothing_behind(folder, tmp_path, how):
+  process = subprocess.Popen(
+    [*processes.command(TRAINED), str(folder), str(tmp_path)],
+    env=processes.environment(),
+    cwd=processes.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  try:
+    assert 'train 10/' in process.stdout.readline()
+    decoders = _decoders(process.pid)
+    assert len(decoders) == 2
+    if how == 'kill':
+      process.kill()
+    elif how == 'ctrl-c':  # Goes to the whole group.
+      os.killpg(process.pid, signal.SIGINT)
+    else:  # As job schedulers do it.
+      for pid in (*decoders, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  code = {'ctrl-c': 130, 'terminate all': 143, 'kill': -9}[how]
+  assert process.returncode == code, err
+  assert 'Traceback' not in err
+  if how != 'kill':
+    assert 'saved. The same command continues.' in err
+    assert len(err.strip().splitlines()) == 1
+  deadline = time.monotonic() + 10
+  while any(pathlib.Path(f'/proc/{pid}').exists() for pid in decoders):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+# TFDS.
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """imagenet2012 as TFDS has it, with our few images, without TensorFlow."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import registered
+
+  root = tmp_path_factory.mktemp('tfds')
+  stock = tfds.builder_cls('imagenet2012')
+  names = {'train': 'train', 'val': 'validation'}
+
+  def examples(split):
+    for (own, label, name), (_, content) in _files().items():
+      if own == split:
+        yield (
+          name,
+          {
+            'image': content,
+            'label': int(label[1:]),
+            'file_name': name,
+          },
+        )
+
+  with registered.skip_registration():
+
+    class Prepared(stock):
+      name = 'imagenet2012'
+      VERSION = stock.VERSION
+      pkg_dir_path = stock.pkg_dir_path
+
+      def _split_generators(self, dl_manager):
+        return {theirs: examples(own) for own, theirs in names.items()}
+
+  builder = Prepared(data_dir=root, file_format='array_record')
+  tfds.disable_progress_bar()
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+  )
+  return root
+
+
+def _open_prepared(root, workdir, **fields):
+  c = _config(
+    '',
+    data__data_dir=str(root),
+    data__num_classes=0,
+    data__validation_examples=3000,
+    **fields,
+  )
+  return data.open_set(c, workdir)
+
+
+def test_a_prepared_set_gives_the_images_of_the_folder(
+  prepared, folder, tmp_path
+):
+  d, f = _open_prepared(prepared, tmp_path), _open(folder)
+  assert sorted(_evaluated(d.test())) == sorted(_evaluated(f.test()))
+  # The same images are held out, since the rule is about file names.
+  held_out = _evaluated(d.validation())
+  assert len(held_out) == 15
+  assert sorted(held_out) == sorted(_evaluated(f.validation()))
+  source = d.train_source('search', True)
+  assert source.steps_per_epoch == 185 // 24
+  batches = _batches(source, range(source.steps_per_epoch))
+  assert not {i for x, _ in batches for i in _which(x)} & set(held_out)
+  assert all((_which(x) // TRAIN == y).all() for x, y in batches)
+  # The names are read once a workdir.
+  (kept,) = (tmp_path / 'data').iterdir()
+  before = kept.stat().st_mtime_ns
+  again = _open_prepared(prepared, tmp_path, data__workers=1)
+  assert kept.stat().st_mtime_ns == before
+  _assert_equal(
+    _batches(again.train_source('search', True), range(3)), batches[:3]
+  )
+
+
+def test_labels_of_tfds_are_the_sorted_folders():
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder_cls('imagenet2012')
+  lines = builder(data_dir='/nonexistent').info.features['label'].names
+  assert lines == sorted(lines) and len(lines) == 1000
+  assert data.spec('imagenet2012').num_classes == 1000
+
+
+def test_what_is_not_prepared_says_the_ways(tmp_path):
+  with pytest.raises(errors.UserError) as e:
+    _open_prepared(tmp_path / 'nothing', tmp_path)
+  message = str(e.value)
+  assert 'imagenet2012 is not prepared in' in message
+  assert 'config.data.source_dir' in message and 'docs/imagenet.md' in message
+  assert len(message.splitlines()) <= 3
+
+
+# Shapes.
+
+
+def test_shapes_are_made_once_and_the_same(tmp_path):
+  facts = dataclasses.replace(
+    registry.spec('shapes'), train_examples=16, test_examples=8
+  )
+  root = shapes.make_folder(tmp_path / 'a', facts)
+  again = shapes.make_folder(tmp_path / 'b', facts)
+  files = sorted(p.relative_to(root) for p in root.rglob('*.JPEG'))
+  assert len(files) == 24
+  assert all((root / p).read_bytes() == (again / p).read_bytes() for p in files)
+  sizes = set()
+  for path in files:
+    with Image.open(root / path) as image:
+      sizes.add(image.size)
+  assert len(sizes) > 10
+  (root / files[0]).unlink()
+  assert shapes.make_folder(root, facts) == root
+  assert not (root / files[0]).exists()  # Left as it was.
+  assert images.scan(root / 'train').classes == facts.class_names
+  assert sorted(os.listdir(tmp_path)) == ['a', 'b']
+
+
+def test_loader_waits_are_counted(folder):
+  listed = images.scan(folder / 'train')
+  batches = images.Batches(
+    listed, np.arange(len(listed)), 24, np.arange(24), SIZE, (1, 2), 0.25
+  )
+  with workers.Loader(batches, 0, 0) as loader:
+    loader.next()
+    waited = loader.seconds_waited
+    assert 0 < waited < 10
+    time.sleep(0.5)  # Time for what is ahead.
+    loader.next()
+    assert loader.seconds_waited - waited < 0.1
+  assert math.isfinite(waited)
