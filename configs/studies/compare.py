@@ -47,7 +47,11 @@ def get_config(variant='full'):
     seeds=(0, 1, 2),
     baseline='uniform',
     smoke={
-      'arms': ('pretrained+fine_tune', 'slimming+scratch_b', 'filters+rewind'),
+      'arms': (
+        'pretrained+fine_tune',
+        'filters+rewind+scratch_b',
+        'slimming+structure',
+      ),
       'seeds': (0,),
       'baseline': '',
     },

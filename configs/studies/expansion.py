@@ -25,5 +25,10 @@ def get_config(variant='full'):
     field='model.width',
     values=(8, 12, 16, 20, 24, 32),
     baseline='searched, width 16',
-    smoke={'seeds': (0,), 'values': (2, 3), 'baseline': 'searched, width 2'},
+    smoke={
+      'arms': ('searched+structure',),
+      'seeds': (0,),
+      'values': (2, 3),
+      'baseline': '',
+    },
   )

@@ -26,7 +26,7 @@ def get_config(variant='full'):
     seeds=(0, 1, 2, 3, 4),
     baseline='uniform',
     smoke={
-      'arms': ('searched', 'uniform', 'searched+cost1', 'full'),
+      'arms': ('searched', 'uniform', 'searched+cost1+structure'),
       'seeds': (0, 1),
     },
   )

@@ -23,5 +23,9 @@ def get_config(variant='full'):
     arms=common.HEADLINE_ARMS,
     seeds=(0, 1, 2, 3, 4),
     baseline='uniform',
-    smoke={'arms': ('shuffled', 'random'), 'seeds': (0,), 'baseline': 'random'},
+    smoke={
+      'arms': ('shuffled+structure', 'random+structure', 'full+structure'),
+      'seeds': (0,),
+      'baseline': '',
+    },
   )

@@ -22,5 +22,5 @@ def get_config(variant='full'):
     field='budget.keep',
     values=(0.1, 0.2, 0.3, 0.5, 0.7),
     baseline='uniform',
-    smoke={'seeds': (0,), 'values': (0.3, 0.6)},
+    smoke={'seeds': (0,), 'values': (0.3, 0.5)},
   )

@@ -39,7 +39,7 @@ def get_config(variant='full'):
     baseline='uniform',
     smoke={
       'base': common.digits('resnet20'),
-      'arms': ('searched+layer_mean', 'uniform'),
+      'arms': ('searched+layer_mean+structure', 'uniform'),
       'seeds': (0,),
     },
   )
