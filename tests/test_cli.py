@@ -1,9 +1,9 @@
 """The command line as a user meets it: refusals, info, the quick start."""
 
-import concurrent.futures
 import json
 import pathlib
 import re
+import subprocess
 
 import pytest
 
@@ -121,34 +121,36 @@ BAD = {
 }
 
 
-def refuse(args, folder):
-  where = [] if any('--workdir' in a for a in args) else [f'--workdir={folder}']
-  return processes.run(
-    ['main.py', *where, *args], env={'TFDS_DATA_DIR': str(folder / 'tfds')}
-  )
-
-
 @pytest.fixture(scope='module')
 def refusals(tmp_path_factory):
-  """All bad command lines, two at a time."""
+  """{name: (exit code, stdout, stderr)} of all bad command lines."""
   folder = tmp_path_factory.mktemp('bad')
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    done = {
-      name: pool.submit(refuse, args, folder / name.replace(' ', '_'))
-      for name, (args, _) in BAD.items()
-    }
-  return {name: future.result() for name, future in done.items()}
+  lines = []
+  for name, (args, _) in BAD.items():
+    where = [f'--workdir={folder / name.replace(" ", "_")}']
+    lines.append([*where, *args])
+  done = subprocess.run(
+    processes.command(['-m', 'tests.refusals']),
+    env=processes.environment(TFDS_DATA_DIR=str(folder / 'tfds')),
+    cwd=processes.ROOT,
+    input=json.dumps(lines),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return dict(zip(BAD, json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.parametrize('name', BAD)
 def test_bad_command_lines(refusals, name):
-  done = refusals[name]
-  lines = done.stderr.splitlines()
-  assert done.returncode == 2, done.stderr
-  assert 1 <= len(lines) <= 3, done.stderr
-  assert 'Traceback' not in done.stderr
+  code, _, err = refusals[name]
+  lines = err.splitlines()
+  assert code == 2, err
+  assert 1 <= len(lines) <= 3, err
+  assert 'Traceback' not in err
   assert lines[0].startswith('error: ')
-  assert BAD[name][1] in done.stderr
+  assert BAD[name][1] in err
 
 
 def test_no_data_and_no_network(tmp_path):
