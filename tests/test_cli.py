@@ -28,7 +28,7 @@ BAD = {
   'stray argument': ([DIGITS, INFO, 'now'], "unexpected argument 'now'"),
   'missing config': (['--config=configs/no.py', INFO], 'configs/no.py'),
   'folder as config': (['--config=configs', INFO], 'Is a directory'),
-  'not a config': (['--config=README.md', INFO], 'config file'),
+  'not a config': (['--config=README.md', INFO], 'README.md, line'),
   'unknown variant': (['--config=configs/digits.py:big', INFO], 'full, smoke'),
   'override first': (['--config.seed=1', DIGITS, INFO], '--config.seed'),
   'unknown field': ([DIGITS, INFO, '--config.sead=1'], 'Did you mean "seed"'),
@@ -64,7 +64,7 @@ BAD = {
   ),
   'no budget': (
     [DIGITS, INFO, '--config.budget.keep=()'],
-    'config.budget.keep',
+    'must name at least one budget',
   ),
   'same budget twice': (
     [DIGITS, INFO, '--config.budget.keep=(0.5,0.5)'],
@@ -103,12 +103,24 @@ BAD = {
     'none.json does not exist',
   ),
   'not a structure': (
-    [DIGITS, '--mode=train', '--config.train.structure=pyproject.toml'],
+    [DIGITS, '--mode=train', '--config.train.structure=requirements.txt'],
     'structure: not valid JSON',
   ),
   'workdir is a file': (
     ['--workdir=pyproject.toml', DIGITS, '--mode=search'],
     '--workdir=pyproject.toml cannot be used',
+  ),
+  'own model and a bad spec': (
+    [DIGITS, INFO, '--config.model.factory=nothing'],
+    'must be package.module:callable',
+  ),
+  'own model that is not there': (
+    [DIGITS, INFO, '--config.model.factory=no_such_package:make'],
+    'cannot be imported',
+  ),
+  'unknown init': (
+    [DIGITS, INFO, '--config.train.init=old'],
+    'random, inherit',
   ),
   'no such source_dir': (
     [
