@@ -1,4 +1,4 @@
-"""The stages behind `--mode`: search, prune, train, eval, run, info.
+"""The stages behind `--mode`: search, prune, train, eval, run, export, info.
 
 Each reads what the one before left in the workdir, so each can run alone, on
 another machine. All that passes from search to train is a structure file.
@@ -7,13 +7,14 @@ another machine. All that passes from search to train is a structure file.
 from __future__ import annotations
 
 from pfs_jax import runs
-from pfs_jax.stages import cutting, searching, showing, training
+from pfs_jax.stages import cutting, exporting, searching, showing, training
 from pfs_jax.stages.job import Job
 
 search = searching.search
 cut = cutting.cut
 train = training.train
 evaluate = training.evaluate
+export = exporting.export
 info = showing.info
 
 
@@ -38,5 +39,6 @@ MODES = {
   'train': train,
   'eval': evaluate,
   'run': run,
+  'export': export,
   'info': info,
 }

@@ -169,9 +169,8 @@ def _write_result(job, name, structure, module, state, folder, reference):
   runs.barrier('result')
 
 
-def evaluate(job: Job) -> None:
-  """Restores the trained narrow network and evaluates it on the test set."""
-  name, structure = cutting.read(job)
+def restore(job: Job, name: str, structure: prune.Structure):
+  """(folder, step, module, state) of the trained narrow network."""
   folder = job.file('train', name)
   if not (folder / 'checkpoints').exists():
     raise errors.UserError(
@@ -184,7 +183,12 @@ def evaluate(job: Job) -> None:
     found = checkpoints.restore(state)
   if found is None:
     raise errors.UserError(f'{folder} holds no checkpoint yet.')
-  step, state = found
+  return folder, found[0], module, found[1]
+
+
+def evaluate(job: Job) -> None:
+  """Restores the trained narrow network and evaluates it on the test set."""
+  folder, step, module, state = restore(job, *cutting.read(job))
   accuracy, n = _test(job, module, state)
   console.say(
     f'{folder} at step {step}: test accuracy {accuracy:.2%} '

@@ -1,0 +1,30 @@
+"""The fresh process that reads an export back.
+
+python -m pfs_jax.export.check DIRECTORY IMAGES.npz LOGITS.npz
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from pfs_jax import console
+from pfs_jax.export import bundle
+
+
+@console.guarded
+def main(directory: str, asked: str, answered: str) -> None:
+  """Writes '<format>/<i>' for each format there and each batch asked."""
+  with np.load(asked) as arrays:
+    batches = [arrays[name] for name in arrays.files]
+  logits = {}
+  for name in bundle.read_manifest(directory)['formats']:
+    classify = bundle.load(directory, name)
+    for i, images in enumerate(batches):
+      logits[f'{name}/{i}'] = classify(images)
+  with pathlib.Path(answered).open('wb') as file:
+    np.savez(file, **logits)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Names what is on images, by an exported network.
+
+python -m pfs_jax.predict exported_dir image.png [image2.png ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pfs_jax import console, errors, export
+from pfs_jax.data import images as images_lib
+
+
+def read_image(
+  path: str, expected: Mapping[str, Any], invert: bool = False
+) -> np.ndarray:
+  """An image file as the network was trained on them.
+
+  Upright, grey or RGB; the whole image is resized, or, for networks of large
+  images, the centre crop of the evaluation (`data.images.decode`).
+
+  Args:
+    path: Any file that Pillow reads.
+    expected: `input` of the manifest.
+    invert: Whether light and dark are exchanged.
+
+  Returns:
+    uint8 [H, W, C].
+
+  Raises:
+    errors.UserError: It cannot be read.
+  """
+  _, height, width, channels = expected['shape']
+  try:
+    content = pathlib.Path(path).read_bytes()
+    if expected['centre_crop'] < 1:
+      pixels = images_lib.decode(content, height)
+    else:
+      image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+      image = _eight_bits(image).convert('L' if channels == 1 else 'RGB')
+      image = image.resize((width, height), Image.Resampling.BILINEAR)
+      pixels = np.asarray(image).reshape(height, width, channels)
+  except Exception as e:  # Damaged files raise many kinds.
+    reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+    reason = 'it is no image' if 'cannot identify' in str(e) else reason
+    raise errors.UserError(f'{path} cannot be read: {reason}.') from e
+  return 255 - pixels if invert else pixels
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+  """16-bit grey to 8-bit, which Pillow would clip instead of scale."""
+  if not image.mode.startswith('I'):
+    return image
+  values = np.asarray(image).astype(np.float64) / 257
+  return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+
+
+def probabilities(
+  classify: export.Exported, pixels: Sequence[np.ndarray]
+) -> np.ndarray:
+  """[N, classes] that sum to 1 for each image."""
+  expected = classify.manifest['input']
+  logits = classify(
+    export.normalised(np.stack(pixels), expected['mean'], expected['std'])
+  ).astype(np.float64)
+  powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+  return powers / powers.sum(axis=1, keepdims=True)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise errors.UserError(f'{message}; see --help.')
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog='python -m pfs_jax.predict', description=__doc__)
+  parser.add_argument('directory', help='what --mode=export made')
+  parser.add_argument('images', nargs='+', metavar='image')
+  parser.add_argument(
+    '--format', help='stablehlo, safetensors or onnx; default: the first there'
+  )
+  parser.add_argument(
+    '--top', type=int, default=1, help='classes to show for each image'
+  )
+  parser.add_argument(
+    '--invert', action='store_true', help='exchange light and dark first'
+  )
+  return parser
+
+
+@console.guarded
+def main(argv: Sequence[str]) -> None:
+  """Prints class and probability, one line an image and class."""
+  asked = _parser().parse_args(argv)
+  if asked.top < 1:
+    raise errors.UserError(f'--top must be >= 1; got {asked.top}.')
+  expected = export.read_manifest(asked.directory)['input']
+  pixels = [read_image(p, expected, asked.invert) for p in asked.images]
+  classify = export.load(asked.directory, asked.format)
+  names = classify.manifest['class_names']
+  for path, shares in zip(
+    asked.images, probabilities(classify, pixels), strict=True
+  ):
+    for label in np.argsort(-shares, kind='stable')[: asked.top]:
+      name = names[label] if names else f'class {label}'
+      console.say(f'{path}: {name} {shares[label]:.1%}')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""The export stage: the trained network as files for other runtimes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pfs_jax import console, models, prune, runs, surgery
+from pfs_jax import export as export_lib
+from pfs_jax.stages import cutting, training
+from pfs_jax.stages.job import Job
+
+
+def export(job: Job) -> None:
+  """Writes the trained narrow network to export/, checked; see export.save.
+
+  It computes in float32, whatever it was trained in.
+  """
+  name, structure = cutting.read(job)
+  state = training.restore(job, name, structure)[-1]
+  folder = job.file('export', name)
+  if runs.is_first_process():
+    manifest = export_lib.save(
+      folder,
+      _float32(job).network.narrow(structure.counts),
+      state.variables,
+      dataclasses.replace(structure, model=job.network.description),
+      job.spec,
+      build=f'{__name__}:{build_from.__name__}',
+    )
+    _show(folder, manifest)
+  runs.barrier('export')
+
+
+def _float32(job: Job) -> Job:
+  if job.config.dtype == 'float32':
+    return job
+  c = job.config.copy_and_resolve_references()
+  c.dtype = 'float32'
+  return Job(c, job.workdir)
+
+
+def build_from(structure: prune.Structure) -> Any:
+  """The narrow network of a structure, the registry's or the user's own."""
+  model = structure.model
+  if not model.get('factory'):
+    return models.build_from(structure)
+  network = surgery.network_from_factory(
+    model['factory'],
+    model['num_classes'],
+    model['image_size'],
+    model['channels'],
+    residual=model.get('residual', False),
+  )
+  return network.narrow(structure.counts)
+
+
+def _show(folder, manifest) -> None:
+  console.table(
+    f'Exported to {folder}',
+    ['file', 'bytes', 'largest error', 'allowed'],
+    [
+      [
+        entry['file'],
+        f'{entry["bytes"]:,}',
+        f'{entry["max_error"]:.1e}',
+        f'{entry["tolerance"]:.0e}',
+      ]
+      for entry in manifest['formats'].values()
+    ],
+  )
