@@ -5,7 +5,7 @@
   cost_model = surgery.cost_model(model, sites, x)
   narrow = surgery.narrow(model, sites, counts)    # init, apply: narrower
 
-`flow` follows channels through a trace, `discover` makes groups of them, `wrap`
+`flow` follows channels through a trace, `sites` makes groups of them, `wrap`
 changes a model on the way, `apply` gates, narrows, slices and checks, `network`
 hands the result to the stages.
 """
@@ -17,8 +17,8 @@ from pfs_jax.surgery.apply import (
   narrow,
   slice_variables,
 )
-from pfs_jax.surgery.discover import Group, Sites, discover
 from pfs_jax.surgery.network import network, network_from_factory
+from pfs_jax.surgery.sites import Group, Sites, discover
 from pfs_jax.surgery.wrap import Wrapped
 
 __all__ = [

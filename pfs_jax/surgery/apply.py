@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import costs, errors
-from pfs_jax.surgery import discover as discover_lib
+from pfs_jax.surgery import sites as sites_lib
 from pfs_jax.surgery import wrap
 
-Sites = discover_lib.Sites
+Sites = sites_lib.Sites
 _TOLERANCE = 1e-5
 _TOLERANCE_LOW = 5e-2  # bfloat16 keeps 8 bits.
 
@@ -95,6 +95,7 @@ def narrow(
   *,
   verify: bool = False,
   x: Any = None,
+  args: Sequence[Any] = (),
 ) -> wrap.Wrapped:
   """The model with `counts` channels in each group, to train from new weights.
 
@@ -103,9 +104,10 @@ def narrow(
     sites: What `discover` found.
     counts: Channels to keep of each group, 1 to its size, in forward order or
       by name.
-    verify: Whether to check, with `verify` below, that it computes what the
+    verify: Whether to check, with `check` below, that it computes what the
       gated model does.
     x: Images to check it on, needed if `verify`.
+    args: Further arguments of the model, for the check.
 
   Raises:
     errors.UserError: Wrong counts, or the check failed.
@@ -118,7 +120,7 @@ def narrow(
   if verify:
     if x is None:
       raise errors.UserError('surgery: verify=True needs images, x=...')
-    check(model, sites, counts, x)
+    check(model, sites, counts, x, args)
   return wrapped
 
 
@@ -192,7 +194,9 @@ def _sliced(sites: Sites, mask: np.ndarray, path, leaf) -> Any:
   return leaf
 
 
-def cost_model(model: nn.Module, sites: Sites, x: Any) -> costs.CostModel:
+def cost_model(
+  model: nn.Module, sites: Sites, x: Any, *args
+) -> costs.CostModel:
   """MACs and parameters of the narrow models, exact functions of the counts.
 
   Convolutions, dense layers and normalisations are counted (`costs`), and
@@ -203,12 +207,12 @@ def cost_model(model: nn.Module, sites: Sites, x: Any) -> costs.CostModel:
     model: The model of `discover`.
     sites: What `discover` found.
     x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`.
+    *args: Further arguments of the model.
   """
   wrapped = wrap.Wrapped(model, sites.call)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  calls = costs.record(
-    wrapped.init, key, jax.ShapeDtypeStruct(x.shape, x.dtype)
-  )
+  x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  calls = costs.record(wrapped.init, key, x, *args)
   ops = []
   for call in calls:
     units = sites.inputs.get(call.path, np.full(call.inputs, -1))
@@ -230,6 +234,7 @@ def check(
   sites: Sites,
   counts: Sequence[int] | Mapping[str, int],
   x: Any,
+  args: Sequence[Any] = (),
   *,
   seed: int = 0,
   tolerance: float | None = None,
@@ -238,14 +243,16 @@ def check(
 
   The wide model with random weights, statistics and biases, and with gates of 0
   for the channels that are not kept (a random choice), must give the logits of
-  the narrow one with sliced weights. Groups where a gate of 0 is not a removed
-  channel are kept whole.
+  the narrow one with sliced weights. It is computed in float64 where the model
+  follows its inputs and parameters, so that depth does not blur it. Groups
+  where a gate of 0 is not a removed channel are kept whole.
 
   Args:
     model: The model of `discover`.
     sites: What `discover` found.
     counts: As for `narrow`.
     x: Images [N, H, W, C].
+    args: Further arguments of the model.
     seed: Of the random variables and of the choice.
     tolerance: Largest error allowed, relative to the largest logit where that
       is over 1; by default 1e-5, or 5e-2 for models that compute in 16 bits.
@@ -262,29 +269,57 @@ def check(
     g.name: np.sort(random.permutation(g.size)[: n if g.removable else g.size])
     for g, n in zip(sites.groups, counts, strict=True)
   }
+  try:
+    with jax.enable_x64(True):
+      error = _error(
+        model, sites, kept, (np.asarray(x, np.float64), *args), random
+      )
+  except TypeError:  # The model does not take float64.
+    error = _error(model, sites, kept, (x, *args), random)
+  if tolerance is None:
+    low = any(layer.low_precision for layer in sites.layers.values())
+    tolerance = _TOLERANCE_LOW if low else _TOLERANCE
+  if not error <= tolerance:  # Also if it is not a number.
+    raise errors.UserError(
+      f'surgery: the narrow model differs from the gated one by {error:.3g}, '
+      f'more than {tolerance:g}: some layer is not what it looks like.'
+    )
+  return error
+
+
+def _error(model, sites: Sites, kept, arguments, random) -> float:
+  """The largest difference of the logits, relative where they are large."""
   wide = gate(model, sites)
-  variables = _random_variables(wide, x, random)
-  zeros = {
+  variables = _random_variables(wide, arguments, random)
+  gates = {
     (*name.split('/'), 'gate'): np.isin(np.arange(n), kept[name])
     for name, n in sites.sizes.items()
   }
+  gates = flax.traverse_util.unflatten_dict(gates)
   gates = jax.tree.map(
-    lambda g, z: jnp.asarray(z, g.dtype),
-    variables[wrap.GATES],
-    flax.traverse_util.unflatten_dict(zeros),
+    lambda g, on: jnp.asarray(on, g.dtype), variables[wrap.GATES], gates
   )
-  expected = jax.jit(wide.apply)({**variables, wrap.GATES: gates}, x)
+  expected = jax.jit(wide.apply)({**variables, wrap.GATES: gates}, *arguments)
   thin = narrow(model, sites, {name: len(k) for name, k in kept.items()})
   sliced = slice_variables(model, sites, variables, kept)
-  return _compare(expected, jax.jit(thin.apply)(sliced, x), sites, tolerance)
+  found = jax.jit(thin.apply)(sliced, *arguments)
+  error = 0.0
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(found), strict=True
+  ):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = max(error, np.abs(a - b).max() / max(1.0, np.abs(a).max()))
+  return float(error)
 
 
-def _random_variables(wrapped: wrap.Wrapped, x, random) -> Any:
+def _random_variables(wrapped: wrap.Wrapped, arguments, random) -> Any:
   """Random weights, and statistics and biases that are not 0 and 1.
 
   Drawn by NumPy: `init` would compile one program for each shape.
   """
-  shapes = jax.eval_shape(wrapped.init, jax.random.key(0), x)
+  shapes = jax.eval_shape(wrapped.init, jax.random.key(0), *arguments)
+
+  precise = jax.dtypes.canonicalize_dtype(np.float64)
 
   def draw(path, leaf):
     name, floating = path[-1].key, jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -295,24 +330,8 @@ def _random_variables(wrapped: wrap.Wrapped, x, random) -> Any:
     else:
       fan_in = np.prod(leaf.shape[:-1])
       value = random.normal(0, np.sqrt(2 / fan_in), leaf.shape)
+    if leaf.dtype == np.float32:
+      return jnp.asarray(value, precise)
     return jnp.asarray(value if floating else np.zeros(leaf.shape), leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def _compare(expected, found, sites: Sites, tolerance: float | None) -> float:
-  if tolerance is None:
-    low = any(layer.low_precision for layer in sites.layers.values())
-    tolerance = _TOLERANCE_LOW if low else _TOLERANCE
-  error = 0.0
-  for a, b in zip(
-    jax.tree.leaves(expected), jax.tree.leaves(found), strict=True
-  ):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    error = max(error, np.abs(a - b).max() / max(1.0, np.abs(a).max()))
-  if not error <= tolerance:  # Also if it is not a number.
-    raise errors.UserError(
-      f'surgery: the narrow model differs from the gated one by {error:.3g}, '
-      f'more than {tolerance:g}: some layer is not what it looks like.'
-    )
-  return float(error)

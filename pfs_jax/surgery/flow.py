@@ -180,7 +180,7 @@ _ENTER, _LEAVE, _PEEK = 'pfs_enter:', 'pfs_leave:', 'pfs_peek:'
 def _counted(module: nn.Module) -> bool:
   """Whether `costs` counts it although it is not one of `LAYERS`."""
   known = isinstance(module, nn.LayerNorm | nn.GroupNorm)
-  return known or bool(getattr(module, 'macs_per_input', 0))
+  return known or bool(getattr(type(module), 'macs_per_input', 0))
 
 
 def trace(function: Callable[..., Any], *args) -> tuple[Any, dict[str, Layer]]:
@@ -369,6 +369,11 @@ class Flow:
   def _merge(self, numbers: Sequence[int], how: str) -> Cell:
     """Channel and gates of an element made of the cells `numbers`."""
     cells = [self._table[i] for i in numbers]
+    owned = [c for c in cells if c.channel]
+    if len(owned) == 1:  # Nearly always: one channel and constants.
+      past = hash((how, *[c.past for c in cells]))
+      state = max([c.state for c in cells])
+      return Cell(owned[0].channel, state, owned[0].gates, past)
     roots = {self.find(c.channel) for c in cells if c.channel > 0}
     fixed = [c.channel for c in cells if c.channel < 0]
     gates = frozenset().union(*(c.gates for c in cells))
@@ -621,11 +626,13 @@ class Flow:
       v.known.item() if v.known is not None and v.known.size == 1 else None
       for v in values
     ]
-    cells = np.array([self._combine(eqn, o, known) for o in operands], int)
+    states = {}  # By the states of the operands.
+    cells = [self._combine(eqn, o, known, states) for o in operands]
+    cells = np.array(cells, int)
     cells = cells[inverse].reshape((1,) * (ndim - key.ndim) + key.shape)
     return Value(cells)
 
-  def _combine(self, eqn, numbers: list[int], known) -> int:
+  def _combine(self, eqn, numbers: list[int], known, states) -> int:
     name = eqn.primitive.name
     how = 'product' if name in ('mul', 'div') else 'sum'
     channel, _, gates, past = self._merge(numbers, how)
@@ -638,7 +645,10 @@ class Flow:
       state = State.ZERO
       gates = next((c.gates for c in zeros if c.gates), zeros[0].gates)
     else:
-      state = self._state(eqn, cells, known)
+      operands = tuple([c.state for c in cells])
+      if operands not in states:
+        states[operands] = self._state(eqn, cells, known)
+      state = states[operands]
     return self.cell(channel, state, gates, past)
 
   def _state(self, eqn, cells: list[Cell], known) -> State:

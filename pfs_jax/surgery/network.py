@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pfs_jax import errors, models
 from pfs_jax.surgery import apply, wrap
-from pfs_jax.surgery import discover as discover_lib
+from pfs_jax.surgery import sites as sites_lib
 
 
 def network(
@@ -26,6 +26,7 @@ def network(
   train_kwarg: str | None = None,
   call: Callable[..., Any] | None = None,
   residual: bool = False,
+  leave: Sequence[str] = (),
   description: Mapping[str, Any] | None = None,
 ) -> models.Network:
   """A model of the user's own, as the stages take it.
@@ -38,13 +39,19 @@ def network(
     train_kwarg: As for `discover`.
     call: As for `discover`.
     residual: As for `discover`.
+    leave: As for `discover`.
     description: What structures say of the model.
 
   Raises:
     errors.UserError: As for `discover`, or no channel can carry a gate.
   """
-  sites = discover_lib.discover(
-    model, x, train_kwarg=train_kwarg, call=call, residual=residual
+  sites = sites_lib.discover(
+    model,
+    x,
+    train_kwarg=train_kwarg,
+    call=call,
+    residual=residual,
+    leave=leave,
   )
   gated = apply.gate(model, sites)
   cost_model = apply.cost_model(model, sites, x)

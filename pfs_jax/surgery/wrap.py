@@ -151,6 +151,12 @@ class Wrapped:
       variables = {**variables, GATES: self.unit_gates()}
     return variables
 
+  def init_with_output(self, rngs, x, *args, method=None, **kwargs):
+    """(output, new variables), as `flax.nnx.bridge.ToNNX` asks for them."""
+    variables = self.init(rngs, x, *args, **kwargs)
+    out = self.apply(variables, x, *args, method=method, **kwargs)
+    return out, variables
+
   def apply(
     self,
     variables: Mapping[str, Any],
@@ -159,9 +165,14 @@ class Wrapped:
     train: bool = False,
     rngs=None,
     mutable=False,
+    method=None,
     **kwargs,
   ):
-    """The model's output; (output, updates) where `mutable` is not False."""
+    """The model's output; (output, updates) where `mutable` is not False.
+
+    `method` is for `flax.nnx.bridge.ToNNX` and must be None.
+    """
+    assert method is None, 'only __call__ can be gated or narrowed'
     vector = None
     if self.plan.groups:
       variables = dict(variables)

@@ -135,6 +135,7 @@ def discover(
   train_kwarg: str | None = None,
   call: Callable[..., Any] | None = None,
   residual: bool = False,
+  leave: Sequence[str] = (),
   **kwargs,
 ) -> Sites:
   """Finds where a model's channels can carry gates and be removed.
@@ -155,11 +156,13 @@ def discover(
       another way; further arguments are passed on.
     residual: Whether channels tied by sums or by sharing a module are one
       group, instead of being left alone.
+    leave: Paths of layers whose channels are to be left alone.
     **kwargs: Further arguments of `__call__`, by name.
 
   Raises:
     errors.UserError: Not a Linen module, no BatchNorm, no known way to say
-      whether to train, or a collection `gates` of the model's own.
+      whether to train, or a collection `gates` of the model's own, or `leave`
+      names no layer.
   """
   _check(model)
   how = call or wrap.train_argument(model, train_kwarg)
@@ -177,6 +180,14 @@ def discover(
       "BatchNorm's output. (Modules of flax.nnx, also inside bridge.to_linen, "
       'and other normalisations cannot carry them.)'
     )
+  unknown = sorted(set(leave) - set(flow.outputs))
+  if unknown:
+    raise errors.UserError(
+      f'surgery: no layer {unknown[0]!r}; the layers are '
+      f'{", ".join(flow.outputs)}.'
+    )
+  for path in leave:
+    flow.fix(flow.outputs[path].tolist(), 'left alone on request')
   found = _Found(flow, residual)
   found = _tried(plain, arguments, found)
   return found.sites(how, _uncounted(shapes, layers))
