@@ -215,7 +215,7 @@ def gradients():
   """Mean |dCE/dg| and scale sums in float64, in a process of its own."""
   fast_to_compile = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return json.loads(
-    processes.output(GRADIENTS, x64=True, timeout=400, env=fast_to_compile)
+    processes.output(GRADIENTS, x64=True, timeout=600, env=fast_to_compile)
   )
 
 
