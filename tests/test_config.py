@@ -425,6 +425,7 @@ def test_the_arguments_of_the_cut_are_all_but_the_name():
   assert budget.ceilings() == {
     'max_macs': 500,
     'max_params': None,
+    'max_latency_ms': None,
     'min_channels': 3,
     'min_share': 0.1,
     'round_to': 8,
