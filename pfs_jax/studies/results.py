@@ -57,8 +57,13 @@ def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
 def known(study, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
   """{config hash: record} of every study beside this one's file."""
   folder = path(study, workdir).parent
-  records = [r for f in sorted(folder.glob('*.json')) for r in read(f)]
-  return {r['config_hash']: r for r in records}
+  found = {}
+  for file in sorted(folder.glob('*.json')):
+    content = read(file)
+    if isinstance(content, list):  # Other files may lie there.
+      records = [r for r in content if isinstance(r, dict)]
+      found |= {r['config_hash']: r for r in records if 'config_hash' in r}
+  return found
 
 
 def bits(indices: Iterable[int]) -> str:

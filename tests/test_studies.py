@@ -1,0 +1,639 @@
+"""Studies: arms, cells, statistics, and studies that are cut off or shared."""
+
+import importlib
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from pfs_jax import errors, models, prune, studies
+from pfs_jax.studies import arms, engine, locks, plan, products, results
+from pfs_jax.studies import statistics as stats
+from tests import processes
+
+NAMES = [
+  'compare',
+  'expansion',
+  'headline',
+  'headline10',
+  'pretrained',
+  'ratio',
+  'resnet20',
+  'search_length',
+  'similarity',
+  'sparsity',
+]
+
+
+def config_of(name, variant='smoke'):
+  module = importlib.import_module(f'configs.studies.{name}')
+  return module.get_config(variant)
+
+
+@pytest.fixture(scope='module')
+def vgg():
+  return models.cost_model('vgg16', 10, 28, 1, 16)
+
+
+@pytest.fixture(autouse=True)
+def fast_compilation():
+  """XLA's optimisations cost more here than they win."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+# Rankings.
+
+
+def gates_like(model, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    name: rng.random(width) * rng.uniform(0.1, 1)
+    for name, width in zip(model.layers, model.widths, strict=True)
+  }
+
+
+def test_over_layer_mean(vgg):
+  gates = gates_like(vgg)
+  gates['conv3'] = np.zeros_like(gates['conv3'])
+  scores = prune.over_layer_mean(gates)
+  for name, score in scores.items():
+    assert score.mean() == pytest.approx(0 if name == 'conv3' else 1)
+    assert (np.argsort(score) == np.argsort(gates[name])).all()
+
+
+def test_over_layer_mean_is_blind_to_a_layer_s_scale(vgg):
+  gates = gates_like(vgg)
+  scaled = {k: g * (1 + i) for i, (k, g) in enumerate(gates.items())}
+  first, second = (prune.over_layer_mean(g) for g in (gates, scaled))
+  for name in gates:
+    np.testing.assert_allclose(first[name], second[name])
+
+
+def test_channel_costs_by_hand():
+  """VGG16, one image channel, 28x28, widths w = 1, 1, 2, 2, 4, ...
+
+  A channel of conv0 (784 positions) costs 9 * 784 * (1 in + 1 out); of conv1,
+  9 * 784 * 1 in and 9 * 196 * 2 out, after the max pool; the last one 9 * 9 * 8
+  in and 10 classes out.
+  """
+  model = models.cost_model('vgg16', 10, 28, 1, 1)
+  spent = prune.channel_costs(model)
+  assert spent[0] == 9 * 784 * (1 + 1)
+  assert spent[1] == 9 * 784 * 1 + 9 * 196 * 2
+  assert spent[12] == 9 * 9 * 8 + 10
+
+
+def test_over_cost(vgg):
+  gates = gates_like(vgg)
+  spent = prune.channel_costs(vgg)
+  plain = prune.over_cost(gates, vgg, 0.0)
+  half = prune.over_cost(gates, vgg, 0.5)
+  whole = prune.over_cost(gates, vgg, 1.0)
+  for i, (name, gate) in enumerate(gates.items()):
+    np.testing.assert_allclose(plain[name], gate)
+    np.testing.assert_allclose(whole[name], gate * spent.mean() / spent[i])
+    np.testing.assert_allclose(half[name] ** 2, gate * whole[name])
+
+
+# Baselines, all through the same solver.
+
+
+def kept_shares(model, scores, share=0.3):
+  ceiling = int(share * model.macs(model.widths))
+  structure = prune.fit(scores, model, ceiling)
+  return structure, np.array(structure.counts) / model.widths
+
+
+def dearest_channel(model):
+  return int(prune.channel_costs(model).max())
+
+
+@pytest.mark.parametrize('share', [0.1, 0.3, 0.7])
+def test_uniform_is_uniform(vgg, share):
+  structure, shares = kept_shares(vgg, arms.equal(vgg), share)
+  counts = np.array(structure.counts)
+  scale = np.median(shares)
+  # One width for all: each count is within a channel of scale * width.
+  assert np.abs(counts - scale * np.array(vgg.widths)).max() <= 1.5
+  assert structure.unused['macs'] < dearest_channel(vgg)
+
+
+def test_random_gates_favour_no_layer(vgg):
+  """Over many seeds each layer keeps the same mean share.
+
+  400 seeds: the standard error of a layer's mean is at most
+  sqrt(0.25 / 16 / 400) = 0.006.
+  """
+  shares = []
+  for seed in range(400):
+    structure, found = kept_shares(vgg, arms.random(vgg, seed))
+    assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
+    shares.append(found)
+  by_layer = np.mean(shares, axis=0)
+  assert np.ptp(by_layer) < 0.04, by_layer
+  small, large = by_layer[:2].mean(), by_layer[-6:].mean()
+  assert abs(small - large) < 0.02
+  assert np.std(shares, axis=0).min() > 0.01  # And they do differ.
+
+
+def test_random_gates_are_those_of_the_seed(vgg):
+  first, again, other = (arms.random(vgg, seed) for seed in (0, 0, 1))
+  assert all((first[k] == again[k]).all() for k in first)
+  assert not any((first[k] == other[k]).all() for k in first)
+
+
+def test_shuffled_permutes_within_equal_layers(vgg):
+  """Where the ceiling is that of the permuted counts, it gives just these."""
+  counts = np.array([10, 4, 20, 7, 30, 11, 50, 90, 40, 21, 60, 33, 101])
+  permutations = set()
+  for seed in range(5):
+    scores = arms.shuffled(vgg, counts, seed)
+    wanted = np.array([round(s[0] / 2) for s in scores.values()])
+    for width in set(vgg.widths):
+      group = np.array(vgg.widths) == width
+      assert sorted(wanted[group]) == sorted(counts[group])
+    structure = prune.fit(scores, vgg, vgg.macs(wanted))
+    assert structure.counts == tuple(wanted)
+    permutations.add(tuple(wanted))
+  assert len(permutations) > 1
+
+
+def test_shuffled_scales_to_the_ceiling(vgg):
+  counts = np.array([4, 12, 20, 7, 30, 11, 50, 90, 40, 21, 60, 33, 101])
+  ceiling = vgg.macs(counts)
+  for seed in range(20):
+    scores = arms.shuffled(vgg, counts, seed)
+    wanted = np.array([s[0] / 2 for s in scores.values()])
+    structure = prune.fit(scores, vgg, ceiling)
+    assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
+    room = (wanted < vgg.widths) & (np.array(structure.counts) < vgg.widths)
+    factors = (np.array(structure.counts) / wanted)[room & (wanted >= 20)]
+    assert np.ptp(factors) < 0.12, factors
+
+
+def test_filters_by_hand():
+  kernel = np.zeros((1, 1, 2, 3))
+  kernel[0, 0] = [[1, -2, 0], [3, 2, 0]]  # L1 norms 4, 4, 0; their mean 8/3.
+  params = {'a': {'b': {'conv': {'kernel': kernel}}}}
+  found = arms.filters(params, ['a/b'])
+  np.testing.assert_allclose(found['a/b'], [1.5, 1.5, 0])
+
+
+def test_scales_are_absolute():
+  params = {'a': {'bn': {'scale': np.array([-0.5, 0.25])}}}
+  np.testing.assert_allclose(arms.scales(params, ['a'])['a'], [0.5, 0.25])
+
+
+def test_folded_gates_act_as_gates():
+  model = models.network('vgg16', 10, 8, 1, base_width=2)
+  variables = models.init(model.gated, jax.random.key(0), (8, 8, 1))
+  rng = np.random.default_rng(0)
+  gates, params = jax.tree.map(  # Biases start at 0: all are drawn anew.
+    lambda v: rng.random(v.shape).astype(np.float32),
+    (variables['gates'], variables['params']),
+  )
+  variables = {**variables, 'params': params}
+  x = rng.random((4, 8, 8, 1)).astype(np.float32)
+  expected = model.gated.apply({**variables, 'gates': gates}, x)
+  bare = {k: v for k, v in variables.items() if k != 'gates'}
+  found = model.reference.apply(arms.folded(bare, model.by_layer(gates)), x)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  assert not np.allclose(found, model.reference.apply(bare, x), rtol=1e-3)
+
+
+def test_scale_penalty_by_hand():
+  params = {
+    'bn': {'scale': np.array([-2.0, 0.0, 3.0]), 'bias': np.array([1.0])},
+    'conv': {'kernel': np.array([5.0])},
+  }
+  zeros = jax.tree.map(np.zeros_like, params)
+  tx = products.scale_penalty(0.1)
+  found, _ = tx.update(zeros, tx.init(params), params)
+  np.testing.assert_allclose(found['bn']['scale'], [-0.1, 0, 0.1])
+  assert found['bn']['bias'] == 0 and found['conv']['kernel'] == 0
+
+
+def test_words_of_arms():
+  arm = arms.parse('searched+cost0.5+min_share')
+  assert (arm.scores, arm.ranking, arm.power) == ('gates', 'cost', 0.5)
+  assert arm.overrides == {'budget.min_share': 0.1}
+  assert arms.parse('pretrained').pretrain_epochs == math.inf
+  with pytest.raises(errors.UserError, match='must be of the words full'):
+    arms.parse('searched+magic')
+  with pytest.raises(errors.UserError, match='no weights to start from'):
+    arms.parse('uniform+fine_tune')
+
+
+# Statistics, against values worked out by hand.
+
+
+def test_summary():
+  assert stats.summary([1, 2, 3, 6]) == stats.Summary(
+    4, 3.0, pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3))
+  )
+  assert stats.summary([7]).sd is None
+
+
+def test_paired():
+  """Differences 1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.302653 (tables)."""
+  found = stats.paired({0: 2, 1: 4, 2: 6, 9: 99}, {0: 1, 1: 2, 2: 3, 7: 0})
+  half = 4.302653 / math.sqrt(3)
+  assert (found.n, found.mean) == (3, 2)
+  assert found.low == pytest.approx(2 - half, abs=1e-5)
+  assert found.high == pytest.approx(2 + half, abs=1e-5)
+  assert stats.paired({0: 1.0}, {0: 3.0}) == stats.Difference(1, -2, None, None)
+  assert stats.paired({0: 1.0}, {1: 3.0}) is None
+
+
+def test_correlation():
+  assert stats.correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+  assert stats.correlation([1, 2, 3], [1, 2, 1]) == pytest.approx(0)
+  # Deviations (-1, 0, 1), (-2, 1, 1): 3 / sqrt(2 * 6).
+  assert stats.correlation([1, 2, 3], [1, 4, 4]) == pytest.approx(
+    3 / math.sqrt(12)
+  )
+  assert stats.correlation([1, 1], [1, 2]) is None
+
+
+def test_chance_jaccard():
+  """Two of four against two of four: overlap 0, 1, 2 in 1, 4, 1 of 6 ways."""
+  expected = (1 * 0 + 4 * (1 / 3) + 1 * 1) / 6
+  assert stats.chance_jaccard(4, 2, 2) == pytest.approx(expected)
+  assert stats.chance_jaccard(5, 5, 2) == pytest.approx(2 / 5)
+  assert stats.jaccard([0, 1, 2], [2, 3]) == 1 / 4
+
+
+def test_chance_jaccard_is_what_random_sets_have():
+  rng = np.random.default_rng(0)
+  found = [
+    stats.jaccard(rng.permutation(16)[:5], rng.permutation(16)[:9])
+    for _ in range(4000)
+  ]
+  assert np.mean(found) == pytest.approx(
+    stats.chance_jaccard(16, 5, 9), abs=0.01
+  )
+
+
+def test_bits():
+  for channels in ([], [0], [0, 3, 127], list(range(64))):
+    assert results.channels(results.bits(channels)) == channels
+
+
+# Cells.
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_study_is_a_list_of_cells(name):
+  study = config_of(name, 'full')
+  cells = plan.cells(study)
+  assert len({cell.hash for cell in cells}) == len(cells)
+  assert study.study == name
+  seeds = [cell.seed for cell in cells]
+  assert seeds == sorted(seeds)  # Pairs exist early.
+
+
+def test_hashes_stay():
+  """Committed results are found again by these; a change costs hours.
+
+  If the work really changed, raise plan.REVISION; if a default of the config
+  did, see `plan.Cell.identity`.
+  """
+  root = pathlib.Path(processes.ROOT) / 'results'
+  for name in NAMES:
+    file = root / f'{name}.json'
+    records = {r['config_hash'] for r in results.read(file)}
+    hashes = {cell.hash for cell in plan.cells(config_of(name, 'full'))}
+    assert records <= hashes, name
+
+
+def test_a_field_that_changes_nothing_makes_no_cell():
+  study = config_of('ratio')
+  with study.unlocked():
+    study.field, study['values'] = 'search.epochs', (1.0, 2.0)
+  labels = [cell.label for cell in plan.cells(study)]
+  assert labels == ['searched, epochs 1', 'uniform', 'searched, epochs 2']
+
+
+def test_identity_depends_on_what_matters_only():
+  def hashes(**fields):
+    study = config_of('headline')
+    study.base.update_from_flattened_dict(fields)
+    return {c.name: c.hash for c in plan.cells(study) if c.seed == 0}
+
+  plain = hashes()
+
+  def differing(**fields):
+    other = hashes(**fields)
+    return {name for name in plain if plain[name] != other[name]}
+
+  searched = {'searched', 'searched+cost1+structure'}
+  assert differing(**{'search.epochs': 2.0}) == searched
+  assert differing(**{'budget.keep': (0.4,)}) == {*searched, 'uniform'}
+  assert differing(**{'train.epochs': 3.0}) == {'searched', 'uniform'}
+  assert differing(**{'data.source_dir': '/x', 'log_steps': 3}) == set()
+
+
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    ({'arms': ()}, 'config.arms must not be empty'),
+    ({'seeds': (1, 1)}, 'config.seeds must name each once'),
+    ({'field': 'search.epoch', 'values': (1,)}, 'a field of config.base'),
+    ({'field': 'arm.magic', 'values': (1,)}, 'arm. and one of pretrain_epochs'),
+    ({'field': 'search.epochs'}, 'must be given together'),
+    ({'baseline': 'magic'}, 'config.baseline must be one of searched; '),
+    (
+      {'field': 'search.sparsity', 'values': (7.0,)},
+      r'config.search.sparsity must be in \[0, 1\]',
+    ),
+  ],
+)
+def test_errors_of_a_study(change, message):
+  study = config_of('headline')
+  study.baseline = ''
+  study.update(change)
+  with pytest.raises(errors.UserError, match=message):
+    plan.cells(study)
+
+
+# Results.
+
+
+def record(arm, seed, accuracy, variation=None, label=None):
+  return {
+    'arm': arm,
+    'label': label or arm,
+    'variation': variation or {},
+    'seed': seed,
+    'config_hash': f'{arm}{seed}{variation}',
+    'test_accuracy': accuracy,
+    'macs_share': 0.3,
+    'seconds': 10.0,
+    'counts': {'a': 1, 'b': 2},
+    'widths': [4, 4],
+  }
+
+
+def test_rows_compare_with_what_is_comparable():
+  study = config_of('headline')
+  records = [
+    record(arm, seed, base + seed / 100)
+    for arm, base in (
+      ('uniform', 0.8),
+      ('searched', 0.9),
+      ('uniform+scratch_b', 0.85),
+      ('searched+scratch_b', 0.91),
+    )
+    for seed in (0, 1)
+  ]
+  by_label = {row[0]: row for row in results.rows(study, records)}
+  assert by_label['searched'][1:6] == [
+    '2',
+    '90.50',
+    '0.71',
+    '+10.00',
+    '+10.00 .. +10.00',
+  ]
+  assert by_label['searched+scratch_b'][4] == '+6.00'
+  assert by_label['uniform'][4] == ''
+
+
+def test_merge_keeps_the_order_of_the_study(tmp_path):
+  file = tmp_path / 'x.json'
+  order = ['c', 'a', 'b']
+  for name in ('b', 'gone', 'a', 'c', 'a'):
+    results.merge(file, {'config_hash': name}, order)
+  found = [r['config_hash'] for r in json.loads(file.read_text())]
+  assert found == ['c', 'a', 'b', 'gone']
+  assert len(file.read_text().splitlines()) == 6  # A record a line.
+  assert [p.name for p in tmp_path.iterdir()] == ['x.json']
+
+
+def test_similarity_of_records():
+  a, b = record('searched', 0, None), record('searched', 1, None)
+  a |= {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
+  b |= {'counts': {'a': 2, 'b': 3}, 'kept': {'a': '6', 'b': '7'}}
+  correlation, overlap, chance = results.similarity([(a, b)])
+  assert correlation == pytest.approx(1)
+  assert overlap == pytest.approx((1 / 3 + 3 / 4) / 2)
+  assert chance == pytest.approx((14 / 36 + 3 / 4) / 2)
+
+
+# Whole studies, on digits.
+
+
+def table(workdir, study):
+  """What a study came out at, without times."""
+  found = json.loads((workdir / f'{study}.json').read_text())
+  without = ('seconds', 'search_seconds', 'wide_seconds', 'commit')
+  return [{k: v for k, v in r.items() if k not in without} for r in found]
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+  """One workdir: studies share their cells."""
+  return tmp_path_factory.mktemp('studies')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_smoke(name, shared, capsys):
+  study = config_of(name)
+  studies.run(study, shared)
+  cells = plan.cells(study)
+  found = json.loads((shared / f'{name}.json').read_text())
+  assert [r['config_hash'] for r in found] == [c.hash for c in cells]
+  for cell, r in zip(cells, found, strict=True):
+    trained = cell.arm.training != 'none'
+    assert (r['study'], r['arm'], r['seed']) == (name, cell.name, cell.seed)
+    assert (r['test_accuracy'] is not None) == trained
+    share = cell.config.budget.keep[0]
+    assert r['macs'] <= share * r['reference_macs']
+    assert r['macs_share'] == r['macs'] / r['reference_macs']
+    assert r['hardware'] and r['model']
+    if trained:
+      assert 0 <= r['test_accuracy'] <= 1 and r['seconds'] > 0
+    if cell.arm.searches:
+      assert set(r['gate_means']) == set(r['counts'])
+  out = capsys.readouterr().out
+  assert f'{name} {len(cells)}/{len(cells)}' in out or 'are done' in out
+  assert f'{len(cells)} of {len(cells)} cells' in out
+
+
+def test_rankings_share_one_search(shared):
+  """After the smoke runs: a search for each setting, not for each arm."""
+  studies.run(config_of('headline'), shared)
+  wanted = plan.cells(config_of('headline'))
+  seeds = {c.seed for c in wanted if c.arm.searches}
+  records = {r['config_hash']: r for r in table(shared, 'headline')}
+  means = {
+    seed: {
+      json.dumps(records[c.hash]['gate_means'])
+      for c in wanted
+      if c.arm.searches and c.seed == seed
+    }
+    for seed in seeds
+  }
+  assert all(len(found) == 1 for found in means.values())
+  assert len(set.union(*means.values())) == len(seeds)
+
+
+def test_finished_cells_are_taken_from_committed_results(shared, tmp_path):
+  """A fresh machine with results but no folders does nothing again."""
+  studies.run(config_of('headline'), shared)
+  study = config_of('headline')
+  study.results_dir = str(tmp_path / 'results')
+  (tmp_path / 'results').mkdir()
+  text = (shared / 'headline.json').read_text()
+  file = tmp_path / 'results' / 'headline.json'
+  file.write_text(text)
+  (tmp_path / 'results' / 'other.json').write_text('{"what": "ever"}')
+  studies.run(study, tmp_path / 'fresh')
+  assert file.read_text() == text
+  assert not list((tmp_path / 'fresh').glob('*/*'))
+
+
+def test_report_only_runs_nothing(tmp_path, capsys):
+  study = config_of('headline')
+  study.report_only = True
+  studies.run(study, tmp_path)
+  assert 'none of 6 cells is finished' in capsys.readouterr().out
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+  done = []
+
+  def run(cell, root):
+    if cell.name == 'uniform':
+      raise errors.UserError('loss is nan')
+    done.append(cell.name)
+    return record(cell.name, cell.seed, 0.5) | {'config_hash': cell.hash}
+
+  monkeypatch.setattr(engine.cells, 'run', run)
+  with pytest.raises(errors.UserError, match='uniform, seed 0: loss is nan'):
+    studies.run(config_of('headline'), tmp_path)
+  assert len(done) == 4
+
+
+def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch):
+  """Busy puts a cell back; the others go first."""
+  order, busy = [], {'searched': 2}
+
+  def run(cell, root):
+    if busy.get(cell.name, 0) > 0:
+      busy[cell.name] -= 1
+      raise products.Busy('search')
+    order.append((cell.name, cell.seed))
+    return record(cell.name, cell.seed, 0.5) | {'config_hash': cell.hash}
+
+  monkeypatch.setattr(engine.cells, 'run', run)
+  monkeypatch.setattr(engine, '_POLL_SECONDS', 0.01)
+  studies.run(config_of('headline'), tmp_path)
+  assert order[0] == ('uniform', 0) and len(order) == 6
+  assert order[-2:] == [('searched', 0), ('searched', 1)]
+
+
+def test_modes_want_their_kind_of_config():
+  assert studies.asked('study', config_of('ratio'))
+  with pytest.raises(errors.UserError, match='that of a study'):
+    studies.asked('run', config_of('ratio'))
+  with pytest.raises(errors.UserError, match='that of one run'):
+    studies.asked('study', config_of('ratio').base)
+
+
+# Processes.
+
+COMMAND = [
+  'main.py',
+  '--config=configs/studies/ratio.py:smoke',
+  '--mode=study',
+  '--config.base.checkpoint_steps=5',
+  '--config.base.log_steps=5',
+]
+
+
+def start(workdir):
+  return subprocess.Popen(
+    processes.command([*COMMAND, f'--workdir={workdir}']),
+    env=processes.environment(JAX_DISABLE_MOST_OPTIMIZATIONS='1'),
+    cwd=processes.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finished(process):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  return out
+
+
+@pytest.fixture(scope='module')
+def untouched(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('studies') / 'untouched'
+  return workdir, finished(start(workdir))
+
+
+def wait_for(condition, process, seconds=200):
+  deadline = time.monotonic() + seconds
+  while process.poll() is None and time.monotonic() < deadline:
+    if condition():
+      return
+    time.sleep(0.01)
+  raise AssertionError('it did not come so far')
+
+
+def shown(out):
+  """The table, without its title and times."""
+  lines = [line.rsplit('│', 2)[0] for line in out.splitlines() if '│' in line]
+  assert lines
+  return lines
+
+
+def test_sigkill_and_again(untouched, tmp_path):
+  """Killed in its second training, it goes on to the same table."""
+  expected, out = untouched
+  workdir = tmp_path / 'w'
+  process = start(workdir)
+  wait_for(
+    lambda: len(list(workdir.glob('cells/*/train/metrics.jsonl'))) == 2, process
+  )
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGKILL
+  assert len(table(workdir, 'ratio')) < len(table(expected, 'ratio'))
+  assert shown(finished(start(workdir))) == shown(out)
+  assert table(workdir, 'ratio') == table(expected, 'ratio')
+
+
+def test_two_processes_do_no_cell_twice(untouched, tmp_path):
+  expected, _ = untouched
+  both = [start(tmp_path / 'w') for _ in range(2)]
+  outs = [finished(process) for process in both]
+  assert table(tmp_path / 'w', 'ratio') == table(expected, 'ratio')
+  for path in (tmp_path / 'w' / 'cells').glob('*/train/metrics.jsonl'):
+    lines = path.read_text().splitlines()
+    steps = [json.loads(line)['step'] for line in lines]
+    assert steps == sorted(set(steps))
+  logs = [p.read_text() for p in (tmp_path / 'w').glob('cells/*/log.txt')]
+  assert len(logs) == 4
+  assert all(text.count('of training') == 1 for text in logs)
+  for out in outs:
+    assert '4 of 4 cells' in out
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+  with locks.attempt(tmp_path) as first, locks.attempt(tmp_path) as second:
+    assert first and not second
+  with locks.attempt(tmp_path) as third:
+    assert third
