@@ -146,6 +146,7 @@ def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
   job = stages.Job(c, folder)
   if cell.arm.training != 'scratch' and not (folder / 'result.json').exists():
     job.train_weights = _weights(cell, root, found['kept'])
+  products.renew_claim(folder / 'train')
   stages.train(job)
   result: Mapping[str, Any] = runs.read_json(folder / 'result.json')
   epochs = c.train.epochs

@@ -33,6 +33,15 @@ def _folder(root: pathlib.Path, kind: str, fields: Mapping[str, Any]):
   return root / 'shared' / f'{kind}-{config.digest(fields)}'
 
 
+def renew_claim(folder: pathlib.Path) -> None:
+  """Lets a stage go on in a folder that an earlier version of the code began.
+
+  The hash in the folder's path says whose work it is; what `runs.claim` wrote
+  there may lack fields that came later, with defaults that change nothing.
+  """
+  (folder / 'config.json').unlink(missing_ok=True)
+
+
 # Weights.
 
 
@@ -171,6 +180,7 @@ def searched(cell: plan.Cell, root: pathlib.Path):
       job = stages.Job(cell.wide, folder)
       if variables is not None:
         job.search_weights = variables
+      renew_claim(folder / 'search')
       stages.search(job)
   return runs.read_arrays(path), folder
 

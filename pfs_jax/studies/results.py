@@ -214,7 +214,8 @@ def show(study, workdir: pathlib.Path) -> None:
   """Prints the tables of what is finished."""
   records, total = mine(study, workdir), len(plan.cells(study))
   file = path(study, workdir)
-  if any(r['test_accuracy'] is not None for r in records):
+  trained = any(r['test_accuracy'] is not None for r in records)
+  if trained:
     against = f' - {study.baseline}' if study.baseline else ''
     console.table(
       f'{study.study}: test accuracy in %, {len(records)} of {total} cells, '
@@ -222,7 +223,7 @@ def show(study, workdir: pathlib.Path) -> None:
       ['arm', 'n', 'mean', 'sd', against, '95 %', 'MACs', 's'],
       rows(study, records),
     )
-  if study.field and len(records) > 1:
+  if records and (study.field or not trained):
     console.table(
       f'{study.study}: similarity of structures, {len(records)} of {total} '
       f'cells, {file}',
