@@ -225,7 +225,7 @@ def test_scale_penalty_by_hand():
 def test_words_of_arms():
   arm = arms.parse('searched+cost0.5+min_share')
   assert (arm.scores, arm.ranking, arm.power) == ('gates', 'cost', 0.5)
-  assert arm.overrides == {'budget.min_share': 0.1}
+  assert arm.overrides == {'budget.min_share': 0.25}
   assert arms.parse('pretrained').pretrain_epochs == math.inf
   with pytest.raises(errors.UserError, match='must be of the words full'):
     arms.parse('searched+magic')

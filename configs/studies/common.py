@@ -16,8 +16,7 @@ HEADLINE_ARMS = (
   'shuffled',
   'searched+cost1',
   'full',
-  'searched+cost0.5+min_share',
-  'searched+min_share',
+  'searched+cost1+min_share',
 )
 
 

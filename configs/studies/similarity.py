@@ -2,8 +2,9 @@
 
 No training of narrow networks: correlation of the share kept of each layer
 between seeds, for searches from weights trained 0 (random) to 8 epochs, and the
-overlap (Jaccard index) of the kept channels against that of chance; `random` is
-the control.
+overlap (Jaccard index) of the kept channels against that of chance. The other
+rankings of the same gates tell what is the layers' and what the channels';
+`random` is the control.
 
   python main.py --config configs/studies/similarity.py --mode=study
     --workdir=runs/studies --config.results_dir=results
@@ -22,9 +23,18 @@ def get_config(variant='full'):
   return common.study(
     variant,
     'similarity',
-    arms=('searched+structure', 'random+structure'),
+    arms=(
+      'searched+structure',
+      'searched+layer_mean+structure',
+      'searched+cost0.5+structure',
+      'random+structure',
+    ),
     seeds=(0, 1, 2, 3, 4),
     field='arm.pretrain_epochs',
     values=(0.0, 1.0, 2.0, 4.0, 8.0),
-    smoke={'seeds': (0, 1), 'values': (0.0, 1.0)},
+    smoke={
+      'arms': ('searched+structure', 'random+structure'),
+      'seeds': (0, 1),
+      'values': (0.0, 1.0),
+    },
   )

@@ -75,7 +75,7 @@ WORDS: dict[str, dict[str, Any]] = {
   'layer_mean': {'ranking': 'layer_mean'},
   'cost0.5': {'ranking': 'cost', 'power': 0.5},
   'cost1': {'ranking': 'cost', 'power': 1.0},
-  'min_share': {'overrides': {'budget.min_share': 0.1}},
+  'min_share': {'overrides': {'budget.min_share': 0.25}},
   'scratch_b': {'overrides': {'train.scratch': 'B'}},
   'fine_tune': {
     'training': 'inherit',
