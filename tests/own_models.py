@@ -117,6 +117,7 @@ class Depthwise(nn.Module):
   """MobileNet-like; `bare` has no BatchNorm behind the depthwise one."""
 
   bare: bool = False
+  bias: bool = False
   multiplier: int = 1
 
   @nn.compact
@@ -127,7 +128,7 @@ class Depthwise(nn.Module):
       6 * self.multiplier,
       (3, 3),
       feature_group_count=6,
-      use_bias=not self.bare,
+      use_bias=self.bias or not self.bare,
       name='depthwise',
     )(x)
     if not self.bare:
@@ -344,6 +345,11 @@ CASES = {
   ),
   'multiplier': Case(Depthwise(multiplier=2), {'expand': 6, 'project': 5}),
   'bare depthwise': Case(Depthwise(bare=True), {'expand': 6, 'project': 5}),
+  'biased depthwise': Case(
+    Depthwise(bare=True, bias=True),
+    {'expand': 6, 'project': 5},
+    constant=('expand',),
+  ),
   'squeeze': Case(
     Squeeze(), {'conv+up': 8, 'last': 5}, {'down': 'no BatchNorm between'}
   ),

@@ -203,6 +203,14 @@ def test_the_check_finds_what_the_trace_cannot():
     surgery.narrow(Liar(), sites, (3, 3), verify=True)
 
 
+class Wider(nn.BatchNorm):
+  """A subclass that calls its base: one call, not two."""
+
+  @nn.compact
+  def __call__(self, x):
+    return super().__call__(x)
+
+
 class Wrapping(nn.Module):
   """Transformed layer classes, and a module handed in from outside."""
 
@@ -210,7 +218,8 @@ class Wrapping(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(self.first(x)))
+    x = Wider(use_running_average=not train, name='bn')(self.first(x))
+    x = nn.relu(x)
     x = nn.remat(nn.Conv)(5, (3, 3), name='second')(x)
     x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
     return nn.Dense(3)(x.mean((1, 2)))
@@ -227,6 +236,20 @@ def test_the_model_itself_is_not_changed():
   assert first.features == 6
   untouched = model.init(jax.random.key(0), X)
   assert untouched['params']['second']['kernel'].shape == (3, 3, 6, 5)
+  cost_model = surgery.cost_model(model, sites, X[:1])
+  assert cost_model.params((6, 5)) == size(untouched['params'])
+  gated = surgery.gate(model, sites)
+  variables = drawn(gated, X)
+  half = {
+    **variables,
+    'gates': {**variables['gates'], 'first': {'gate': jnp.full(6, 0.5)}},
+  }
+  logits = gated.apply(half, X)
+  plain = {k: v for k, v in variables.items() if k != 'gates'}
+  norm = plain['params']['bn']
+  scaled = {**plain['params'], 'bn': jax.tree.map(lambda v: v / 2, norm)}
+  expected = model.apply({**plain, 'params': scaled}, X)
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # Transformations.

@@ -5,9 +5,9 @@
   cost_model = surgery.cost_model(model, sites, x)
   narrow = surgery.narrow(model, sites, counts)    # init, apply: narrower
 
-`flow` follows channels through a trace, `sites` makes groups of them, `wrap`
-changes a model on the way, `apply` gates, narrows, slices and checks, `network`
-hands the result to the stages.
+`trace` marks layers, `flow` follows channels through the trace, `sites` makes
+groups of them, `wrap` changes a model on the way, `apply` gates, narrows,
+slices and checks, `network` hands the result to the stages.
 """
 
 from pfs_jax.surgery.apply import (

@@ -19,7 +19,7 @@ from flax import nnx
 
 from pfs_jax import errors
 from pfs_jax.surgery import flow as flow_lib
-from pfs_jax.surgery import wrap
+from pfs_jax.surgery import trace, wrap
 
 _SEED = 0  # Of the channels that the trial narrowing keeps.
 
@@ -76,7 +76,7 @@ class Sites:
 
   groups: tuple[Group, ...]
   left_alone: Mapping[str, str]
-  layers: Mapping[str, flow_lib.Layer]
+  layers: Mapping[str, trace.Layer]
   inputs: Mapping[str, np.ndarray]
   outputs: Mapping[str, np.ndarray]
   gated: Mapping[str, np.ndarray]
@@ -246,7 +246,7 @@ def _init_shapes(plain: wrap.Wrapped, arguments) -> Any:
 
 def _follow(
   plain: wrap.Wrapped, shapes, arguments, emitted=None, kinds=None
-) -> tuple[flow_lib.Flow, dict[str, flow_lib.Layer]]:
+) -> tuple[flow_lib.Flow, dict[str, trace.Layer]]:
   """Traces a model and walks through the trace."""
   arrays, merge = _split(arguments)
 
@@ -254,7 +254,7 @@ def _follow(
     x, args, kwargs = merge(arrays)
     return plain.apply(variables, x, *args, **kwargs)
 
-  jaxpr, layers = flow_lib.trace(apply, shapes, arrays)
+  jaxpr, layers = trace.trace(apply, shapes, arrays)
   for path, layer in layers.items() if kinds else ():
     # One channel left: a depthwise convolution then looks like a dense one.
     kind = kinds[path].kind

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import errors
-from pfs_jax.surgery import flow
+from pfs_jax.surgery import trace
 
 GATES = 'gates'
 
@@ -234,7 +234,7 @@ class Wrapped:
         y = y * _last(vector[np.array(gates[path])], y)
       return y
 
-    return flow.intercept(around)
+    return trace.intercept(around)
 
 
 def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -252,7 +252,7 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 def narrowed(
   model: nn.Module,
   call: Callable[..., Any],
-  layers: Mapping[str, flow.Layer],
+  layers: Mapping[str, trace.Layer],
   features: Mapping[str, int],
 ) -> Wrapped:
   """A model whose layers have the given numbers of output channels.
