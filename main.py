@@ -8,12 +8,13 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, devices, errors, stages, studies
+from pfs_jax import console, devices, errors, report, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
 )
-MODE = flags.DEFINE_enum('mode', None, [*stages.MODES, 'study'], 'What to do.')
+MODES = [*stages.MODES, 'study', 'report']
+MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
 )
@@ -29,9 +30,8 @@ def workdir() -> pathlib.Path:
   if WORKDIR.value:
     return pathlib.Path(WORKDIR.value)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, _, variant = name.partition(':')
-  stem = pathlib.Path(path).stem
-  return pathlib.Path('runs') / (f'{stem}-{variant}' if variant else stem)
+  path, *variant = name.split(':')
+  return pathlib.Path('runs') / '-'.join([pathlib.Path(path).stem, *variant])
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -46,14 +46,14 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Runs one mode in the workdir."""
-  del argv
-  # JAX tells of TPUs that are not there.
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
   devices.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   c, mode = CONFIG.value, MODE.value
-  if studies.asked(mode, c):
+  if mode == 'report':
+    report.write(c, workdir())
+  elif studies.asked(mode, c):
     studies.run(c, workdir())
   else:
     stages.execute(mode, stages.Job(c, workdir()))
