@@ -122,8 +122,8 @@ def _work(study, workdir: pathlib.Path, planned: list[plan.Cell]) -> None:
     f'{run_.file}'
   )
   while run_.pending:
-    progress = [_attempt(run_, cell) for cell in list(run_.pending)]
-    if run_.pending and not any(progress):
+    # After each cell from the first again: one may have been let go.
+    if not any(_attempt(run_, cell) for cell in list(run_.pending)):
       time.sleep(_POLL_SECONDS)  # The rest is in work elsewhere.
   if run_.failed:
     raise errors.UserError('\n'.join(run_.failed[:3]))
