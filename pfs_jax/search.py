@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pfs_jax import train
+
 
 class SearchState(flax.struct.PyTreeNode):
   """All that changes in a search, and what it needs to go on.
@@ -38,6 +40,7 @@ class SearchState(flax.struct.PyTreeNode):
     opt_state: State of the optimiser.
     sparsity: r, the mean gate aimed at, 0..1.
     balance: lambda, the weight of the regulariser.
+    rng: Key data (uint32 [2]) that dropout draws from, with the step.
     module: The gated module (static).
     optimizer: The masked optimiser over {params, gates} (static).
   """
@@ -49,6 +52,7 @@ class SearchState(flax.struct.PyTreeNode):
   opt_state: Any
   sparsity: jax.Array
   balance: jax.Array
+  rng: jax.Array
   module: nn.Module = flax.struct.field(pytree_node=False)
   optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
 
@@ -82,6 +86,7 @@ def init(
   sparsity: float,
   balance: float,
   learning_rate: float,
+  key: jax.Array | None = None,
 ) -> SearchState:
   """The state before the first step.
 
@@ -92,6 +97,7 @@ def init(
     sparsity: r, the mean gate aimed at, 0..1.
     balance: lambda, >= 0.
     learning_rate: Of Adam.
+    key: For a model with dropout; key 0 if None.
   """
   params = variables['params']
   gates = variables['gates'] if 'gates' in variables else module.unit_gates()
@@ -105,6 +111,7 @@ def init(
     opt_state=tx.init({'params': params, 'gates': gates}),
     sparsity=jnp.asarray(sparsity, dtype),
     balance=jnp.asarray(balance, dtype),
+    rng=jax.random.key_data(jax.random.key(0) if key is None else key),
     module=module,
     optimizer=tx,
   )
@@ -146,6 +153,7 @@ def loss(
     x,
     train=True,
     mutable=['batch_stats'],
+    rngs={'dropout': train.dropout_key(state)},
   )
   ce = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
   gates = trained['gates']

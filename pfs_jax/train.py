@@ -33,6 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Weights.
     batch_stats: BatchNorm's running statistics.
     opt_state: State of the optimiser.
+    rng: Key data (uint32 [2]) that dropout draws from, with the step.
     module: The module (static).
     optimizer: The optimiser (static).
     label_smoothing: Share (0..1) of a label spread over all classes (static).
@@ -42,6 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
   params: Any
   batch_stats: Any
   opt_state: Any
+  rng: jax.Array
   module: nn.Module = flax.struct.field(pytree_node=False)
   optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
   label_smoothing: float = flax.struct.field(pytree_node=False, default=0.0)
@@ -57,13 +59,15 @@ def init(
   variables: Mapping[str, Any],
   optimizer: optax.GradientTransformation,
   label_smoothing: float = 0.0,
+  key: jax.Array | None = None,
 ) -> TrainState:
-  """The state before the first step."""
+  """The state before the first step; `key` is for a model with dropout."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables['params'],
     batch_stats=variables.get('batch_stats', {}),
     opt_state=optimizer.init(variables['params']),
+    rng=jax.random.key_data(jax.random.key(0) if key is None else key),
     module=module,
     optimizer=optimizer,
     label_smoothing=label_smoothing,
@@ -153,6 +157,11 @@ def optimizer(
   return _optimizer(fields, total_steps)
 
 
+def dropout_key(state: Any) -> jax.Array:
+  """The key of a state's next step; unused by a model without dropout."""
+  return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+
 def _cross_entropy(logits, labels, smoothing: float) -> jax.Array:
   if not smoothing:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -182,6 +191,7 @@ def step(
       x,
       train=True,
       mutable=['batch_stats'],
+      rngs={'dropout': dropout_key(state)},
     )
     value = _cross_entropy(logits, y, state.label_smoothing).mean()
     return value, (logits, updates.get('batch_stats', {}))

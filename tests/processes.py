@@ -60,7 +60,7 @@ def run(
   *,
   devices: int = 1,
   x64: bool = False,
-  timeout: float = 120,
+  timeout: float = 300,
   env: Mapping[str, str] | None = None,
   cwd: str | os.PathLike = ROOT,
 ) -> subprocess.CompletedProcess:

@@ -35,6 +35,7 @@ def _search(job: Job, folder: pathlib.Path) -> None:
     sparsity=c.search.sparsity,
     balance=c.search.balance,
     learning_rate=c.search.learning_rate,
+    key=config.key(c.seed, 'search dropout'),
   )
 
   def evaluate(state, step):

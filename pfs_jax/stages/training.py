@@ -116,6 +116,7 @@ def _initial(job: Job, module, total: int, label: str, weights: Any = None):
     weights,
     train_lib.optimizer(job.config.train, total),
     job.config.train.label_smoothing,
+    config.key(job.config.seed, f'{label} dropout'),
   )
 
 
