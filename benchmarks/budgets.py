@@ -84,7 +84,7 @@ def published_table(golden: pathlib.Path) -> None:
 
 def rounded_table(golden: pathlib.Path) -> None:
   """Multiples inside the solver against rounding down afterwards."""
-  print('| network | multiple | inside | rounded down afterwards | gates kept |')
+  print('| network | multiple | inside | rounded down after | gates kept |')
   print('| --- | ---: | ---: | ---: | ---: |')
   for case, gates, model in cases(golden):
     budget = int(case['full_macs'] * (1 - case['ratio']))
@@ -99,9 +99,7 @@ def rounded_table(golden: pathlib.Path) -> None:
         continue
       free = prune.fit(gates, model, budget)
       least = np.array(prune.minimum(model, round_to=multiple))
-      counts = np.maximum(
-        np.array(free.counts) // multiple * multiple, least
-      )
+      counts = np.maximum(np.array(free.counts) // multiple * multiple, least)
       after = model.macs(counts)
       ratio = kept_gates(gates, inside.counts) / kept_gates(gates, counts)
       print(

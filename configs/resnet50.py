@@ -28,7 +28,11 @@ from pfs_jax import config
 VARIANTS = {
   'full': {},
   'expanded': {'model.width': 80},
-  'smoke': config.IMAGENET_SMOKE,
+  'smoke': {
+    **config.IMAGENET_SMOKE,
+    'data.image_size': 48,
+    'train.learning_rate': 0.1,
+  },
   'scratch_b': {'train.epochs': 200.0},
 }
 

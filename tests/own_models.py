@@ -221,6 +221,17 @@ class Constant(nn.Module):
     return nn.Dense(3)(x.mean((1, 2)))
 
 
+class Past(nn.Module):
+  """A sum of which only one part has a BatchNorm."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    y = norm(train)(nn.Conv(6, (3, 3), name='a')(x))
+    y = nn.relu(y + nn.Conv(6, (1, 1), name='b')(x))
+    x = nn.relu(norm(train)(nn.Conv(5, (3, 3), name='c')(y)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
 class Awkward(nn.Module):
   """What must be left alone, one thing after the other."""
 
@@ -369,6 +380,12 @@ CASES = {
     further=(jnp.linspace(-1, 1, 8).reshape(2, 4), 1.5),
   ),
   'constant': Case(Constant(), {'a': 6, 'b': 5}, constant=('a',)),
+  'past': Case(
+    Past(),
+    {'c': 5},
+    {'a': 'c also reads it past the BatchNorm', 'b': 'c also reads it past'},
+    options={'residual': True},
+  ),
   'awkward': Case(
     Awkward(),
     {},

@@ -141,6 +141,8 @@ def _write(graph, equation, inputs) -> Sequence[Any]:
     return _computed(equation, inputs)
   if name in _ELEMENTWISE:
     return [_elementwise(graph, _ELEMENTWISE[name], inputs)]
+  if name == 'gather':
+    raise _Refused(' (indexing such as x[:, ::2]; jax.lax.slice can)')
   if name not in _HANDLERS:
     raise _Refused('')
   return [_HANDLERS[name](graph, equation, *inputs)]
@@ -165,10 +167,12 @@ def _computed(equation, inputs) -> list[np.ndarray]:
   if name == 'broadcast_in_dim':
     placed = _placed(inputs[0].shape, equation)
     return [np.broadcast_to(np.reshape(inputs[0], placed), aval.shape)]
-  functions, params = equation.primitive.get_bind_params(equation.params)
-  found = equation.primitive.bind(
-    *functions, *map(jnp.asarray, inputs), **params
-  )
+  try:
+    found = equation.primitive.bind(
+      *map(jnp.asarray, inputs), **equation.params
+    )
+  except NotImplementedError as e:  # It depends on the batch size.
+    raise _Refused('') from e
   found = found if equation.primitive.multiple_results else [found]
   return [np.asarray(x) for x in found]
 
@@ -244,6 +248,11 @@ def _minimum(graph, a, b) -> Tensor:
   return _elementwise(graph, 'Min', [a, b])
 
 
+def _exponential_minus_one(graph, x) -> Tensor:
+  power = Tensor(graph.add('Exp', [x.name]), x.order)
+  return _elementwise(graph, 'Sub', [power, np.float32(1)])
+
+
 def _square(graph, x) -> Tensor:
   return Tensor(graph.add('Mul', [x.name, x.name]), x.order)
 
@@ -266,6 +275,7 @@ _ELEMENTWISE: dict[str, str | Callable] = {
   'div': 'Div',
   'erf': 'Erf',
   'exp': 'Exp',
+  'expm1': _exponential_minus_one,
   'log': 'Log',
   'logistic': 'Sigmoid',
   'max': _maximum,
@@ -407,11 +417,14 @@ def _reduced(op: str) -> Callable:
   return write
 
 
-def _reshaped(graph, equation, x, *_) -> Tensor:
-  sizes = equation.outvars[0].aval.shape
-  if equation.params.get('dimensions') is not None:
+def _reshaped(graph, equation, x) -> Tensor:
+  if equation.params['dimensions'] is not None:
     raise _Refused(' with an order of axes')
-  return _with_shape(graph, x, sizes)
+  return _with_shape(graph, x, equation.outvars[0].aval.shape)
+
+
+def _squeezed(graph, equation, x) -> Tensor:
+  return _with_shape(graph, x, equation.outvars[0].aval.shape)
 
 
 def _with_shape(graph, x, sizes) -> Tensor:
@@ -525,7 +538,6 @@ _HANDLERS: dict[str, Callable] = {
   'copy': _same,
   'copy_p': _same,
   'dot_general': _dense,
-  'expand_dims': _reshaped,
   'integer_pow': _power,
   'pad': _padded,
   'reduce_max': _reduced('ReduceMax'),
@@ -536,7 +548,7 @@ _HANDLERS: dict[str, Callable] = {
   'reshape': _reshaped,
   'select_n': _selected,
   'slice': _sliced,
-  'squeeze': _reshaped,
+  'squeeze': _squeezed,
   'stop_gradient': _same,
   'transpose': _transposed,
 }
