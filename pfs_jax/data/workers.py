@@ -13,9 +13,10 @@ Grain's workers: measured in docs/imagenet.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class Loader:
     self._failure: Exception | None = None
     self._closed = False
     self._changed = threading.Condition()
-    content = pickle.dumps(batches) if processes else b''
+    content = _description(batches) if processes else ({}, [])
     pieces = -(-len(batches.rows) // _PIECE) * (len(batches) - start)
     processes = min(processes, pieces)
     self._workers = [_Worker(content) for _ in range(processes)]
@@ -159,6 +160,63 @@ class _Batch:
     }
 
 
+# Messages: a line of JSON, then the bytes of the arrays that it announces.
+
+
+def _send(file, message: dict, arrays=()) -> None:
+  arrays = [np.ascontiguousarray(a) for a in arrays]
+  shapes = [[a.dtype.str, a.shape] for a in arrays]
+  line = json.dumps({'message': message, 'arrays': shapes})
+  file.write(line.encode() + b'\n')
+  for array in arrays:
+    file.write(array.tobytes())
+
+
+def _receive(file) -> tuple[dict, list[np.ndarray]]:
+  line = file.readline()
+  if not line.endswith(b'\n'):
+    raise EOFError
+  header, arrays = json.loads(line), []
+  for kind, shape in header['arrays']:
+    dtype = np.dtype(kind)
+    size = dtype.itemsize * int(np.prod(shape))
+    content = file.read(size)
+    if len(content) < size:
+      raise EOFError
+    arrays.append(np.frombuffer(content, dtype).reshape(shape))
+  return header['message'], arrays
+
+
+def _description(batches: images.Batches) -> tuple[dict, list[np.ndarray]]:
+  """What `_rebuilt` makes the same batches of, in a worker."""
+  fields = {
+    f.name: getattr(batches, f.name)
+    for f in dataclasses.fields(batches)
+    if f.name not in ('images', 'chosen', 'rows')
+  }
+  where = {f.name: None for f in dataclasses.fields(batches.images)}
+  where = {name: getattr(batches.images, name) for name in where}
+  arrays = [np.asarray(batches.chosen), np.asarray(batches.rows)]
+  if isinstance(batches.images, images.Folder):
+    arrays += [where.pop('labels'), where.pop('names')]
+  kind = type(batches.images).__name__
+  return {'fields': fields, 'images': where, 'kind': kind}, arrays
+
+
+def _rebuilt(message: dict, arrays: list[np.ndarray]) -> images.Batches:
+  chosen, rows, *listed = arrays
+  where = message['images']
+  if message['kind'] == 'Folder':
+    where['classes'] = tuple(where['classes'])
+    found = images.Folder(**where, labels=listed[0], names=listed[1])
+  else:
+    found = images.Records(**where)
+  fields = message['fields']
+  if fields['key'] is not None:
+    fields['key'] = tuple(fields['key'])
+  return images.Batches(images=found, chosen=chosen, rows=rows, **fields)
+
+
 class _Here:
   """Decodes in this process."""
 
@@ -180,7 +238,7 @@ def _fill(arrays: dict[str, Any], rows: slice, rest) -> None:
 class _Worker:
   """A worker process, seen from here."""
 
-  def __init__(self, content: bytes):
+  def __init__(self, content: tuple[dict, list[np.ndarray]]):
     root = str(pathlib.Path(__file__).parents[2])
     code = 'from pfs_jax.data import workers; workers.serve()'
     self._process = subprocess.Popen(
@@ -203,23 +261,25 @@ class _Worker:
       UserError: The process has ended.
     """
     try:
-      if self._content:
-        self._process.stdin.write(self._content)
-        self._content = b''
-      pickle.dump((step, rows), self._process.stdin)
+      if self._content is not None:
+        _send(self._process.stdin, *self._content)
+        self._content = None
+      _send(
+        self._process.stdin, {'step': step, 'rows': [rows.start, rows.stop]}
+      )
       self._process.stdin.flush()
-      rest = pickle.load(self._process.stdout)
+      answer, (labels, weights) = _receive(self._process.stdout)
       view = memoryview(arrays['pixels'][rows]).cast('B')
       if self._process.stdout.readinto(view) < len(view):
         raise EOFError
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as e:
+    except (OSError, EOFError, ValueError) as e:
       code = self._process.wait()
       raise errors.UserError(
         f'a process that decodes images ended with code {code}; if it was '
         'killed for want of memory, make config.data.workers smaller.\n'
         'The same command continues.'
       ) from e
-    _fill(arrays, rows, rest)
+    _fill(arrays, rows, (labels, weights, answer['corrupt']))
 
   def end(self) -> None:
     """Ends the process."""
@@ -240,11 +300,13 @@ def serve() -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   requests, answers = sys.stdin.buffer, sys.stdout.buffer
   try:
-    batches = pickle.load(requests)
+    batches = _rebuilt(*_receive(requests))
     while True:
-      step, rows = pickle.load(requests)
-      pixels, *rest = batches.piece(step, rows)
-      pickle.dump(rest, answers)
+      request, _ = _receive(requests)
+      rows = slice(*request['rows'])
+      pixels, labels, weights, corrupt = batches.piece(request['step'], rows)
+      answer = {'corrupt': [int(i) for i in corrupt]}
+      _send(answers, answer, [labels, weights])
       answers.write(pixels.data)
       answers.flush()
   except (EOFError, BrokenPipeError):

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import scipy.stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,8 @@ def paired(
   found = summary([ours[s] - theirs[s] for s in seeds])
   if found.sd is None:
     return Difference(found.n, found.mean, None, None)
+  import scipy.stats  # Seconds to import, and no other mode needs it.
+
   half = scipy.stats.t.ppf(0.975, found.n - 1) * found.sd / math.sqrt(found.n)
   half = float(half)
   return Difference(found.n, found.mean, found.mean - half, found.mean + half)
@@ -79,6 +80,8 @@ def chance_jaccard(n: int, first: int, second: int) -> float:
 
   The overlap k is hypergeometric and the index k / (first + second - k).
   """
+  import scipy.stats
+
   k = np.arange(max(0, first + second - n), min(first, second) + 1)
   chance = scipy.stats.hypergeom.pmf(k, n, first, second)
   return float((chance * k / (first + second - k)).sum())

@@ -114,9 +114,25 @@ def network_from_factory(
     'image_size': image_size,
     'channels': channels,
   }
-  return network(
+  made = network(
     model, x, call=call, residual=residual, description=description
   )
+  _check_logits(spec, made, x, num_classes)
+  return made
+
+
+def _check_logits(spec: str, made: models.Network, x, num_classes: int) -> None:
+  """Labels beyond the logits would only show as a loss that is no number."""
+  _, logits = jax.eval_shape(
+    made.reference.init_with_output, jax.random.key(0), x
+  )
+  shape = getattr(logits, 'shape', None)
+  if shape != (1, num_classes):
+    raise _error(
+      spec,
+      f'the model must return logits [N, {num_classes}], one for each class; '
+      f'got {"several outputs" if shape is None else f"shape {shape}"}',
+    )
 
 
 def _error(spec: str, problem: str) -> errors.UserError:
