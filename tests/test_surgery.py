@@ -662,6 +662,11 @@ def test_a_bad_factory_is_one_line(spec, message):
   assert '\n' not in str(caught.value)
 
 
+def test_a_factory_must_give_a_logit_for_each_class():
+  with pytest.raises(errors.UserError, match=r'\[N, 10\].* shape \(1, 3\)'):
+    surgery.network_from_factory('tests.own_models:Setup', 10, 8, 3)
+
+
 def test_a_factory_without_dtype_computes_in_float32():
   with pytest.raises(errors.UserError, match='config.dtype must be float32'):
     surgery.network_from_factory(

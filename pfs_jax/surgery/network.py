@@ -123,7 +123,7 @@ def network_from_factory(
 
 def _check_logits(spec: str, made: models.Network, x, num_classes: int) -> None:
   """Labels beyond the logits would only show as a loss that is no number."""
-  _, logits = jax.eval_shape(
+  logits, _ = jax.eval_shape(
     made.reference.init_with_output, jax.random.key(0), x
   )
   shape = getattr(logits, 'shape', None)
