@@ -105,13 +105,15 @@ def table(
   """A table on stdout; the first column to the left, numbers to the right."""
   if jax.process_index() != 0:
     return
-  shown = rich.table.Table(title=title, title_justify='left')
+  shown = rich.table.Table()
   for i, column in enumerate(columns):
     shown.add_column(column, justify='left' if i == 0 else 'right')
   for row in rows:
     shown.add_row(*row)
   width = None if sys.stdout.isatty() else 100
-  rich.console.Console(width=width, highlight=False).print(shown)
+  console = rich.console.Console(width=width, highlight=False)
+  console.print(title, soft_wrap=True, markup=False)  # A path stays whole.
+  console.print(shown)
 
 
 # Errors.

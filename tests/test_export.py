@@ -203,7 +203,12 @@ OPERATORS = {
   'batchnorm first': lambda x: conv(nn.relu(normed()(x))),
   'batchnorm twice': lambda x: normed()(normed()(conv(x))),
   'used before its norm': lambda x: (lambda y: y + normed()(y))(conv(x)),
-  'one channel out': lambda x: conv(x, 1) * jnp.arange(3.0).reshape(1, 1, 1, 3),
+  'factor wider than the convolution': lambda x: (
+    conv(x, 1) * jnp.arange(3.0).reshape(1, 1, 1, 3)
+  ),
+  'term wider than the convolution': lambda x: (
+    conv(x, 1) + jnp.arange(3.0).reshape(1, 1, 1, 3)
+  ),
   'term by position': lambda x: (
     conv(x, 8) + jnp.arange(8.0)[None, :, None, None]
   ),

@@ -76,7 +76,7 @@ def test_steps_lower_for_accelerators(name, step, dtype):
     assert all(element in result for result in results)
   out = traced.out_info
   # Parameters, gates, statistics, moments, metrics and logits are float32.
-  assert dtypes(out) - {'int32'} == {'float32'}
+  assert dtypes(out) - {'int32', 'uint32'} == {'float32'}  # Steps and keys.
   if step == 'search':
     assert dtypes(out[0].gates) == dtypes(out[0].params) == {'float32'}
   if step != 'eval':
