@@ -266,7 +266,11 @@ def compiled_call(step_fn: Callable, draw: Callable):
       return state, jax.tree.map(lambda m: m[None], metrics)
     return jax.lax.scan(lambda s, item: one(s, resident, item), state, chunk)
 
-  return jax.jit(call, out_shardings=devices.replicated())
+  return jax.jit(
+    call,
+    out_shardings=devices.replicated(),
+    compiler_options=devices.compiler_options(),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
