@@ -54,19 +54,19 @@ def main(name, path):
       compare(f'{what} {layer}', ours, part)
 
   x0, y0 = batch(golden, 0)
-  logits, _ = module.apply(
-    state.variables, x0, train=True, mutable=['batch_stats']
-  )
+  apply = jax.jit(module.apply, static_argnames=('train', 'mutable'))
+  logits, _ = apply(state.variables, x0, train=True, mutable=('batch_stats',))
   compare('logits0', logits, golden['logits0'])
   trained = {'params': state.params, 'gates': state.gates}
-  grads, _ = jax.grad(search.loss, has_aux=True)(trained, state, x0, y0)
+  gradient = jax.jit(jax.grad(search.loss, has_aux=True))
+  grads, _ = gradient(trained, state, x0, y0)
   compare_layers('grad0', grads['gates'], golden['grad0'])
   for step in range(len(golden['gates'])):
     state, metrics = search.step(state, *batch(golden, step))
     compare('ce', metrics['ce'], golden['ce'][step])
     compare('reg', metrics['reg'], golden['reg'][step])
     compare_layers('gates', state.gates, golden['gates'][step])
-  evaluated = module.apply(state.variables, x0)
+  evaluated = apply(state.variables, x0, train=False)
   scale = np.abs(golden['eval_logits']).max()
   error = np.abs(np.asarray(evaluated) - golden['eval_logits']).max() / scale
   dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(state.variables)})

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: refusals, info, the quick start."""
+"""The command line as a user meets it: refusals and info."""
 
 import json
 import pathlib
@@ -213,27 +213,6 @@ def test_info_reads_no_data(config):
     'floor, multiples of 8',
   ):
     assert part in out
-
-
-def test_the_quick_start(tmp_path):
-  """>= 95 % at <= 50 % of the reference's MACs, less than the searched's."""
-  out = processes.output(
-    ['main.py', DIGITS, '--mode=run', f'--workdir={tmp_path}'], timeout=300
-  )
-  result = json.loads((tmp_path / 'result.json').read_text())
-  assert result['test_accuracy'] >= 0.95
-  assert result['reference_test_accuracy'] >= 0.95
-  assert result['macs_share'] <= 0.5
-  assert result['macs'] < result['searched_macs']
-  structure = json.loads((tmp_path / 'structure.json').read_text())
-  assert structure['macs'] == result['macs'] <= structure['budget']['max_macs']
-  shown = f'{result["test_accuracy"]:.2%}'
-  assert re.search(rf'narrow .*{re.escape(shown)}', out)
-  assert re.search(r'reference .*100\.0%', out)
-  for file in ('config.json', 'versions.json', 'kept.json'):
-    assert (tmp_path / file).exists()
-  events = list((tmp_path / 'search' / 'events').iterdir())
-  assert events and all(e.stat().st_size for e in events)
 
 
 def test_the_readme_and_ci_run_the_same_test_command():

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from pfs_jax import data, errors, export, models, predict, prune, stages
 from pfs_jax.export import bundle, check
 from pfs_jax.export import onnx as onnx_export
 from pfs_jax.stages import exporting
-from tests import processes
 
 # Name: (image size, channels, width). The widths are as small as they go.
 FAMILIES = {
@@ -639,87 +638,3 @@ def test_export_before_training_is_refused(tmp_path):
 
   with pytest.raises(errors.UserError, match='structure.json does not exist'):
     stages.export(stages.Job(digits.get_config(), tmp_path))
-
-
-def drawn(stroke):
-  """A digit as a person draws it: light on dark, 64x64."""
-  image = Image.new('L', (64, 64))
-  stroke(ImageDraw.Draw(image))
-  return image
-
-
-@pytest.fixture(scope='module')
-def digits_export(tmp_path_factory):
-  """The folder of the exported digits run, and what the command printed."""
-  workdir = tmp_path_factory.mktemp('digits')
-  command = [
-    'main.py',
-    '--config=configs/digits.py',
-    f'--workdir={workdir}',
-    '--config.model.width=8',
-    '--config.search.epochs=1',
-    '--config.train.epochs=12',
-    '--config.train.reference=False',
-  ]
-  processes.output([*command, '--mode=run'], timeout=600)
-  shown = processes.output([*command, '--mode=export'], timeout=300)
-  return workdir / 'export', shown
-
-
-def test_export_of_the_digits_run(digits_export):
-  folder, shown = digits_export
-  manifest = export.read_manifest(folder)
-  assert set(manifest['formats']) == set(export.FORMATS)
-  for entry in manifest['formats'].values():
-    assert entry['max_error'] <= entry['tolerance']
-    assert entry['file'] in shown and f'{entry["bytes"]:,}' in shown
-  result = json.loads((folder.parent / 'result.json').read_text())
-  assert manifest['structure']['macs'] == result['macs']
-  assert manifest['data'] == 'digits'
-  hidden = [p.name for p in folder.parent.iterdir() if 'export' in p.name]
-  assert hidden == ['export']
-
-
-@pytest.mark.parametrize('name', export.FORMATS)
-def test_the_exported_network_is_the_trained_one(digits_export, name):
-  """Its accuracy on all test images is that of result.json."""
-  folder = digits_export[0]
-  result = json.loads((folder.parent / 'result.json').read_text())
-  digits = data.load('digits')
-  x = export.normalised(digits.test_images, digits.spec.mean, digits.spec.std)
-  right = export.load(folder, name)(x).argmax(1) == digits.test_labels
-  assert right.mean() == pytest.approx(result['test_accuracy'], abs=1e-6)
-
-
-def test_predict_names_digits(digits_export, tmp_path):
-  """Real ones of the test set, and drawn ones, in a fresh process."""
-  digits = data.load('digits')
-  for label in range(10):
-    i = np.flatnonzero(digits.test_labels == label)[0]
-    image = Image.fromarray(digits.test_images[i, ..., 0])
-    image.save(tmp_path / f'{label}.png')
-  drawn(lambda d: d.ellipse((16, 4, 48, 60), outline=255, width=9)).save(
-    tmp_path / '0_drawn.png'
-  )
-  four = drawn(lambda d: d.line((28, 4, 18, 36, 52, 36), 255, 8))
-  ImageDraw.Draw(four).line((42, 20, 38, 62), 255, 8)
-  four.save(tmp_path / '4_drawn.png')
-  paths = sorted(tmp_path.glob('*.png'))
-  out = processes.output(
-    ['-m', 'pfs_jax.predict', digits_export[0], *paths, '--format=onnx']
-  )
-  named = {}
-  for line in out.splitlines():
-    path, _, answer = line.rpartition(': ')
-    named[pathlib.Path(path).stem] = answer.split()[0]
-  assert len(named) == 12
-  for drawing in ('0_drawn', '4_drawn'):
-    assert named[drawing] == drawing[0]
-  pixels = np.stack(
-    [digits.test_images[digits.test_labels == i][0] for i in range(10)]
-  )
-  classify = export.load(digits_export[0], 'onnx')
-  x = export.normalised(pixels, digits.spec.mean, digits.spec.std)
-  answers = [named[str(i)] for i in range(10)]
-  assert answers == [str(label) for label in classify(x).argmax(1)]
-  assert sum(a == str(i) for i, a in enumerate(answers)) >= 8, answers

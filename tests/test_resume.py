@@ -25,8 +25,16 @@ ARGS = [
 ]
 
 
+# XLA's optimisations cost more here than they win.
+FAST = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+
+
 def command(mode, workdir):
   return [*ARGS, f'--mode={mode}', f'--workdir={workdir}']
+
+
+def output(arguments):
+  return processes.output(arguments, timeout=300, env=FAST)
 
 
 def steps_done(folder):
@@ -41,7 +49,7 @@ def stop_at(mode, workdir, stage, step, number):
   """Starts a mode and sends a signal once a step is logged; its exit code."""
   process = subprocess.Popen(
     processes.command(command(mode, workdir)),
-    env=processes.environment(),
+    env=processes.environment(**FAST),
     cwd=processes.ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -83,7 +91,7 @@ def outcome(workdir):
 @pytest.fixture(scope='module')
 def untouched(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'untouched'
-  processes.output(command('run', workdir), timeout=300)
+  output(command('run', workdir))
   return workdir
 
 
@@ -94,7 +102,7 @@ def test_sigkill_at_random_points(untouched, tmp_path):
     code, _ = stop_at('run', tmp_path / 'w', stage, step, signal.SIGKILL)
     assert code == -signal.SIGKILL, f'{stage} was over before step {step}'
     time.sleep(0.1)
-  processes.output(command('run', tmp_path / 'w'), timeout=300)
+  output(command('run', tmp_path / 'w'))
   expected, found = outcome(untouched), outcome(tmp_path / 'w')
   assert expected['weights'] is not None
   assert found == expected
@@ -110,7 +118,7 @@ def test_a_signal_saves_and_leaves(untouched, tmp_path, number):
   assert code == 128 + number
   assert 'saved. The same command continues.' in err
   assert 'Traceback' not in err and err.count('\n') == 1
-  processes.output(command('search', workdir), timeout=300)
+  output(command('search', workdir))
   arrays = np.load(workdir / 'search' / 'gates.npz')
   expected = outcome(untouched)['gates']
   assert {k: arrays[k].tobytes() for k in arrays} == expected
@@ -118,14 +126,14 @@ def test_a_signal_saves_and_leaves(untouched, tmp_path, number):
 
 def test_a_finished_run_prints_its_table(untouched):
   before = {p: p.stat().st_mtime for p in untouched.rglob('*.npz')}
-  out = processes.output(command('run', untouched))
+  out = output(command('run', untouched))
   assert 'test accuracy' in out and 'steps/s' not in out
   assert {p: p.stat().st_mtime for p in untouched.rglob('*.npz')} == before
 
 
 def test_eval_restores(untouched):
   result = json.loads((untouched / 'result.json').read_text())
-  out = processes.output(command('eval', untouched))
+  out = output(command('eval', untouched))
   correct = round(result['test_accuracy'] * 297)
   assert f'({correct} of 297 images)' in out
 
@@ -134,14 +142,12 @@ def test_another_budget_needs_no_search(untouched):
   gates = untouched / 'search' / 'gates.npz'
   before = gates.stat().st_mtime
   more = '--config.budget.keep=0.8'
-  processes.output([*command('prune', untouched), more])
+  output([*command('prune', untouched), more])
   found = json.loads((untouched / 'structure-keep0.8.json').read_text())
   first = json.loads((untouched / 'structure.json').read_text())
   assert first['macs'] < found['macs'] <= found['budget']['max_macs']
   assert gates.stat().st_mtime == before
-  processes.output(
-    [*command('train', untouched), more, '--config.train.epochs=1']
-  )
+  output([*command('train', untouched), more, '--config.train.epochs=1'])
   result = json.loads((untouched / 'result-keep0.8.json').read_text())
   assert result['macs'] == found['macs']
   assert (
@@ -151,7 +157,7 @@ def test_another_budget_needs_no_search(untouched):
 
 
 def test_a_structure_from_any_file(untouched, tmp_path):
-  out = processes.output(
+  out = output(
     [
       *command('train', tmp_path / 'other'),
       f'--config.train.structure={untouched / "structure.json"}',

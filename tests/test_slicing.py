@@ -1,5 +1,7 @@
 """The weights of the kept channels give what gates of 0 give."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,15 @@ import numpy as np
 import pytest
 
 from pfs_jax import errors, models, prune
+
+
+# XLA's optimisations cost more here than they win.
+@pytest.fixture(autouse=True)
+def fast_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
 
 CASES = {
   'resnet20': (4, 16),
@@ -31,6 +42,11 @@ def lively(module, size):
     return leaf
 
   return jax.tree_util.tree_map_with_path(change, variables)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluated(module, variables, x):
+  return module.apply(variables, x, train=False)
 
 
 def random_kept(sizes, seed):
@@ -59,7 +75,7 @@ def test_sliced_weights_equal_zero_gates(name):
   kept = random_kept(models.gate_sizes(name, width), seed=1)
   gates = set_gates(name, variables['gates'], kept)
   x = jax.random.normal(jax.random.key(1), (3, size, size, 3))
-  wide = module.apply({**variables, 'gates': gates}, x, train=False)
+  wide = evaluated(module, {**variables, 'gates': gates}, x)
   counts = tuple(len(indices) for indices in kept.values())
   narrow = models.build(name, 5, width, counts)
   sliced = models.slice_variables(name, variables, kept, width=width)
@@ -67,11 +83,11 @@ def test_sliced_weights_equal_zero_gates(name):
   assert jax.tree.map(jnp.shape, sliced) == jax.tree.map(
     lambda s: s.shape, dict(shapes)
   )
-  found = narrow.apply(sliced, x, train=False)
+  found = evaluated(narrow, sliced, x)
   scale = float(jnp.abs(wide).max())
   np.testing.assert_allclose(found / scale, wide / scale, atol=1e-5)
   # Not because nothing mattered: other channels give other logits.
-  full = module.apply(variables, x, train=False)
+  full = evaluated(module, variables, x)
   assert float(jnp.abs(full - wide).max()) > 1e-3 * scale
 
 

@@ -24,8 +24,6 @@ def fashion():
   """VGG16 at base width 16, 10,000 Fashion-MNIST images, 30 % of the MACs."""
   c = fashion_config.get_config()
   c.model.width = 0
-  # Crop and flip slow so short a training: 85 % of the training images right
-  # at its end, against more than 90 % without.
   c.data.augment = False
   c.search.epochs = 2.0
   c.search.sparsity = 0.5

@@ -238,7 +238,7 @@ def _versus(study, groups: Groups) -> dict[str, statistics.Difference]:
   found = {}
   for label, group in groups.items():
     ours = results.accuracies(group)
-    theirs = results._opponent(study, records, group)
+    theirs = results.opponent(study, records, group)
     versus = statistics.paired(ours, theirs)
     if versus is not None:
       found[label] = versus

@@ -107,7 +107,7 @@ def accuracies(records: Sequence[Record]) -> dict[int, float]:
   }
 
 
-def _opponent(study, records, group) -> dict[int, float]:
+def opponent(study, records, group) -> dict[int, float]:
   """The accuracies that a group is compared with, paired by seed.
 
   Those of the baseline trained the same way (Scratch-B against Scratch-B) where
@@ -147,7 +147,7 @@ def rows(study, records: Sequence[Record]) -> list[list[str]]:
     seconds = np.mean([r['seconds'] for r in group])
     sd = '-' if total.sd is None else f'{total.sd:.2f}'
     row = [label, str(total.n), f'{total.mean:.2f}', sd]
-    versus = statistics.paired(found, _opponent(study, records, group))
+    versus = statistics.paired(found, opponent(study, records, group))
     if versus is None:
       row += ['', '']
     else:

@@ -1,0 +1,117 @@
+"""The README's quick start, from the first command to named images."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from pfs_jax import data, export
+from tests import processes
+
+
+def command(mode, workdir):
+  config = '--config=configs/digits.py'
+  return ['main.py', config, f'--mode={mode}', f'--workdir={workdir}']
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The workdir of the digits run, and what the command printed."""
+  workdir = tmp_path_factory.mktemp('digits')
+  return workdir, processes.output(command('run', workdir), timeout=600)
+
+
+@pytest.fixture(scope='module')
+def exported(finished):
+  """The folder of the run's export, and what the command printed."""
+  workdir = finished[0]
+  shown = processes.output(command('export', workdir), timeout=300)
+  return workdir / 'export', shown
+
+
+def test_the_run(finished):
+  """>= 95 % at <= 50 % of the reference's MACs, less than the searched's."""
+  workdir, out = finished
+  result = json.loads((workdir / 'result.json').read_text())
+  assert result['test_accuracy'] >= 0.95
+  assert result['reference_test_accuracy'] >= 0.95
+  assert result['macs_share'] <= 0.5
+  assert result['macs'] < result['searched_macs']
+  structure = json.loads((workdir / 'structure.json').read_text())
+  assert structure['macs'] == result['macs'] <= structure['budget']['max_macs']
+  shown = f'{result["test_accuracy"]:.2%}'
+  assert re.search(rf'narrow .*{re.escape(shown)}', out)
+  assert re.search(r'reference .*100\.0%', out)
+  for file in ('config.json', 'versions.json', 'kept.json'):
+    assert (workdir / file).exists()
+  events = list((workdir / 'search' / 'events').iterdir())
+  assert events and all(e.stat().st_size for e in events)
+
+
+def test_the_run_is_exported(exported):
+  folder, shown = exported
+  manifest = export.read_manifest(folder)
+  assert set(manifest['formats']) == set(export.FORMATS)
+  for entry in manifest['formats'].values():
+    assert entry['max_error'] <= entry['tolerance']
+    assert entry['file'] in shown and f'{entry["bytes"]:,}' in shown
+  result = json.loads((folder.parent / 'result.json').read_text())
+  assert manifest['structure']['macs'] == result['macs']
+  assert manifest['data'] == 'digits'
+  hidden = [p.name for p in folder.parent.iterdir() if 'export' in p.name]
+  assert hidden == ['export']
+
+
+@pytest.mark.parametrize('name', export.FORMATS)
+def test_the_exported_network_is_the_trained_one(exported, name):
+  """Its accuracy on all test images is that of result.json."""
+  folder = exported[0]
+  result = json.loads((folder.parent / 'result.json').read_text())
+  digits = data.load('digits')
+  x = export.normalised(digits.test_images, digits.spec.mean, digits.spec.std)
+  right = export.load(folder, name)(x).argmax(1) == digits.test_labels
+  assert right.mean() == pytest.approx(result['test_accuracy'], abs=1e-6)
+
+
+def drawn(stroke):
+  """A digit as a person draws it: light on dark, 64x64."""
+  image = Image.new('L', (64, 64))
+  stroke(ImageDraw.Draw(image))
+  return image
+
+
+def test_predict_names_digits(exported, tmp_path):
+  """Real ones of the test set, and drawn ones, in a fresh process."""
+  digits = data.load('digits')
+  for label in range(10):
+    i = np.flatnonzero(digits.test_labels == label)[0]
+    image = Image.fromarray(digits.test_images[i, ..., 0])
+    image.save(tmp_path / f'{label}.png')
+  drawn(lambda d: d.ellipse((16, 4, 48, 60), outline=255, width=9)).save(
+    tmp_path / '0_drawn.png'
+  )
+  four = drawn(lambda d: d.line((28, 4, 18, 36, 52, 36), 255, 8))
+  ImageDraw.Draw(four).line((42, 20, 38, 62), 255, 8)
+  four.save(tmp_path / '4_drawn.png')
+  paths = sorted(tmp_path.glob('*.png'))
+  out = processes.output(
+    ['-m', 'pfs_jax.predict', exported[0], *paths, '--format=onnx']
+  )
+  named = {}
+  for line in out.splitlines():
+    path, _, answer = line.rpartition(': ')
+    named[pathlib.Path(path).stem] = answer.split()[0]
+  assert len(named) == 12
+  for drawing in ('0_drawn', '4_drawn'):
+    assert named[drawing] == drawing[0]
+  pixels = np.stack(
+    [digits.test_images[digits.test_labels == i][0] for i in range(10)]
+  )
+  classify = export.load(exported[0], 'onnx')
+  x = export.normalised(pixels, digits.spec.mean, digits.spec.std)
+  answers = [named[str(i)] for i in range(10)]
+  assert answers == [str(label) for label in classify(x).argmax(1)]
+  assert sum(a == str(i) for i, a in enumerate(answers)) >= 8, answers
