@@ -622,6 +622,16 @@ def test_large_images_are_cropped_as_in_evaluation(tmp_path):
 # The digits.
 
 
+def test_folders_name_the_classes_when_trained(tmp_path):
+  from configs import mobilenet_v1
+
+  job = stages.Job(mobilenet_v1.get_config('smoke'), tmp_path)
+  assert exporting._spec(job, 'keep0.5') == job.spec
+  names = [f'folder {i}' for i in range(job.spec.num_classes)]
+  (tmp_path / 'result.json').write_text(json.dumps({'class_names': names}))
+  assert list(exporting._spec(job, 'keep0.5').class_names) == names
+
+
 def test_bfloat16_is_exported_in_float32():
   from configs import digits
 

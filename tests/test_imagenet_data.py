@@ -118,6 +118,7 @@ def _assert_equal(some, others):
 
 def test_classes_are_the_sorted_folders(folder):
   listed = images.scan(folder / 'train')
+  assert _open(folder).spec.class_names == listed.classes
   assert listed.classes == tuple(f'n{i:02d}' for i in range(CLASSES))
   assert len(listed) == CLASSES * TRAIN
   assert [os.fsdecode(n) for n in listed.names[:TRAIN]] == sorted(

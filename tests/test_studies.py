@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import study_results
 from pfs_jax import errors, models, prune, studies
 from pfs_jax.studies import arms, engine, locks, plan, products, results
 from pfs_jax.studies import statistics as stats
@@ -631,6 +632,15 @@ def test_two_processes_do_no_cell_twice(untouched, tmp_path):
   assert all(text.count('of training') == 1 for text in logs)
   for out in outs:
     assert '4 of 4 cells' in out
+
+
+def test_results_page_is_that_of_the_committed_results():
+  """Else: python -m benchmarks.study_results."""
+  text = (processes.ROOT / 'RESULTS.md').read_text()
+  assert study_results.filled(text) == text
+  wanted = {processes.ROOT / path for path in study_results.drawn(text)}
+  folder = processes.ROOT / study_results.PICTURES
+  assert set(folder.glob('*.svg')) == wanted
 
 
 def test_a_lock_ends_with_its_process(tmp_path):

@@ -336,7 +336,8 @@ class Streamed:
   """A data set of image files under one config; see `data.open_set`.
 
   Attributes:
-    spec: Its facts, with the image size and classes of the config.
+    spec: Its facts, with the image size and classes of the config; the names
+      of the classes are those of the folders, where there are folders.
   """
 
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -355,6 +356,10 @@ class Streamed:
       )
     self._config, self._per_class = c, per_class
     self._train, self._test = _splits(c, self.spec, workdir)
+    if isinstance(self._train, images.Folder):
+      self.spec = dataclasses.replace(
+        self.spec, class_names=self._train.classes
+      )
     self._held_out = np.zeros(len(self._train), bool)
     if per_class:
       names, labels = _names_and_labels(self._train, workdir)

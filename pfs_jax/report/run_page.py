@@ -81,7 +81,7 @@ def _cuts(job: Job) -> list[Cut]:
     if tuple(cut.counts) != job.network.cost_model.layers:
       raise errors.UserError(
         f'{job.workdir}: the counts of {cut.name} are not those of '
-        f'{job.config.model.name}; give the config that made them.'
+        f'{job.model_name}; give the config that made them.'
       )
     if cut.result:
       _check_trained(job, cut)
@@ -123,8 +123,7 @@ def _reference_widths(job: Job) -> tuple[int, ...]:
 
 
 def _title(job: Job, cuts: Sequence[Cut]) -> str:
-  c = job.config
-  name = c.model.factory or c.model.name
+  c, name = job.config, job.model_name
   shares = ' and '.join(_share(job, cut.macs) for cut in cuts)
   cut = f', cut to {shares} of the MACs' if cuts else ', search under way'
   return f'{name} on {c.data.name}{cut}, seed {c.seed}'

@@ -207,7 +207,7 @@ def _check_structure(job: Job, path, structure: prune.Structure) -> None:
   model = job.network.cost_model
   if structure.layers != model.layers:
     raise errors.UserError(
-      f'{path}: counts must name the layers of {job.config.model.name} in '
+      f'{path}: counts must name the layers of {job.model_name} in '
       f'forward order ({model.layers[0]}, ..., {model.layers[-1]}).'
     )
   for name, wanted in job.network.description.items():

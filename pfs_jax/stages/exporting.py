@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pfs_jax import console, models, prune, runs, surgery
+from pfs_jax import console, data, models, prune, runs, surgery
 from pfs_jax import export as export_lib
 from pfs_jax.stages import cutting, training
 from pfs_jax.stages.job import Job
@@ -25,11 +25,20 @@ def export(job: Job) -> None:
       _float32(job).network.narrow(structure.counts),
       state.variables,
       dataclasses.replace(structure, model=job.network.description),
-      job.spec,
+      _spec(job, name),
       build=f'{__name__}:{build_from.__name__}',
     )
     _show(folder, manifest)
   runs.barrier('export')
+
+
+def _spec(job: Job, name: str) -> data.Spec:
+  """The facts of the data; folders named the classes when it was trained."""
+  result = job.file('result', name, '.json')
+  if not result.exists():
+    return job.spec
+  names = runs.read_json(result).get('class_names', job.spec.class_names)
+  return dataclasses.replace(job.spec, class_names=tuple(names))
 
 
 def _float32(job: Job) -> Job:

@@ -55,6 +55,11 @@ class Job:
       gate_site=c.gate_site,
     )
 
+  @property
+  def model_name(self) -> str:
+    """The registry's name, or where the user's own model comes from."""
+    return self.config.model.factory or self.config.model.name
+
   @functools.cached_property
   def latency(self) -> latency.LatencyModel:
     """Milliseconds of a batch on the present device, measured at first use."""

@@ -31,7 +31,7 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
     ],
   )
   console.table(
-    f'{job.workdir}: {job.config.model.name} on {job.config.data.name}, seed '
+    f'{job.workdir}: {job.model_name} on {job.config.data.name}, seed '
     f'{job.config.seed}, {console.duration(result["seconds"])} of training',
     ['network', 'MACs', 'of reference', 'parameters', 'test accuracy'],
     [
@@ -54,7 +54,7 @@ def info(job: Job) -> None:
     inputs, outputs = op.channels(model.widths)
     rows.append(_info_row(op, model, total, gated, inputs, outputs))
   console.table(
-    f'{job.config.model.name}, searched network',
+    f'{job.model_name}, searched network',
     ['layer', 'kind', 'output', 'channels', 'MACs', 'share', 'gate'],
     rows,
   )

@@ -159,6 +159,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'macs_share': structure.macs / network.reference_macs,
     'counts': dict(zip(structure.layers, structure.counts, strict=True)),
     'model': dict(network.description),
+    'class_names': list(job.data.spec.class_names),
     'budget': name,
     'seed': c.seed,
     'steps': int(state.step),
