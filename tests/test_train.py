@@ -503,6 +503,19 @@ def test_steps_a_call_do_not_change_the_result(tmp_path):
   assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 
 
+def test_the_loop_leaves_slow_convolutions_of_cpus_out():
+  """XLA puts them into programs that it compiles by its defaults."""
+  source, state = make_source(), devices.replicate(make_state(Tiny(16)))
+  call = train.compiled_call(train.step, source.draw)
+
+  def text(function):
+    lowered = function.lower(state, source.resident, source.chunk(0, 1))
+    return lowered.compile().as_text()
+
+  assert 'ynn' not in text(call)
+  assert 'ynn' in text(jax.jit(call.__wrapped__))
+
+
 def test_the_loop_compiles_once(tmp_path):
   @jax.jit
   def own_step(state, x, y):
