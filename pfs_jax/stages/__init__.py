@@ -13,6 +13,7 @@ from pfs_jax.stages.job import Job
 search = searching.search
 cut = cutting.cut
 train = training.train
+fit = training.fit
 evaluate = training.evaluate
 export = exporting.export
 info = showing.info

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from pfs_jax import config, console, devices, errors, models, prune, runs
 from pfs_jax import train as train_lib
@@ -51,7 +54,7 @@ def _inherited(job: Job, name: str, structure: prune.Structure):
     runs.claim(folder, {**identity, 'config.train.init': 'random'})
     wide = job.network.narrow(job.network.cost_model.widths)
     epochs = job.config.train.wide_epochs or job.config.train.epochs
-    first = _fit(job, wide, folder, 'wide', epochs, first).variables
+    first = fit(job, wide, folder, 'wide', epochs, first).variables
   return job.network.slice_variables(jax.device_get(first), kept)
 
 
@@ -69,28 +72,52 @@ def train(job: Job) -> None:
       epochs *= job.network.reference_macs / structure.macs
     module = job.network.narrow(structure.counts)
     weights = job.train_weights or _inherited(job, name, structure)
-    state = _fit(job, module, folder, 'train', epochs, weights)
+    state = fit(job, module, folder, 'train', epochs, weights)
     reference = _reference_accuracy(job)
     _write_result(job, name, structure, module, state, folder, reference)
   showing.show(job, name, structure)
 
 
-def _fit(
+def fit(
   job: Job,
   module,
   folder: pathlib.Path,
   label: str,
   epochs: float,
   weights: Any = None,
+  *,
+  hold_out: bool | None = None,
+  penalty: optax.GradientTransformation | None = None,
+  watch: Callable[[Any, float], None] | None = None,
 ):
-  """Trains a module by the recipe of the config, or goes on with it."""
-  holdout = job.config.train.holdout
-  validation = job.data.validation() if holdout else None
-  source = job.data.train_source('train', hold_out=holdout)
-  total = config.steps(epochs, source.steps_per_epoch)
-  state = _initial(job, module, total, label, weights)
+  """Trains a module by the recipe of the config, or goes on with it.
+
+  Args:
+    job: Config and data.
+    module: The module.
+    folder: Receives checkpoints and metrics.
+    label: Of the progress line, and of the key of new random weights.
+    epochs: How long.
+    weights: What it starts from; None: new random weights.
+    hold_out: Whether the validation images are left out; None: as configured.
+    penalty: A change to the gradients, before the optimiser of the recipe.
+    watch: (state, epochs done) -> None, after each epoch and at the end.
+
+  Returns:
+    The state after the last step.
+  """
+  hold_out = job.config.train.holdout if hold_out is None else hold_out
+  validation = job.data.validation() if hold_out else None
+  source = job.data.train_source('train', hold_out=hold_out)
+  per_epoch = source.steps_per_epoch
+  total = config.steps(epochs, per_epoch)
+  state = _initial(job, module, total, label, weights, penalty)
 
   def evaluate(state, step):
+    if watch is not None:
+      watch(state, step / per_epoch)
+    if validation is None:
+      return {}
     found = train_lib.evaluate(module, state.variables, validation)
     return {f'validation_{k}': v for k, v in found.items()}
 
@@ -99,22 +126,28 @@ def _fit(
       state,
       train_lib.step,
       source,
-      job.plan(total, source.steps_per_epoch),
+      job.plan(total, per_epoch),
       folder=folder,
       label=label,
-      evaluate=evaluate if validation else None,
+      evaluate=evaluate,
     )
 
 
-def _initial(job: Job, module, total: int, label: str, weights: Any = None):
+@functools.cache  # jit compares transformations by identity.
+def _penalised(penalty, optimizer) -> optax.GradientTransformation:
+  return optax.chain(penalty, optimizer)
+
+
+def _initial(job: Job, module, total, label, weights=None, penalty=None):
   """The state at step 0, from new random weights unless some are given."""
   if weights is None:
     key = config.key(job.config.seed, f'{label} weights')
     weights = models.init(module, key, job.image_shape)
+  optimizer = train_lib.optimizer(job.config.train, total)
   return train_lib.init(
     module,
     weights,
-    train_lib.optimizer(job.config.train, total),
+    optimizer if penalty is None else _penalised(penalty, optimizer),
     job.config.train.label_smoothing,
     config.key(job.config.seed, f'{label} dropout'),
   )
@@ -136,7 +169,7 @@ def _reference_accuracy(job: Job) -> float | None:
   result = folder / 'result.json'
   if not result.exists():
     module = job.network.reference
-    state = _fit(job, module, folder, 'reference', job.config.train.epochs)
+    state = fit(job, module, folder, 'reference', job.config.train.epochs)
     accuracy, _ = _test(job, module, state)
     runs.write_json(result, {'test_accuracy': accuracy})
     runs.barrier('reference')

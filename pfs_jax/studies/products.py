@@ -21,7 +21,6 @@ import numpy as np
 import optax
 
 from pfs_jax import config, errors, runs, stages
-from pfs_jax import train as train_lib
 from pfs_jax.studies import locks, plan
 
 
@@ -62,11 +61,6 @@ def scale_penalty(penalty: float) -> optax.GradientTransformation:
       add, updates, params
     )
   )
-
-
-@functools.cache
-def _optimizer(base: optax.GradientTransformation, penalty: float):
-  return optax.chain(scale_penalty(penalty), base) if penalty else base
 
 
 def first_weights(job: stages.Job) -> dict[str, Any]:
@@ -122,37 +116,24 @@ def trained(cell: plan.Cell, root: pathlib.Path, epochs: float):
 
 def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
   job = stages.Job(cell.wide, folder)
-  module = job.network.narrow(job.network.cost_model.widths)
-  source = job.data.train_source('train', hold_out=True)
-  validation, per_epoch = job.data.validation(), source.steps_per_epoch
-  total = config.steps(job.config.train.epochs, per_epoch)
-  base = train_lib.optimizer(job.config.train, total)
-  state = train_lib.init(
-    module,
-    first_weights(job),
-    _optimizer(base, cell.arm.penalty),
-    job.config.train.label_smoothing,
-  )
 
-  def evaluate(state, step):
-    if step % per_epoch == 0:
-      path = folder / 'weights' / f'{step // per_epoch}.npz'
+  def keep(state, epochs):
+    if epochs == int(epochs):
+      path = folder / 'weights' / f'{int(epochs)}.npz'
       runs.write_arrays(path, _flatten(state.variables))
-    if validation is None:
-      return {}
-    found = train_lib.evaluate(module, state.variables, validation)
-    return {f'validation_{k}': v for k, v in found.items()}
 
-  with source:
-    state = train_lib.loop(
-      state,
-      train_lib.step,
-      source,
-      job.plan(total, per_epoch),
-      folder=folder,
-      label='wide',
-      evaluate=evaluate,
-    )
+  penalty = cell.arm.penalty
+  state = stages.fit(
+    job,
+    job.network.narrow(job.network.cost_model.widths),
+    folder,
+    'wide',
+    job.config.train.epochs,
+    first_weights(job),
+    hold_out=True,
+    penalty=scale_penalty(penalty) if penalty else None,
+    watch=keep,
+  )
   runs.write_arrays(folder / 'weights' / 'all.npz', _flatten(state.variables))
 
 
