@@ -39,28 +39,12 @@ VARIANTS = {
 
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.default()
-  c.model.name = 'resnet50'
+  c = config.imagenet('resnet50')
   c.model.base_width = 64
-  c.data.name = 'imagenet2012'
-  c.data.validation_examples = 50000
-  c.search.epochs = 1.0
-  c.search.batch_size = 100
-  c.search.balance = 0.05
-  c.search.evaluate_steps = 500
-  c.search.crop_scale = 0.25
-  c.train.epochs = 150.0
-  c.train.batch_size = 256
   c.train.learning_rate = 0.1
-  c.train.scale_rate = True
-  c.train.nesterov = True
   c.train.weight_decay = 1e-4
+  c.train.decay_rule = 'all'
+  c.train.schedule = 'step'
   c.train.decay_at = (0.3, 0.6, 0.9)
-  c.train.label_smoothing = 0.1
   c.train.crop_scale = 0.08
-  c.train.colour_jitter = 0.4
-  c.train.lighting = 0.1
-  c.steps_per_call = 1  # Batches come from the host.
-  c.log_steps = 100
-  c.checkpoint_steps = 1000
   return config.with_variant(c, variant, VARIANTS)

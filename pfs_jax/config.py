@@ -122,6 +122,39 @@ CIFAR_VARIANTS = {
 }
 
 
+def imagenet(name: str) -> ml_collections.ConfigDict:
+  """The paper's ImageNet runs, with the training of its MobileNets.
+
+  Args:
+    name: Of the model.
+  """
+  c = default()
+  c.model.name = name
+  c.data.name = 'imagenet2012'
+  c.data.validation_examples = 50000
+  c.search.epochs = 1.0
+  c.search.batch_size = 100
+  c.search.balance = 0.05
+  c.search.evaluate_steps = 500
+  c.search.crop_scale = 0.25
+  c.train.epochs = 150.0
+  c.train.batch_size = 256
+  c.train.learning_rate = 0.05
+  c.train.scale_rate = True
+  c.train.nesterov = True
+  c.train.weight_decay = 4e-5
+  c.train.decay_rule = 'dense'
+  c.train.schedule = 'cosine'
+  c.train.label_smoothing = 0.1
+  c.train.crop_scale = 0.25
+  c.train.colour_jitter = 0.4
+  c.train.lighting = 0.1
+  c.steps_per_call = 1  # Batches come from the host.
+  c.log_steps = 100
+  c.checkpoint_steps = 1000
+  return c
+
+
 # What `smoke` changes in every ImageNet config: it draws its JPEG files itself.
 IMAGENET_SMOKE = {
   'data.name': 'shapes',
