@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -36,6 +37,8 @@ from tensorboardX import SummaryWriter
 
 from pfs_jax import errors
 
+# What a result depends on, of the checkout.
+_CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -110,19 +113,29 @@ def checksum(arrays: Any) -> str:
   return digest.hexdigest()
 
 
+@functools.cache  # What runs is what was there when it started.
 def commit() -> str:
-  """The commit of this code, '' outside a git checkout."""
-  try:
+  """The commit of this code, '' outside a git checkout.
+
+  With '-dirty' where the code or the configs differ from it; results may.
+  """
+
+  def git(*args: str) -> str:
     return subprocess.run(
-      ['git', 'describe', '--always', '--dirty', '--abbrev=12'],
-      cwd=pathlib.Path(__file__).parent,
+      ['git', *args],
+      cwd=pathlib.Path(__file__).parents[1],
       capture_output=True,
       text=True,
       timeout=10,
       check=True,
     ).stdout.strip()
+
+  try:
+    head = git('rev-parse', '--short=12', 'HEAD')
+    changed = git('status', '--porcelain', '--', *_CODE)
   except (OSError, subprocess.SubprocessError):
     return ''
+  return f'{head}-dirty' if changed else head
 
 
 def versions() -> dict[str, str]:

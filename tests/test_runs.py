@@ -548,6 +548,41 @@ def test_the_commit_is_that_of_the_checkout():
     text=True,
     check=True,
   ).stdout
-  assert head.startswith(runs.commit().removesuffix('-dirty')) or (
-    runs.commit().count('-') > 1  # Named after a tag.
-  )
+  assert head.startswith(runs.commit().removesuffix('-dirty'))
+
+
+def test_results_make_no_commit_dirty(tmp_path):
+  """A study writes into the checkout while it runs."""
+
+  def commit():
+    code = 'from pfs_jax import runs; print(runs.commit())'
+    done = subprocess.run(
+      processes.command(code),
+      cwd=tmp_path,
+      env=processes.environment(),
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    return done.stdout.strip()
+
+  def git(*args):
+    who = ('-c', 'user.name=t', '-c', 'user.email=t@example.org')
+    subprocess.run(['git', *who, *args], cwd=tmp_path, check=True)
+
+  shutil.copytree(processes.ROOT / 'pfs_jax', tmp_path / 'pfs_jax')
+  for name in ('configs', 'results'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'a.json').write_text('[]')
+  for name in ('main.py', 'requirements.txt'):
+    shutil.copy(processes.ROOT / name, tmp_path)
+  (tmp_path / '.gitignore').write_text('__pycache__/')
+  git('init', '-q')
+  git('add', '.')
+  git('commit', '-qm', 'All')
+  clean = commit()
+  assert len(clean) == 12
+  (tmp_path / 'results' / 'a.json').write_text('[1]')
+  assert commit() == clean
+  (tmp_path / 'main.py').write_text('')
+  assert commit() == f'{clean}-dirty'

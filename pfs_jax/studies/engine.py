@@ -50,6 +50,7 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """
   planned = plan.cells(study)
   if not study.report_only:
+    runs.commit()  # Of the code that was imported; what comes later is not it.
     _cache_programs(study, workdir)
     _work(study, workdir, planned)
   results.show(study, workdir)

@@ -29,7 +29,8 @@ class Busy(Exception):
 
 
 def _folder(root: pathlib.Path, kind: str, fields: Mapping[str, Any]):
-  return root / 'shared' / f'{kind}-{config.digest(fields)}'
+  digest = config.digest({**fields, 'revision': plan.REVISION})
+  return root / 'shared' / f'{kind}-{digest}'
 
 
 def renew_claim(folder: pathlib.Path) -> None:
