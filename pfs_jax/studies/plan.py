@@ -20,7 +20,7 @@ import ml_collections
 from pfs_jax import config, errors
 from pfs_jax.studies import arms
 
-# Part of every cell's hash, and of what cells share. To be raised when a default
+# Part of the hash of cells and of what they share. To be raised when a default
 # of the config, or the code, changes what a cell with the same fields comes out
 # at. 2: gradients on CPU without YNN (`devices.compiler_options`).
 REVISION = 2
