@@ -58,7 +58,8 @@ def table(study, records, kind):
   if kind == 'similarity':
     columns = ['between', 'pairs', 'correlation', 'overlap', 'by chance']
     return markdown(columns, results.similarity_rows(records))
-  against = f'against {study.baseline}' if study.baseline else 'difference'
+  against = results.against(study)
+  against = f'against {against}' if against else 'difference'
   columns = ['arm', 'n', 'mean', 'sd', against, '95 %', 'MACs', 'seconds']
   return markdown(columns, results.rows(study, records))
 

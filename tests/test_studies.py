@@ -385,7 +385,7 @@ def record(arm, seed, accuracy, variation=None, label=None):
 
 
 def test_rows_compare_with_what_is_comparable():
-  study = config_of('headline')
+  study = config_of('compare', 'full')
   records = [
     record(arm, seed, base + seed / 100)
     for arm, base in (
@@ -406,6 +406,35 @@ def test_rows_compare_with_what_is_comparable():
   ]
   assert by_label['searched+scratch_b'][4] == '+6.00'
   assert by_label['uniform'][4] == ''
+  assert results.against(study) == 'uniform (Scratch-B: uniform+scratch_b)'
+
+
+def test_scratch_b_waits_for_its_baseline():
+  study = config_of('compare', 'full')
+  records = [record('uniform', 0, 0.8), record('searched+scratch_b', 0, 0.9)]
+  assert results.opponent(study, records, records[1:]) == {}
+
+
+def test_pairs_are_counted():
+  study = config_of('headline')
+  records = [record('uniform', 0, 0.8)]
+  records += [record('searched', seed, 0.9) for seed in (0, 1)]
+  row = {r[0]: r for r in results.rows(study, records)}['searched']
+  assert row[1] == '2' and row[4] == '+10.00 (n = 1)'
+
+
+def test_similarity_is_of_structures_that_were_chosen():
+  first = {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
+  uniform, shuffled = (
+    [{**record(arm, seed, None), **first} for seed in (0, 1)]
+    for arm in ('uniform', 'shuffled')
+  )
+  assert results.similarity_rows(uniform) == []
+  (row,) = results.similarity_rows(shuffled)
+  assert row[2:] == ['1.00', '-', '-']
+  wider = {**first, 'widths': [8, 8]}
+  pairs = [(record('searched', 0, None) | r, shuffled[0]) for r in (wider,)]
+  assert results.similarity(pairs)[1] is None
 
 
 def test_merge_keeps_the_order_of_the_study(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from pfs_jax import console, errors, runs
 from pfs_jax.report import figures, page, run_page
-from pfs_jax.studies import arms, plan, results, statistics
+from pfs_jax.studies import plan, results, statistics
 
 Groups = Mapping[str, Sequence[results.Record]]
 
@@ -128,7 +128,7 @@ def _outcome(study, groups: Groups, drawn) -> list[str]:
   if first.label in found:
     lines.append(_verdict(first.label, study.baseline, found[first.label]))
   if len(found) > 1:
-    lines.append(_tally(study.baseline, found))
+    lines.append(_tally(results.against(study), found))
   return lines
 
 
@@ -176,14 +176,9 @@ def _between_seeds(groups: Groups) -> dict[str, tuple[int, Any]]:
   found = {}
   for label, group in groups.items():
     pairs = list(itertools.combinations(group, 2))
-    if pairs and _has_shape(group[0]):
+    if pairs and results.has_shape(group[0]):
       found[label] = (len(pairs), results.similarity(pairs))
   return found
-
-
-def _has_shape(record: results.Record) -> bool:
-  """Whether an arm's shares differ, by more than rounding, among layers."""
-  return arms.parse(record['arm']).scores not in ('full', 'equal')
 
 
 def _likeness(groups: Groups) -> list[str]:
@@ -224,7 +219,8 @@ def _arms_table(study, groups: Groups) -> str:
     [label, str(numbers[label]), *(v or '-' for v in values), n, macs, seconds]
     for label, n, *values, macs, seconds in results.rows(study, records)
   ]
-  against = f'minus {study.baseline}' if study.baseline else 'difference'
+  minus = f'minus {results.against(study)}'
+  against = minus if study.baseline else 'difference'
   columns = ['mean in %', 'sd', against, '95%', 'n', 'MACs', 'seconds']
   return page.table('Arms', ['arm', 'no.', *columns], rows)
 
@@ -280,8 +276,11 @@ def _differences(study, groups: Groups):
       return '-'
     return f'{versus.low:+.2f} .. {versus.high:+.2f}'
 
-  alt = f'Accuracy minus that of {study.baseline}, in points. ' + '; '.join(
-    f'{label}: {v.mean:+.2f}, {limits(v)}' for label, v in found.items()
+  alt = (
+    f'Accuracy minus that of {results.against(study)}, in points. '
+    + '; '.join(
+      f'{label}: {v.mean:+.2f}, {limits(v)}' for label, v in found.items()
+    )
   )
   picture = figures.render(
     'differences',
@@ -297,7 +296,7 @@ def _differences(study, groups: Groups):
   ]
   figure = page.figure(
     picture,
-    f'Accuracy minus that of {study.baseline}, paired by seed, with 95% '
+    f'Accuracy minus that of {results.against(study)}, paired by seed, with 95% '
     "intervals (Student's t). A filled diamond: the interval does not hold 0. "
     f'The intervals are not corrected for there being {len(found)} of them: '
     'where nothing differs, one in 20 misses 0 by chance.',
@@ -418,7 +417,7 @@ def _shares(study, groups: Groups):
 def _similarity(study, groups: Groups):
   """Correlation of the shares kept, between all structures."""
   del study
-  shown = {k: g for k, g in groups.items() if _has_shape(g[0])}
+  shown = {k: g for k, g in groups.items() if results.has_shape(g[0])}
   records = [r for group in shown.values() for r in group]
   matrix = _correlations(records)
   if not (~np.isnan(matrix) & ~np.eye(len(matrix), dtype=bool)).any():

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pfs_jax import console, runs
-from pfs_jax.studies import locks, plan, statistics
+from pfs_jax.studies import arms, locks, plan, statistics
 
 Record = Mapping[str, Any]
 
@@ -107,28 +107,36 @@ def accuracies(records: Sequence[Record]) -> dict[int, float]:
   }
 
 
+def _scratch_b(study) -> str:
+  """The baseline trained as Scratch-B, '' if the study has no such arm."""
+  name = f'{study.baseline}+scratch_b'
+  return name if name in study.arms else ''
+
+
+def against(study) -> str:
+  """What differences are to, in words; '' if a study has no baseline."""
+  other = _scratch_b(study)
+  return f'{study.baseline} (Scratch-B: {other})' if other else study.baseline
+
+
 def opponent(study, records, group) -> dict[int, float]:
   """The accuracies that a group is compared with, paired by seed.
 
   Those of the baseline trained the same way (Scratch-B against Scratch-B) where
-  there are any, at the same variation, or at none.
+  the study has it, at the same variation, or at none.
   """
   arm, variation = group[0]['arm'], group[0]['variation']
-  if study.baseline in (arm, group[0]['label']):
+  name = study.baseline
+  if 'scratch_b' in arm.split('+'):
+    name = _scratch_b(study) or name
+  if name in (arm, group[0]['label']) or study.baseline == arm:
     return {}
-  names = [study.baseline]
-  if 'scratch_b' in arm:
-    names.insert(0, f'{study.baseline}+scratch_b')
-  for name in names:
-    if name == arm:
-      return {}
-    for wanted in (variation, {}):
-      found = [
-        r for r in records if r['arm'] == name and r['variation'] == wanted
-      ]
-      if found:
-        return accuracies(found)
-  return accuracies([r for r in records if r['label'] == study.baseline])
+  for wanted in (variation, {}):
+    arms_there = [r for r in records if r['arm'] == name]
+    found = [r for r in arms_there if r['variation'] == wanted]
+    if found:
+      return accuracies(found)
+  return accuracies([r for r in records if r['label'] == name])
 
 
 def _signed(low: float | None, high: float | None) -> str:
@@ -151,7 +159,8 @@ def rows(study, records: Sequence[Record]) -> list[list[str]]:
     if versus is None:
       row += ['', '']
     else:
-      row += [f'{versus.mean:+.2f}', _signed(versus.low, versus.high)]
+      pairs = '' if versus.n == total.n else f' (n = {versus.n})'
+      row += [f'{versus.mean:+.2f}{pairs}', _signed(versus.low, versus.high)]
     table.append([*row, f'{share:.1%}', f'{seconds:.0f}'])
   return table
 
@@ -177,6 +186,11 @@ def overlap(a: Record, b: Record) -> tuple[float, float]:
   return float(np.mean(found)), float(np.mean(chance))
 
 
+def _chose(record: Record) -> bool:
+  """Whether its channels were chosen, and not merely counted from the first."""
+  return 'kept' in record and arms.parse(record['arm']).scores != 'shuffled'
+
+
 def similarity(
   pairs: Sequence[tuple[Record, Record]],
 ) -> tuple[float | None, float | None, float | None]:
@@ -184,15 +198,24 @@ def similarity(
   correlations, found, chance = [], [], []
   for a, b in pairs:
     correlations.append(statistics.correlation(shares(a), shares(b)))
-    if 'kept' in a and 'kept' in b:
+    if _chose(a) and _chose(b) and a['widths'] == b['widths']:
       for values, value in zip((found, chance), overlap(a, b), strict=True):
         values.append(value)
   return _mean(correlations), _mean(found), _mean(chance)
 
 
+def has_shape(record: Record) -> bool:
+  """Whether an arm's layers differ in the share that they keep."""
+  return arms.parse(record['arm']).scores not in ('full', 'equal')
+
+
 def similarity_rows(records: Sequence[Record]) -> list[list[str]]:
-  """Structures of different seeds, then those of one seed along a variation."""
-  groups, table = grouped(records), []
+  """Structures of different seeds, then those of one seed along a variation.
+
+  Uniform and full width are left out: their shares differ by rounding alone.
+  """
+  shaped = [r for r in records if has_shape(r)]
+  groups, table = grouped(shaped), []
 
   def row(label, pairs):
     if pairs:
@@ -216,11 +239,11 @@ def show(study, workdir: pathlib.Path) -> None:
   file = path(study, workdir)
   trained = any(r['test_accuracy'] is not None for r in records)
   if trained:
-    against = f' - {study.baseline}' if study.baseline else ''
+    difference = f'- {against(study)}' if study.baseline else ''
     console.table(
       f'{study.study}: test accuracy in %, {len(records)} of {total} cells, '
       f'{file}',
-      ['arm', 'n', 'mean', 'sd', against, '95 %', 'MACs', 's'],
+      ['arm', 'n', 'mean', 'sd', difference, '95 %', 'MACs', 's'],
       rows(study, records),
     )
   if records and (study.field or not trained):
