@@ -29,6 +29,7 @@ NAMES = [
   'resnet20',
   'search_length',
   'similarity',
+  'similarity10',
   'sparsity',
 ]
 
@@ -433,8 +434,9 @@ def test_similarity_is_of_structures_that_were_chosen():
   (row,) = results.similarity_rows(shuffled)
   assert row[2:] == ['1.00', '-', '-']
   wider = {**first, 'widths': [8, 8]}
-  pairs = [(record('searched', 0, None) | r, shuffled[0]) for r in (wider,)]
-  assert results.similarity(pairs)[1] is None
+  wide = {**record('searched', 0, None), **wider}
+  narrow = {**record('searched', 1, None), **first}
+  assert results.similarity([(wide, narrow)])[1] is None
 
 
 def test_merge_keeps_the_order_of_the_study(tmp_path):

@@ -276,12 +276,11 @@ def _differences(study, groups: Groups):
       return '-'
     return f'{versus.low:+.2f} .. {versus.high:+.2f}'
 
-  alt = (
-    f'Accuracy minus that of {results.against(study)}, in points. '
-    + '; '.join(
-      f'{label}: {v.mean:+.2f}, {limits(v)}' for label, v in found.items()
-    )
+  minus = f'Accuracy minus that of {results.against(study)}'
+  listed = (
+    f'{label}: {v.mean:+.2f}, {limits(v)}' for label, v in found.items()
   )
+  alt = f'{minus}, in points. {"; ".join(listed)}'
   picture = figures.render(
     'differences',
     f'{alt}.',
@@ -296,7 +295,7 @@ def _differences(study, groups: Groups):
   ]
   figure = page.figure(
     picture,
-    f'Accuracy minus that of {results.against(study)}, paired by seed, with 95% '
+    f'{minus}, paired by seed, with 95% '
     "intervals (Student's t). A filled diamond: the interval does not hold 0. "
     f'The intervals are not corrected for there being {len(found)} of them: '
     'where nothing differs, one in 20 misses 0 by chance.',
