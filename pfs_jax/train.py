@@ -359,7 +359,7 @@ def loop(
       if done % plan.checkpoint_steps == 0 or last or interrupted:
         _check_finite(_means(recent), label, done)  # Never saved over a good.
         checkpoints.save(done, state)
-      if interrupted and not last:
+      if interrupted:
         number = stop.number or int(runs.signal.SIGTERM)
         raise runs.Interrupted(number, f'{label} step {done}')
   return state

@@ -126,8 +126,14 @@ class Outline(html.parser.HTMLParser):
       self.text += data
 
 
+def page_of(workdir):
+  """The one page; its pictures are in the folder of the same name."""
+  (path,) = workdir.glob('report*.html')
+  return path
+
+
 def read(workdir):
-  text = (workdir / 'report.html').read_text()
+  text = page_of(workdir).read_text()
   outline = Outline(text)
   assert not outline.open, 'unclosed tags'
   return outline
@@ -140,7 +146,8 @@ def check_page(workdir, names):
   for link in outline.links:  # Nothing is fetched.
     assert link.startswith('data:') or link[1:] in outline.ids, link[:80]
   assert 'script' not in outline.tags
-  files = sorted(p.name for p in (workdir / 'report').iterdir())
+  folder = page_of(workdir).with_suffix('')
+  files = sorted(p.name for p in folder.iterdir())
   assert files == sorted(
     f'{n}.{kind}' for n in names for kind in ('png', 'svg')
   )
@@ -150,11 +157,11 @@ def check_page(workdir, names):
   for name, image in zip(names, outline.images, strict=True):
     assert len(image['alt']) > 40 and re.search(r'\d', image['alt'])
     data = base64.b64decode(image['src'].partition('base64,')[2])
-    assert data == (workdir / 'report' / f'{name}.svg').read_bytes()
+    assert data == (folder / f'{name}.svg').read_bytes()
     xml.etree.ElementTree.fromstring(data)
-    png = (workdir / 'report' / f'{name}.png').read_bytes()
+    png = (folder / f'{name}.png').read_bytes()
     assert png.startswith(b'\x89PNG')
-  html = (workdir / 'report.html').read_text()
+  html = page_of(workdir).read_text()
   for figure in html.split('<figure')[1:]:
     assert '<table>' in figure.partition('</figure>')[0], 'no numbers beside'
   return outline
@@ -336,6 +343,22 @@ def test_report_of_a_study(tmp_path):
   assert 'uniform' not in similar  # Its shares differ by rounding alone.
 
 
+def test_reports_of_two_studies_share_a_folder(tmp_path):
+  for name in ('one', 'two'):
+    study = study_of(tmp_path)
+    with study.unlocked():
+      study.study = name
+    finished(tmp_path, study)
+    folder = tmp_path / f'report-{name}'
+    folder.mkdir()
+    (folder / 'varied.png').write_text('of an earlier report')
+    report.study(study, tmp_path)
+  for name in ('one', 'two'):
+    assert f'Study {name}' in (tmp_path / f'report-{name}.html').read_text()
+    names = {p.stem for p in (tmp_path / f'report-{name}').iterdir()}
+    assert names == set(STUDY_PICTURES)
+
+
 def test_cells_that_are_in_no_results_file_count(tmp_path):
   study = study_of(tmp_path)
   records = finished(tmp_path, study, left_out=1)
@@ -485,7 +508,7 @@ def test_opens_in_a_browser_at_both_widths(tmp_path):
   finished(folders[1], study)
   report.study(study, folders[1])
   pages = [
-    (f'{folder.name}/report.html', width)
+    (f'{folder.name}/{page_of(folder).name}', width)
     for folder in folders
     for width in (1280, 390)
   ]

@@ -195,19 +195,27 @@ def test_scales_are_absolute():
   np.testing.assert_allclose(arms.scales(params, ['a'])['a'], [0.5, 0.25])
 
 
-def test_folded_gates_act_as_gates():
-  model = models.network('vgg16', 10, 8, 1, base_width=2)
+@pytest.mark.parametrize('name', ['vgg16', 'mobilenet_v1', 'mobilenet_v2'])
+def test_folded_gates_act_as_gates(name):
+  model = models.network(name, 10, 8, 1, base_width=4)
   variables = models.init(model.gated, jax.random.key(0), (8, 8, 1))
   rng = np.random.default_rng(0)
-  gates, params = jax.tree.map(  # Biases start at 0: all are drawn anew.
-    lambda v: rng.random(v.shape).astype(np.float32),
-    (variables['gates'], variables['params']),
+
+  def drawn(path, leaf):  # Biases start at 0, scales at one value.
+    if path[-1].key == 'kernel':
+      return leaf
+    return rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32)
+
+  gates, params = jax.tree_util.tree_map_with_path(
+    drawn, (variables['gates'], variables['params'])
   )
   variables = {**variables, 'params': params}
   x = rng.random((4, 8, 8, 1)).astype(np.float32)
   expected = model.gated.apply({**variables, 'gates': gates}, x)
   bare = {k: v for k, v in variables.items() if k != 'gates'}
-  found = model.reference.apply(arms.folded(bare, model.by_layer(gates)), x)
+  acting = models.family(name).acting
+  folded = arms.folded(bare, model.by_layer(gates), acting)
+  found = model.reference.apply(folded, x)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
   assert not np.allclose(found, model.reference.apply(bare, x), rtol=1e-3)
 
@@ -352,6 +360,20 @@ def test_identity_depends_on_what_matters_only():
     ({'field': 'search.epoch', 'values': (1,)}, 'a field of config.base'),
     ({'field': 'arm.magic', 'values': (1,)}, 'arm. and one of pretrain_epochs'),
     ({'field': 'search.epochs'}, 'must be given together'),
+    ({'seeds': (0.5,)}, 'config.seeds must be integers; got 0.5'),
+    (
+      {'field': 'search.epochs', 'values': ('1',)},
+      "config.values must be numbers; got '1'",
+    ),
+    (
+      {'field': 'model.width', 'values': (8.5,)},
+      'config.field: model.width takes no such values',
+    ),
+    (
+      {'arms': ('searched',), 'field': 'arm.pretrain_epochs', 'values': (0.5,)},
+      'arm.pretrain_epochs must be whole epochs',
+    ),
+    ({'base.model.factory': 'a:b'}, "config.base.model.factory must be ''"),
     ({'baseline': 'magic'}, 'config.baseline must be one of searched; '),
     (
       {'field': 'search.sparsity', 'values': (7.0,)},
@@ -362,7 +384,7 @@ def test_identity_depends_on_what_matters_only():
 def test_errors_of_a_study(change, message):
   study = config_of('headline')
   study.baseline = ''
-  study.update(change)
+  study.update_from_flattened_dict(change)
   with pytest.raises(errors.UserError, match=message):
     plan.cells(study)
 

@@ -620,14 +620,16 @@ def test_an_interrupted_loop_goes_on_as_if_nothing_had_been(tmp_path):
   assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_signal_at_the_last_step_is_no_interruption(tmp_path):
+def test_a_signal_at_the_last_step_stops_what_comes_after(tmp_path):
   def evaluate(state, step):
     if step == 9:
       os.kill(os.getpid(), signal.SIGTERM)
     return {}
 
-  assert int(fit(tmp_path, evaluate).step) == 9
+  with pytest.raises(runs.Interrupted):
+    fit(tmp_path, evaluate)
   assert (tmp_path / 'checkpoints' / '9').is_dir()
+  assert int(fit(tmp_path).step) == 9  # Nothing is left to do.
 
 
 def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
 """Reports: one HTML file of a run or a study (`python main.py --mode=report`).
 
-    workdir/  report.html  report/ (the same pictures as .svg and .png)
+    workdir/  report.html           report/ (its pictures as .svg and .png)
+              report-<study>.html   report-<study>/
 
 Nothing is trained, no data set is read, and the same folder gives the same
 bytes. `figures` draws, `page` writes HTML, `run_page` and `study_page` say what
@@ -36,7 +37,7 @@ def run(job: stages.Job) -> None:
   """
   from pfs_jax.report import run_page  # matplotlib: only where it is used.
 
-  _save(job.workdir, *run_page.build(job))
+  _save(job.workdir, 'report', *run_page.build(job))
 
 
 def study(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -47,22 +48,29 @@ def study(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """
   from pfs_jax.report import study_page  # matplotlib: only where it is used.
 
-  _save(workdir, *study_page.build(c, workdir))
+  _save(workdir, f'report-{c.study}', *study_page.build(c, workdir))
 
 
 def _save(
-  workdir: pathlib.Path, html: str, pictures: list[figures.Picture]
+  workdir: pathlib.Path,
+  stem: str,
+  html: str,
+  pictures: list[figures.Picture],
 ) -> None:
-  """Writes the pictures, then the page."""
+  """Writes the pictures, in place of those of an earlier report; the page."""
   if not runs.is_first_process():
     return
-  folder = workdir / 'report'
+  folder, page = workdir / stem, workdir / f'{stem}.html'
   folder.mkdir(parents=True, exist_ok=True)
-  for picture in pictures:
-    (folder / f'{picture.name}.svg').write_bytes(picture.svg)
-    (folder / f'{picture.name}.png').write_bytes(picture.png)
-  runs.write_text(workdir / 'report.html', html)
+  files = {f'{p.name}.svg': p.svg for p in pictures}
+  files |= {f'{p.name}.png': p.png for p in pictures}
+  for old in folder.iterdir():
+    if old.suffix in ('.svg', '.png') and old.name not in files:
+      old.unlink()
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  runs.write_text(page, html)
   console.say(
-    f'{workdir / "report.html"} is written, and its {len(pictures)} pictures '
-    f'(SVG, PNG) in {folder}.'
+    f'{page} is written, and its {len(pictures)} pictures (SVG, PNG) in '
+    f'{folder}.'
   )

@@ -24,12 +24,17 @@ def cut(job: Job) -> None:
     check_budget(job, budget)
     structure = _fit(job, budget, gates)
     path = job.file('structure', budget.name, '.json')
-    runs.write_text(path, structure.to_json() + '\n')
-    kept = prune.kept(gates, structure)
-    runs.write_json(
-      job.file('kept', budget.name, '.json'),
-      {layer: indices.tolist() for layer, indices in kept.items()},
-    )
+    edited = _edited(job, path, structure)
+    if edited is None:
+      runs.write_text(path, structure.to_json() + '\n')
+      kept = prune.kept(gates, structure)
+      runs.write_json(
+        job.file('kept', budget.name, '.json'),
+        {layer: indices.tolist() for layer, indices in kept.items()},
+      )
+    else:
+      console.say(f'{path} was edited and is kept; remove it to cut again.')
+      structure = edited
     rows.append(_structure_row(job, budget.name, structure))
     if budget.max_latency_ms is not None:
       _show_latency(job, structure)
@@ -67,6 +72,21 @@ def _fit(job: Job, budget: config.Budget, gates) -> prune.Structure:
       'gates_sha256': runs.checksum(gates),
     },
   )
+
+
+def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
+  """The structure in a file, where someone gave it other counts than the cut.
+
+  It is then of the same gates and the same budget as `fresh`. Not of a budget
+  in milliseconds, whose cut changes with the measurement.
+  """
+  if not path.exists() or fresh.budget.get('max_latency_ms') is not None:
+    return None
+  there = prune.Structure.from_json(path.read_text())
+  if there.source != fresh.source or there.counts == fresh.counts:
+    return None
+  _check_structure(job, path, there)
+  return there
 
 
 def check_budget(job: Job, budget: config.Budget) -> None:

@@ -200,13 +200,21 @@ def scales(
 
 
 def folded(
-  variables: Mapping[str, Any], gates: Mapping[str, Any]
+  variables: Mapping[str, Any],
+  gates: Mapping[str, Any],
+  acting: Mapping[str, str],
 ) -> dict[str, Any]:
-  """Variables with the gates multiplied into BatchNorm's scale and bias."""
+  """Variables with the gates multiplied into BatchNorm's scale and bias.
+
+  Args:
+    variables: Of the ungated network.
+    gates: {layer: [C]}.
+    acting: {layer: layer that carries its gate}, where that is another one.
+  """
   flat = flax.traverse_util.flatten_dict(dict(variables))
   for layer, gate in gates.items():
     for name in ('scale', 'bias'):
-      path = ('params', *layer.split('/'), 'bn', name)
+      path = ('params', *acting.get(layer, layer).split('/'), 'bn', name)
       flat[path] = np.asarray(flat[path]) * np.asarray(gate)
   return flax.traverse_util.unflatten_dict(flat)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pfs_jax import prune, runs, stages
+from pfs_jax import models, prune, runs, stages
 from pfs_jax import train as train_lib
 from pfs_jax.studies import arms, plan, products, results
 
@@ -83,10 +83,10 @@ def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
   job = stages.Job(cell.config, folder)
   model, budget = job.network.cost_model, job.budgets[0]
   found, facts = scores(cell, model, root)
-  structure = prune.fit(found, model, **budget.ceilings())
+  structure = prune.fit(found, model, **job.ceilings(budget))
   if cell.arm.scores == 'shuffled':
     found = arms.shuffled(model, structure.counts, cell.seed)
-    structure = prune.fit(found, model, **budget.ceilings())
+    structure = prune.fit(found, model, **job.ceilings(budget))
   structure = dataclasses.replace(
     structure,
     model=job.network.description,
@@ -134,7 +134,8 @@ def _weights(
       variables, _ = products.trained(cell, root, arm.pretrain_epochs)
     if arm.scores == 'gates':
       gates, _ = products.searched(cell, root)
-      variables = arms.folded(variables, gates)
+      acting = models.family(cell.wide.model.name).acting
+      variables = arms.folded(variables, gates, acting)
   indices = {name: np.array(results.channels(kept[name])) for name in kept}
   return job.network.slice_variables(variables, indices)
 

@@ -50,6 +50,11 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """
   planned = plan.cells(study)
   if not study.report_only:
+    if jax.process_count() > 1:
+      raise errors.UserError(
+        '--mode=study takes no --coordinator: start the command several times; '
+        'each process does other cells.'
+      )
     runs.commit()  # Of the code that was imported; what comes later is not it.
     _cache_programs(study, workdir)
     _work(study, workdir, planned)

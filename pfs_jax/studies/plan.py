@@ -147,7 +147,12 @@ def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
       fields[field] = (float(value),)
     else:
       fields[field] = value
-  wide.update_from_flattened_dict(fields)
+  try:
+    wide.update_from_flattened_dict(fields)
+  except (TypeError, ValueError) as e:
+    raise errors.UserError(
+      f'config.field: {study.field} takes no such values: {e}.'
+    ) from e
   c = wide.copy_and_resolve_references()
   c.update_from_flattened_dict(dict(arm.overrides))
   if arm.scores == 'full':  # The reference network, whatever is searched.
@@ -155,6 +160,10 @@ def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
       {'model.width': 0, 'model.multiplier': 1.0, 'budget.keep': (1.0,)}
     )
   epochs = min(arm.pretrain_epochs, wide.train.epochs) if arm.searches else 0
+  if epochs != int(epochs) and epochs != wide.train.epochs:
+    raise errors.UserError(
+      f'arm.pretrain_epochs must be whole epochs, or all; got {epochs:g}.'
+    )
   arm = dataclasses.replace(arm, pretrain_epochs=float(epochs))
   return Cell(name, arm, seed, dict(variation), c, wide)
 
@@ -167,6 +176,20 @@ def _check(study: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f'config.{field} must name each once; got {study[field]}.'
       )
+  for field, types, wanted in (
+    ('seeds', {int}, 'integers'),
+    ('values', {int, float}, 'numbers'),
+  ):
+    odd = [v for v in study[field] if type(v) not in types]
+    if odd:
+      raise errors.UserError(
+        f'config.{field} must be {wanted}; got {odd[0]!r}.'
+      )
+  if study.base.model.factory:
+    raise errors.UserError(
+      "config.base.model.factory must be '': the arms know only the registry's "
+      'models.'
+    )
   if bool(study.field) != bool(study['values']):
     raise errors.UserError(
       'config.field and config.values must be given together.'

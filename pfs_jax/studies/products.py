@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import config, errors, runs, stages
+from pfs_jax import config, runs, stages
 from pfs_jax.studies import locks, plan
 
 
@@ -108,10 +108,6 @@ def trained(cell: plan.Cell, root: pathlib.Path, epochs: float):
       if not held:
         raise Busy(folder.name)
       _train(cell, folder)
-  if not path.exists():
-    raise errors.UserError(
-      f'arm.pretrain_epochs must be whole epochs, or all; got {epochs:g}.'
-    )
   return _read_weights(path), folder
 
 
