@@ -1,7 +1,9 @@
 """Budgets as users mean them: many, together, rounded, in ms, with weights."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -364,6 +366,34 @@ def timed(function, *args):
   start = time.process_time()
   result = function(*args)
   return result, time.process_time() - start
+
+
+def test_an_edited_structure_is_kept(searched, tmp_path, capsys):
+  folder = tmp_path / 'w'
+  shutil.copytree(searched, folder)
+  path = folder / 'structure.json'
+  fresh = structure(folder)
+  model = job(folder).network.cost_model
+  counts = (fresh.counts[0] % model.widths[0] + 1, *fresh.counts[1:])
+  edited = dataclasses.replace(
+    fresh, counts=counts, macs=model.macs(counts), params=model.params(counts)
+  )
+  path.write_text(edited.to_json())
+  stages.execute('search', job(folder))
+  assert structure(folder).counts == counts
+  assert f'{path} was edited and is kept' in capsys.readouterr().out
+  # Costs that do not fit are refused, not kept and not overwritten.
+  path.write_text(dataclasses.replace(edited, macs=1).to_json())
+  with pytest.raises(errors.UserError, match='the file says 1 and'):
+    stages.execute('prune', job(folder))
+  path.unlink()
+  stages.execute('prune', job(folder))
+  assert structure(folder).counts == fresh.counts
+
+
+def test_info_measures_nothing(tmp_path, capsys):
+  stages.execute('info', job(tmp_path, budget__latency_ms=(2.5,)))
+  assert 'measured when cut' in capsys.readouterr().out
 
 
 def test_budgets_of_a_config():

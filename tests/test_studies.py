@@ -696,6 +696,12 @@ def test_results_page_is_that_of_the_committed_results():
   assert set(folder.glob('*.svg')) == wanted
 
 
+def test_one_study_over_several_hosts_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(errors.UserError, match='start the command several times'):
+    studies.run(config_of('headline'), tmp_path)
+
+
 def test_a_lock_ends_with_its_process(tmp_path):
   with locks.attempt(tmp_path) as first, locks.attempt(tmp_path) as second:
     assert first and not second
