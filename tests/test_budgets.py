@@ -223,8 +223,8 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   firsts = {}
   original = stages.training._initial
 
-  def spy(job, module, total, label, weights=None):
-    state = original(job, module, total, label, weights)
+  def spy(job, module, total, label, *rest):
+    state = original(job, module, total, label, *rest)
     firsts[label] = jax.device_get(state.params)
     return state
 

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import study_results
 from pfs_jax import errors, models, prune, studies
+from pfs_jax.report import figures
 from pfs_jax.studies import arms, engine, locks, plan, products, results
 from pfs_jax.studies import statistics as stats
 from tests import processes
@@ -687,8 +688,14 @@ def test_two_processes_do_no_cell_twice(untouched, tmp_path):
     assert '4 of 4 cells' in out
 
 
-def test_results_page_is_that_of_the_committed_results():
+def test_results_page_is_that_of_the_committed_results(monkeypatch):
   """Else: python -m benchmarks.study_results."""
+  # Only what is said of the pictures; drawing them takes most of a minute.
+  monkeypatch.setattr(
+    figures,
+    'render',
+    lambda name, alt, *_: figures.Picture(name, alt, b'', b'', (1, 1)),
+  )
   text = (processes.ROOT / 'RESULTS.md').read_text()
   assert study_results.filled(text) == text
   wanted = {processes.ROOT / path for path in study_results.drawn(text)}
