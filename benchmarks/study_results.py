@@ -56,7 +56,7 @@ def table(study, records, kind):
   if kind == 'counts':
     return markdown(*counts(records))
   if kind == 'similarity':
-    columns = ['between', 'pairs', 'correlation', 'overlap', 'by chance']
+    columns = ['between', *results.SIMILARITY_COLUMNS]
     return markdown(columns, results.similarity_rows(records))
   against = results.against(study)
   against = f'against {against}' if against else 'difference'

@@ -455,11 +455,11 @@ def test_similarity_is_of_structures_that_were_chosen():
   )
   assert results.similarity_rows(uniform) == []
   (row,) = results.similarity_rows(shuffled)
-  assert row[2:] == ['1.00', '-', '-']
+  assert row[2:] == ['1.00', '1.00', '1.00', '-', '-']
   wider = {**first, 'widths': [8, 8]}
   wide = {**record('searched', 0, None), **wider}
   narrow = {**record('searched', 1, None), **first}
-  assert results.similarity([(wide, narrow)])[1] is None
+  assert results.similarity([(wide, narrow)]).overlap is None
 
 
 def test_merge_keeps_the_order_of_the_study(tmp_path):
@@ -477,10 +477,14 @@ def test_similarity_of_records():
   a, b = record('searched', 0, None), record('searched', 1, None)
   a |= {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
   b |= {'counts': {'a': 2, 'b': 3}, 'kept': {'a': '6', 'b': '7'}}
-  correlation, overlap, chance = results.similarity([(a, b)])
-  assert correlation == pytest.approx(1)
-  assert overlap == pytest.approx((1 / 3 + 3 / 4) / 2)
-  assert chance == pytest.approx((14 / 36 + 3 / 4) / 2)
+  found = results.similarity([(a, b)])
+  assert found.correlation == pytest.approx(1)
+  assert found.overlap == pytest.approx((1 / 3 + 3 / 4) / 2)
+  assert found.chance == pytest.approx((14 / 36 + 3 / 4) / 2)
+  c = {**a, 'counts': {'a': 4, 'b': 2}}
+  found = results.similarity([(a, b), (a, c)])
+  assert found.correlation == pytest.approx(0)
+  assert (found.lowest, found.highest) == pytest.approx((-1, 1))
 
 
 # Whole studies, on digits.

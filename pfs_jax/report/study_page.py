@@ -171,8 +171,8 @@ def _verdict(label: str, baseline: str, versus: statistics.Difference) -> str:
   return f'{text}: {label} is {side} here.'
 
 
-def _between_seeds(groups: Groups) -> dict[str, tuple[int, Any]]:
-  """{label: (pairs, `results.similarity` of them)}, where there are pairs."""
+def _between_seeds(groups: Groups) -> dict[str, tuple[int, results.Similarity]]:
+  """{label: (number of pairs, how alike they are)}, where there are pairs."""
   found = {}
   for label, group in groups.items():
     pairs = list(itertools.combinations(group, 2))
@@ -183,7 +183,7 @@ def _between_seeds(groups: Groups) -> dict[str, tuple[int, Any]]:
 
 def _likeness(groups: Groups) -> list[str]:
   """What a study without trainings comes to: are seeds alike?"""
-  found = {k: v[1][0] for k, v in _between_seeds(groups).items()}
+  found = {k: v[1].correlation for k, v in _between_seeds(groups).items()}
   found = {k: v for k, v in found.items() if v is not None}
   if not found:
     return ['Only structures so far, too few to compare.']
@@ -201,13 +201,11 @@ def _likeness(groups: Groups) -> list[str]:
 def _alike_table(groups: Groups) -> str:
   numbers = _numbers(groups)
   rows = []
-  for label, (pairs, values) in _between_seeds(groups).items():
-    shown = ('-' if v is None else f'{v:.2f}' for v in values)
-    rows.append([label, str(numbers[label]), str(pairs), *shown])
-  columns = ['pairs', 'correlation', 'overlap', 'by chance']
+  for label, (pairs, found) in _between_seeds(groups).items():
+    rows.append([label, str(numbers[label]), str(pairs), *found.texts])
   return page.table(
     'Likeness between seeds',
-    ['arm', 'no.', *columns],
+    ['arm', 'no.', *results.SIMILARITY_COLUMNS],
     rows,
   )
 
@@ -452,7 +450,7 @@ def _similarity_tables(groups: Groups, shown: Groups, means: np.ndarray) -> str:
     for label, row in zip(shown, means, strict=True)
   ]
   names = [str(numbers[label]) for label in shown]
-  columns = ['between', 'pairs', 'correlation', 'overlap', 'by chance']
+  columns = ['between', *results.SIMILARITY_COLUMNS]
   records = [r for group in shown.values() for r in group]
   pairs = page.table('Similarity', columns, results.similarity_rows(records))
   return page.table('Mean correlation', ['arm', 'no.', *names], rows) + (

@@ -14,6 +14,7 @@ the lowest}.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -171,8 +172,7 @@ def shares(record: Record) -> list[float]:
   return [n / w for n, w in zip(counts, record['widths'], strict=True)]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-  values = [v for v in values if v is not None]
+def _mean(values: Sequence[float]) -> float | None:
   return float(np.mean(values)) if values else None
 
 
@@ -191,17 +191,58 @@ def _chose(record: Record) -> bool:
   return 'kept' in record and arms.parse(record['arm']).scores != 'shuffled'
 
 
-def similarity(
-  pairs: Sequence[tuple[Record, Record]],
-) -> tuple[float | None, float | None, float | None]:
-  """Means over pairs: correlation of shares, overlap, overlap by chance."""
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+  """How alike pairs of structures are; None where nothing can be said.
+
+  Attributes:
+    correlation: Of the shares kept of the layers, mean over pairs.
+    lowest: That of the pair least alike.
+    highest: That of the pair most alike.
+    overlap: Jaccard index of the kept channels, mean over layers and pairs.
+    chance: That of random sets of the same sizes.
+  """
+
+  correlation: float | None
+  lowest: float | None
+  highest: float | None
+  overlap: float | None
+  chance: float | None
+
+  @property
+  def texts(self) -> list[str]:
+    """A cell for each attribute."""
+    values = dataclasses.astuple(self)
+    return ['-' if v is None else f'{v:.2f}' for v in values]
+
+
+SIMILARITY_COLUMNS = (
+  'pairs',
+  'correlation',
+  'lowest',
+  'highest',
+  'overlap',
+  'by chance',
+)
+
+
+def similarity(pairs: Sequence[tuple[Record, Record]]) -> Similarity:
+  """How alike the two structures of each pair are."""
   correlations, found, chance = [], [], []
   for a, b in pairs:
-    correlations.append(statistics.correlation(shares(a), shares(b)))
+    value = statistics.correlation(shares(a), shares(b))
+    if value is not None:
+      correlations.append(value)
     if _chose(a) and _chose(b) and a['widths'] == b['widths']:
       for values, value in zip((found, chance), overlap(a, b), strict=True):
         values.append(value)
-  return _mean(correlations), _mean(found), _mean(chance)
+  return Similarity(
+    _mean(correlations),
+    min(correlations, default=None),
+    max(correlations, default=None),
+    _mean(found),
+    _mean(chance),
+  )
 
 
 def has_shape(record: Record) -> bool:
@@ -219,8 +260,7 @@ def similarity_rows(records: Sequence[Record]) -> list[list[str]]:
 
   def row(label, pairs):
     if pairs:
-      shown = ('-' if v is None else f'{v:.2f}' for v in similarity(pairs))
-      table.append([label, str(len(pairs)), *shown])
+      table.append([label, str(len(pairs)), *similarity(pairs).texts])
 
   for label, group in groups.items():
     row(f'{label}: seeds', list(itertools.combinations(group, 2)))
@@ -250,7 +290,7 @@ def show(study, workdir: pathlib.Path) -> None:
     console.table(
       f'{study.study}: similarity of structures, {len(records)} of {total} '
       f'cells, {file}',
-      ['between', 'pairs', 'correlation', 'overlap', 'by chance'],
+      ['between', *SIMILARITY_COLUMNS],
       similarity_rows(records),
     )
   if not records:
