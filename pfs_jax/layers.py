@@ -179,13 +179,63 @@ class GlobalAvgPool(nn.Module):
 def max_pool(
   x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0
 ) -> jax.Array:
-  """Max pooling, [N, H, W, C] -> [N, H', W', C]; the padding never wins."""
+  """Max pooling, [N, H, W, C] -> [N, H', W', C]; the padding never wins.
+
+  The gradient goes to the first of equal values, row by row.
+  """
+  if (window, stride, padding) == (2, 2, 0):
+    return _max_pool_2x2(x)
   return nn.max_pool(
     x,
     window_shape=(window, window),
     strides=(stride, stride),
     padding=[(padding, padding)] * 2,
   )
+
+
+@jax.custom_vjp
+def _max_pool_2x2(x: jax.Array) -> jax.Array:
+  """Windows that do not overlap; on CPU its gradient is a selection.
+
+  XLA's gradient of pooling on CPU was seen to be 10 to 20 times slower (1 core,
+  128x28x28x15: 18.7 against 1.0 ms, the same bits). Reverse mode only.
+  """
+  return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
+
+
+def _max_pool_2x2_forward(x):
+  y = _max_pool_2x2(x)
+  return y, (x, y)
+
+
+def _max_pool_2x2_backward(residuals, g):
+  def transposed(x, y, g):
+    del y
+    _, pull = jax.vjp(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)), x)
+    return pull(g)[0]
+
+  def selected(x, y, g):
+    n, height, width, channels = x.shape
+    rows, columns = y.shape[1:3]
+    inside = x[:, : 2 * rows, : 2 * columns]
+    a, b, c = (inside[:, i::2, j::2] for i, j in ((0, 0), (0, 1), (1, 0)))
+    first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
+    place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
+    hit = first[:, :, None, :, None] == place
+    dx = jnp.where(hit, g[:, :, None, :, None], 0).reshape(
+      n, 2 * rows, 2 * columns, channels
+    )
+    # Kept apart from what comes next, which would compute it again.
+    dx = jax.lax.optimization_barrier(dx)
+    beside = ((0, 0), (0, height - 2 * rows), (0, width - 2 * columns), (0, 0))
+    return jnp.pad(dx, beside)
+
+  return (
+    jax.lax.platform_dependent(*residuals, g, cpu=selected, default=transposed),
+  )
+
+
+_max_pool_2x2.defvjp(_max_pool_2x2_forward, _max_pool_2x2_backward)
 
 
 def classifier(
