@@ -20,7 +20,7 @@ def get_config(variant='full'):
     arms=('searched', 'uniform'),
     seeds=(0, 1, 2),
     field='budget.keep',
-    values=(0.1, 0.2, 0.3, 0.5, 0.7),
+    values=(0.1, 0.3, 0.5, 0.7),
     baseline='uniform',
     smoke={'seeds': (0,), 'values': (0.3, 0.5)},
   )

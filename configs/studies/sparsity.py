@@ -20,7 +20,7 @@ def get_config(variant='full'):
     arms=('searched',),
     seeds=(0, 1, 2),
     field='search.sparsity',
-    values=(0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    values=(0.1, 0.2, 0.5, 0.7, 0.9),
     baseline='searched, sparsity 0.5',
     smoke={
       'seeds': (0,),
