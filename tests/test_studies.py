@@ -326,6 +326,11 @@ def test_hashes_stay():
     assert records <= hashes, name
 
 
+def test_the_width_of_the_reference_is_the_default():
+  wide = {c.hash for c in plan.cells(config_of('expansion', 'full'))}
+  assert wide & {c.hash for c in plan.cells(config_of('headline', 'full'))}
+
+
 def test_a_field_that_changes_nothing_makes_no_cell():
   study = config_of('ratio')
   with study.unlocked():

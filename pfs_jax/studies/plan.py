@@ -153,6 +153,8 @@ def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
     raise errors.UserError(
       f'config.field: {study.field} takes no such values: {e}.'
     ) from e
+  if wide.model.width == wide.model.base_width:
+    wide.model.width = 0  # The same network, so that it is the same cell.
   c = wide.copy_and_resolve_references()
   c.update_from_flattened_dict(dict(arm.overrides))
   if arm.scores == 'full':  # The reference network, whatever is searched.
