@@ -97,8 +97,9 @@ def _answer(study, groups: Groups, done: int, total: int) -> list[str]:
     )
   else:
     soft += (
-      'Correlation is that of the shares kept per layer, overlap the Jaccard '
-      'index of the kept channels.'
+      'Correlation is that of the shares kept per layer, its mean over pairs '
+      'of seeds and that of the pairs least and most alike; overlap is the '
+      'Jaccard index of the kept channels.'
     )
   parts = [page.paragraph(line, 'answer') for line in lines]
   parts.append(page.paragraph(soft, 'soft'))
