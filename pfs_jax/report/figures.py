@@ -343,7 +343,7 @@ def differences(
       else ('interval without 0' if clear else 'interval with 0, or n = 1'),
     )
     shown.add(clear)
-  axes.set_xlabel(f'accuracy minus that of {baseline}, in points')
+  axes.set_xlabel(f'accuracy in points, minus that of\n{baseline}')
   _top_legend(drawn)
   return drawn
 

@@ -286,7 +286,7 @@ def _differences(study, groups: Groups):
     figures.differences,
     [f'{label}  {numbers[label]}' for label in found],
     list(found.values()),
-    study.baseline,
+    results.against(study),
   )
   rows = [
     [label, str(numbers[label]), str(v.n), f'{v.mean:+.2f}', limits(v)]
