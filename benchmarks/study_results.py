@@ -17,7 +17,7 @@ import re
 import numpy as np
 
 from pfs_jax.report import study_page
-from pfs_jax.studies import results
+from pfs_jax.studies import plan, results
 
 ROOT = pathlib.Path(__file__).parents[1]
 PICTURES = 'results/pictures'
@@ -71,14 +71,22 @@ def pictures(name):
   return {p.name: p for p in study_page.build(study, ROOT / 'unused')[1]}
 
 
+def picture(name, kind):
+  """The picture that 'picture P' means; None until enough cells are there."""
+  study, records = study_of(name)
+  found = pictures(name).get(kind.split()[1]) if records else None
+  if found is None and len(records) == len(plan.cells(study)):
+    raise KeyError(f'{name} has no {kind}')
+  return found
+
+
 def drawn(text):
   """{path: bytes} of the pictures that a text asks for."""
   found = {}
   for name, kind in _PLACE.findall(text):
-    if ' picture ' in kind and study_of(name)[1]:
-      picture = kind.split()[1]
-      path = f'{PICTURES}/{name}-{picture}.svg'
-      found[path] = pictures(name)[picture].svg
+    shown = picture(name, kind) if ' picture ' in kind else None
+    if shown:
+      found[f'{PICTURES}/{name}-{shown.name}.svg'] = shown.svg
   return found
 
 
@@ -88,11 +96,11 @@ def filled(text):
   def new(match):
     name, kind = match[1], match[2].strip()
     study, records = study_of(name)
-    if not records:
+    shown = picture(name, kind) if kind.startswith('picture') else None
+    if shown:
+      body = f'![{shown.alt}]({PICTURES}/{name}-{shown.name}.svg)'
+    elif not records or kind.startswith('picture'):
       body = '(not run yet)'
-    elif kind.startswith('picture'):
-      picture = pictures(name)[kind.split()[1]]
-      body = f'![{picture.alt}]({PICTURES}/{name}-{picture.name}.svg)'
     else:
       body = table(study, records, kind)
     return f'<!-- {name}{match[2]} -->\n\n{body}\n\n<!-- end -->'
