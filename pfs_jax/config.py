@@ -80,6 +80,8 @@ def default() -> ml_collections.ConfigDict:
     min_channels=1,
     min_share=0.0,
     round_to=1,
+    ranking='global',  # layer_mean or cost: see prune.ranked.
+    power=1.0,  # Of a channel's cost, with ranking 'cost'.
   )
   c.train = config_dict.create(
     init='random',  # inherit (fine-tuning) or rewind (lottery ticket).
@@ -244,6 +246,8 @@ RULES = {
   'budget.min_channels': _COUNT,
   'budget.min_share': _SHARE,
   'budget.round_to': _COUNT,
+  'budget.ranking': _one_of('global', 'layer_mean', 'cost'),
+  'budget.power': _POSITIVE,
   'train.epochs': _POSITIVE,
   'train.init': _one_of('random', 'inherit', 'rewind'),
   'train.wide_epochs': _NATURAL,
@@ -415,6 +419,9 @@ def budgets(
   ):
     if c[field] != plain:
       suffix += f'-{field.replace("_", "")}{c[field]:.12g}'
+  if c.ranking != 'global':
+    suffix += f'-{c.ranking.replace("_", "")}'
+    suffix += f'{c.power:.12g}' if c.ranking == 'cost' else ''
 
   def lower(ceiling, besides):
     given = [n for n in (ceiling, besides or None) if n is not None]

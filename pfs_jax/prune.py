@@ -146,6 +146,31 @@ def over_cost(
   }
 
 
+def ranked(
+  gates: Mapping[str, Any],
+  cost_model: costs.CostModel,
+  ranking: str = 'global',
+  power: float = 1.0,
+) -> dict[str, np.ndarray]:
+  """The scores by which channels of all layers are compared.
+
+  Args:
+    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
+    cost_model: Costs of the searched network.
+    ranking: 'global', the gates as they are (paper, section 3.3); 'layer_mean'
+      or 'cost', see `over_layer_mean` and `over_cost`.
+    power: Of the cost, with ranking 'cost'.
+
+  Returns:
+    {layer name: [C]}, for `fit`. Within a layer the order is that of the gates.
+  """
+  if ranking == 'layer_mean':
+    return over_layer_mean(gates)
+  if ranking == 'cost':
+    return over_cost(gates, cost_model, power)
+  return dict(gates)
+
+
 def minimum(
   cost_model: costs.CostModel,
   min_channels: int = 1,

@@ -177,6 +177,37 @@ def test_several_budgets_from_one_search(searched, capsys):
   assert models.build_from(found[0]).counts == found[0].counts
 
 
+@pytest.mark.parametrize(
+  'fields, name, scores',
+  [
+    (
+      {'ranking': 'layer_mean'},
+      'keep0.5-layermean',
+      lambda gates, _: prune.over_layer_mean(gates),
+    ),
+    (
+      {'ranking': 'cost', 'power': 0.5},
+      'keep0.5-cost0.5',
+      lambda gates, model: prune.over_cost(gates, model, 0.5),
+    ),
+  ],
+)
+def test_rankings(searched, tmp_path, fields, name, scores):
+  workdir = shutil.copytree(searched, tmp_path / 'copy')
+  path = workdir / 'search' / 'gates.npz'
+  rng = np.random.default_rng(0)  # Of so short a search they hardly differ.
+  gates = {k: rng.random(len(v)) for k, v in runs.read_arrays(path).items()}
+  runs.write_arrays(path, gates)
+  fields = {f'budget__{k}': v for k, v in fields.items()}
+  one = job(workdir, budget__keep=(0.5,), **fields)
+  stages.execute('prune', one)
+  model = one.network.cost_model
+  ceilings = one.ceilings(one.budgets[0])
+  wanted = prune.fit(scores(gates, model), model, **ceilings)
+  assert structure(workdir, name).counts == wanted.counts
+  assert wanted.counts != prune.fit(gates, model, **ceilings).counts
+
+
 def test_train_takes_a_budget_by_name(searched):
   stages.execute('prune', job(searched, budget__keep=(0.45,)))
   one = job(searched, train__structure='keep0.45', train__epochs=0.1)

@@ -73,6 +73,8 @@ BAD = {
   'budget.min_channels': [0],
   'budget.min_share': [-0.1, 1.5, NAN],
   'budget.round_to': [0],
+  'budget.ranking': ['best', ''],
+  'budget.power': [0.0, -1.0, NAN],
   'train.epochs': [0.0, -1.0, NAN, INF],
   'train.scratch': ['C', 'e'],
   'train.batch_size': [0],

@@ -28,6 +28,7 @@ def fashion():
   c.search.epochs = 2.0
   c.search.sparsity = 0.5
   c.budget.keep = (0.3,)
+  c.budget.ranking = 'global'
   c.train.epochs = 8.0
   c.log_steps = 78  # An epoch.
   return c

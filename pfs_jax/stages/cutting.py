@@ -61,7 +61,9 @@ def cut(job: Job) -> None:
 
 def _fit(job: Job, budget: config.Budget, gates) -> prune.Structure:
   """The structure of one budget, with where it comes from."""
-  structure = prune.fit(gates, job.network.cost_model, **job.ceilings(budget))
+  model, c = job.network.cost_model, job.config.budget
+  scores = prune.ranked(gates, model, c.ranking, c.power)
+  structure = prune.fit(scores, model, **job.ceilings(budget))
   return dataclasses.replace(
     structure,
     model=job.network.description,

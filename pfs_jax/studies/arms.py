@@ -217,14 +217,3 @@ def folded(
       path = ('params', *acting.get(layer, layer).split('/'), 'bn', name)
       flat[path] = np.asarray(flat[path]) * np.asarray(gate)
   return flax.traverse_util.unflatten_dict(flat)
-
-
-def ranked(
-  arm: Arm, gates: Mapping[str, Any], cost_model: costs.CostModel
-) -> dict[str, np.ndarray]:
-  """The scores that an arm makes of searched gates."""
-  if arm.ranking == 'layer_mean':
-    return prune.over_layer_mean(gates)
-  if arm.ranking == 'cost':
-    return prune.over_cost(gates, cost_model, arm.power)
-  return dict(gates)

@@ -75,7 +75,7 @@ def scores(
     'pretrain_epochs': arm.pretrain_epochs,
     'gate_means': {k: round(float(g.mean()), 4) for k, g in gates.items()},
   }
-  return arms.ranked(arm, gates, cost_model), facts
+  return prune.ranked(gates, cost_model, arm.ranking, arm.power), facts
 
 
 def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
