@@ -44,6 +44,7 @@ def counts(records):
   return ['share kept, %', 'n', *records[0]['counts']], rows
 
 
+@functools.cache
 def study_of(name):
   """(study, finished records), from the committed results."""
   study = importlib.import_module(f'configs.studies.{name}').get_config()

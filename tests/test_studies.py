@@ -380,6 +380,10 @@ def test_identity_depends_on_what_matters_only():
       'arm.pretrain_epochs must be whole epochs',
     ),
     ({'base.model.factory': 'a:b'}, "config.base.model.factory must be ''"),
+    (
+      {'base.budget.ranking': 'cost'},
+      "config.base.budget.ranking must be 'global'",
+    ),
     ({'baseline': 'magic'}, 'config.baseline must be one of searched; '),
     (
       {'field': 'search.sparsity', 'values': (7.0,)},

@@ -172,19 +172,19 @@ def _verdict(label: str, baseline: str, versus: statistics.Difference) -> str:
   return f'{text}: {label} is {side} here.'
 
 
-def _between_seeds(groups: Groups) -> dict[str, tuple[int, results.Similarity]]:
-  """{label: (number of pairs, how alike they are)}, where there are pairs."""
+def _between_seeds(groups: Groups) -> dict[str, results.Similarity]:
+  """{label: how alike its seeds are}, where there are pairs."""
   found = {}
   for label, group in groups.items():
     pairs = list(itertools.combinations(group, 2))
     if pairs and results.has_shape(group[0]):
-      found[label] = (len(pairs), results.similarity(pairs))
+      found[label] = results.similarity(pairs)
   return found
 
 
 def _likeness(groups: Groups) -> list[str]:
   """What a study without trainings comes to: are seeds alike?"""
-  found = {k: v[1].correlation for k, v in _between_seeds(groups).items()}
+  found = {k: v.correlation for k, v in _between_seeds(groups).items()}
   found = {k: v for k, v in found.items() if v is not None}
   if not found:
     return ['Only structures so far, too few to compare.']
@@ -201,9 +201,10 @@ def _likeness(groups: Groups) -> list[str]:
 
 def _alike_table(groups: Groups) -> str:
   numbers = _numbers(groups)
-  rows = []
-  for label, (pairs, found) in _between_seeds(groups).items():
-    rows.append([label, str(numbers[label]), str(pairs), *found.texts])
+  rows = [
+    [label, str(numbers[label]), *found.texts]
+    for label, found in _between_seeds(groups).items()
+  ]
   return page.table(
     'Likeness between seeds',
     ['arm', 'no.', *results.SIMILARITY_COLUMNS],

@@ -116,8 +116,13 @@ class Cell:
     return ', '.join([self.name, *varied])
 
 
+@functools.cache
+def _plain(*fields: str) -> Mapping[str, Any]:
+  return config.flat(config.default(), *fields)
+
+
 def _differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
-  plain = config.flat(config.default(), *fields)
+  plain = _plain(*fields)
   found = config.flat(c, *fields)
   return {k: v for k, v in found.items() if v != plain[k]}
 
@@ -191,6 +196,11 @@ def _check(study: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       "config.base.model.factory must be '': the arms know only the registry's "
       'models.'
+    )
+  if study.base.budget.ranking != 'global':
+    raise errors.UserError(
+      "config.base.budget.ranking must be 'global': the arms say the ranking "
+      '(searched+layer_mean, searched+cost1).'
     )
   if bool(study.field) != bool(study['values']):
     raise errors.UserError(

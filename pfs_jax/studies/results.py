@@ -196,6 +196,7 @@ class Similarity:
   """How alike pairs of structures are; None where nothing can be said.
 
   Attributes:
+    pairs: Their number.
     correlation: Of the shares kept of the layers, mean over pairs.
     lowest: That of the pair least alike.
     highest: That of the pair most alike.
@@ -203,6 +204,7 @@ class Similarity:
     chance: That of random sets of the same sizes.
   """
 
+  pairs: int
   correlation: float | None
   lowest: float | None
   highest: float | None
@@ -211,9 +213,9 @@ class Similarity:
 
   @property
   def texts(self) -> list[str]:
-    """A cell for each attribute."""
-    values = dataclasses.astuple(self)
-    return ['-' if v is None else f'{v:.2f}' for v in values]
+    """A cell for each of `SIMILARITY_COLUMNS`."""
+    pairs, *values = dataclasses.astuple(self)
+    return [str(pairs), *('-' if v is None else f'{v:.2f}' for v in values)]
 
 
 SIMILARITY_COLUMNS = (
@@ -237,6 +239,7 @@ def similarity(pairs: Sequence[tuple[Record, Record]]) -> Similarity:
       for values, value in zip((found, chance), overlap(a, b), strict=True):
         values.append(value)
   return Similarity(
+    len(pairs),
     _mean(correlations),
     min(correlations, default=None),
     max(correlations, default=None),
@@ -260,7 +263,7 @@ def similarity_rows(records: Sequence[Record]) -> list[list[str]]:
 
   def row(label, pairs):
     if pairs:
-      table.append([label, str(len(pairs)), *similarity(pairs).texts])
+      table.append([label, *similarity(pairs).texts])
 
   for label, group in groups.items():
     row(f'{label}: seeds', list(itertools.combinations(group, 2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -75,6 +76,7 @@ def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
   return len(a & b) / len(a | b)
 
 
+@functools.cache  # A table asks for the same sizes again and again.
 def chance_jaccard(n: int, first: int, second: int) -> float:
   """Expected Jaccard index of random subsets of n things, of these sizes.
 
