@@ -1,6 +1,6 @@
 """The tables of docs/budgets.md: the published cut beside the exact one.
 
-  python -m benchmarks.budgets ../shared/golden
+  python -m benchmarks.budgets tests/golden
 
 Needs the reference values of the published implementation (gates and answers).
 """

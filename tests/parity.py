@@ -2,7 +2,7 @@
 
 Run by test_parity.py in a process of its own (float64 is a global switch):
 
-  python tests/parity.py resnet20 ../shared/golden/search_resnet20_w8.npz
+  python -m tests.parity resnet20 tests/golden/search_resnet20_w8.npz
 """
 
 import json

@@ -26,7 +26,7 @@ def random_gates(model, seed, levels=0):
 
 
 def ranking(gates):
-  """(layer, channel), best first, straight from the text of DESIGN.md."""
+  """(layer, channel), best first, by the rule that prune.fit documents."""
   rows = []
   for i, g in enumerate(gates.values()):
     for c, value in enumerate(g):
@@ -186,7 +186,7 @@ def test_infeasible_names_the_floor():
 
 
 def test_wide_residual_stream_has_a_floor_above_the_reference():
-  """METHOD.md section 7: ResNet-56 at width 48, multiples of 8: 0.91."""
+  """ResNet-56 at width 48, multiples of 8: 0.91."""
   model = models.cost_model('resnet56', 10, 32, 3, 48)
   reference = models.cost_model('resnet56', 10, 32, 3)
   least = prune.minimum(model, round_to=8)
