@@ -6,23 +6,28 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import rich.console
 import rich.progress
 import rich.table
 
-from pfs_jax import errors, runs
+from pfs_jax import errors
 
 
 def say(text: str) -> None:
-  """One plain line on stdout, from the first process."""
+  """Prints one plain line on stdout, on the first process."""
   if jax.process_index() == 0:
     print(text, flush=True)
 
 
 def duration(seconds: float) -> str:
-  """Seconds as '45 s', '3 min 20 s' or '2 h 05 min'."""
+  """Seconds in words.
+
+  >>> duration(45), duration(200), duration(7500)
+  ('45 s', '3 min 20 s', '2 h 05 min')
+  """
   seconds = int(round(seconds))
   if seconds < 60:
     return f'{seconds} s'
@@ -33,30 +38,35 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-  """Steps done, rate and time left: a bar on a terminal, else plain lines.
+  """Work done, rate and time left: a bar on a terminal, else plain lines.
 
   Args:
     label: What is going on, such as 'search'.
-    total: Steps in all.
-    done: Steps done before.
+    total: Steps or bytes in all.
+    done: Steps or bytes that were done before.
+    unit: 'steps' or 'bytes'. Bytes are shown as MB, and without a terminal
+      `update` writes a line to stderr every 10 seconds.
   """
 
-  def __init__(self, label: str, total: int, done: int = 0):
+  def __init__(
+    self, label: str, total: int, done: int = 0, unit: str = 'steps'
+  ):
     self._label, self._total, self._first = label, total, done
-    self._start = time.perf_counter()
+    self._bytes = unit == 'bytes'
+    self._start = self._said = time.perf_counter()
     self._bar, self._started = None, False
     if sys.stderr.isatty() and jax.process_index() == 0:
+      text = rich.progress.TextColumn
       self._bar = rich.progress.Progress(
-        rich.progress.TextColumn('{task.description}'),
+        text('{task.description}'),
         rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn('{task.fields[rate]}'),
+        text('{task.fields[status]}'),
         rich.progress.TimeRemainingColumn(),
         console=rich.console.Console(stderr=True),
         transient=True,
       )
       self._task = self._bar.add_task(
-        label, total=total, completed=done, rate=''
+        label, total=total, completed=done, status=''
       )
 
   def __enter__(self) -> Progress:
@@ -65,28 +75,41 @@ class Progress:
       self._bar.start()
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     """Ends the bar."""
     if self._bar:
       self._bar.stop()
 
-  def _rate(self, step: int) -> float:
-    if step <= self._first:
+  def _status(self, done: int) -> str:
+    """'20/100  2.0 steps/s' or '3.1/29.5 MB  1.2 MB/s'."""
+    of, unit = f'{done}/{self._total}', 'steps'
+    rate = self._rate(done)
+    if self._bytes:
+      of, unit = f'{done / 1e6:.1f}/{self._total / 1e6:.1f} MB', 'MB'
+      rate /= 1e6
+    return of + (f'  {rate:.1f} {unit}/s' if rate else '')
+
+  def _rate(self, done: int) -> float:
+    """Steps or bytes a second, 0 before the first is counted."""
+    if done <= self._first:
       return 0.0
     elapsed = max(time.perf_counter() - self._start, 1e-9)
-    return (step - self._first) / elapsed
+    return (done - self._first) / elapsed
 
-  def update(self, step: int) -> None:
-    """Tells that `step` steps are done."""
-    if not self._started:  # The first call compiled; rates count from here.
+  def update(self, done: int) -> None:
+    """Says that so many steps or bytes are done."""
+    now = time.perf_counter()
+    if not self._started:  # The first step compiles: rates count from here.
       self._started = True
-      self._start, self._first = time.perf_counter(), step
+      self._start, self._first = now, done
     if self._bar:
-      rate = f'{self._rate(step):.1f} steps/s'
-      self._bar.update(self._task, completed=step, rate=rate)
+      self._bar.update(self._task, completed=done, status=self._status(done))
+    elif self._bytes and now - self._said >= 10:
+      self._said = now
+      print(f'{self._label}  {self._status(done)}', file=sys.stderr, flush=True)
 
   def line(self, step: int, **scalars: float) -> None:
-    """A line with numbers, above the bar or plain, with the time left."""
+    """Writes a line of numbers: above the bar, or plain with the time left."""
     numbers = '  '.join(f'{k} {v:.4g}' for k, v in scalars.items())
     text = f'{self._label} {step}/{self._total}  {numbers}'
     if self._bar:
@@ -102,7 +125,7 @@ class Progress:
 def table(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-  """A table on stdout; the first column to the left, numbers to the right."""
+  """Prints a table: the first column to the left, numbers to the right."""
   if jax.process_index() != 0:
     return
   shown = rich.table.Table()
@@ -119,25 +142,26 @@ def table(
 # Errors.
 
 
-def _fail(text: str, code: int):
+def _fail(text: str, code: int) -> NoReturn:
   print(text, file=sys.stderr)
   sys.exit(code)
 
 
-def guarded(function: Callable) -> Callable:
-  """Ends a user error in one to three lines on stderr and exit code 2.
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Wraps a function so that user errors end the program without a traceback.
 
-  An interrupted run ends with 128 + the signal's number. All other exceptions
-  are our mistakes and keep their traceback.
+  A user error is printed as one to three lines on stderr, with exit code 2. An
+  interrupted run ends with 128 + the signal's number. All other exceptions are
+  mistakes of ours and keep their traceback.
   """
 
   @functools.wraps(function)
-  def run(*args):
+  def run(*args: Any) -> Any:
     try:
       return function(*args)
     except errors.UserError as e:
       _fail(f'error: {e}', 2)
-    except runs.Interrupted as e:
+    except errors.Interrupted as e:
       _fail(str(e), 128 + e.signal)
     except KeyboardInterrupt:
       _fail('interrupted.', 130)
@@ -145,11 +169,11 @@ def guarded(function: Callable) -> Callable:
   return run
 
 
-def guarded_parser(function: Callable) -> Callable:
+def guarded_parser(function: Callable[..., Any]) -> Callable[..., Any]:
   """`guarded` for the parsing of flags, where absl and ml_collections raise."""
 
   @guarded
-  def parse(argv):
+  def parse(argv: Sequence[str]) -> Any:
     try:
       return function(argv)
     except errors.UserError:
@@ -163,7 +187,7 @@ def guarded_parser(function: Callable) -> Callable:
 
 
 def _last_line(e: Exception) -> str:
-  """What an exception of a flag says, without the traceback it may quote."""
+  """The message of an exception of a flag, without a traceback it may quote."""
   text = str(e.args[0]) if len(e.args) == 1 else str(e)
   text = text.strip() or type(e).__name__
   lines = [line.strip() for line in text.replace('\\n', '\n').splitlines()]

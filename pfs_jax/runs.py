@@ -42,17 +42,6 @@ _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-class Interrupted(Exception):
-  """SIGTERM or Ctrl-C came and the state is saved; `.signal` is its number."""
-
-  def __init__(self, number: int, where: str):
-    self.signal = number
-    super().__init__(
-      f'stopped by {signal.Signals(number).name} at {where}; saved. The same '
-      'command continues.'
-    )
-
-
 def is_first_process() -> bool:
   """Whether this process is the one that writes files."""
   return jax.process_index() == 0

@@ -323,7 +323,7 @@ def loop(
     The state after the last step.
 
   Raises:
-    runs.Interrupted: A signal came; the state is saved.
+    errors.Interrupted: A signal came; the state is saved.
     errors.UserError: A number is not finite at a record or a checkpoint.
   """
   state = devices.replicate(state)
@@ -361,7 +361,7 @@ def loop(
         checkpoints.save(done, state)
       if interrupted:
         number = stop.number or int(runs.signal.SIGTERM)
-        raise runs.Interrupted(number, f'{label} step {done}')
+        raise errors.Interrupted(number, f'{label} step {done}')
   return state
 
 

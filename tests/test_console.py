@@ -7,7 +7,7 @@ import sys
 import pytest
 from absl import flags
 
-from pfs_jax import console, errors, runs
+from pfs_jax import console, errors
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,16 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch, capsys):
   assert capsys.readouterr().out == ''
 
 
+def test_a_download_says_megabytes_now_and_then(monkeypatch, capsys):
+  time = Time(monkeypatch)
+  with console.Progress('images.gz', 40_000_000, unit='bytes') as progress:
+    for done in range(0, 40_000_000, 2_000_000):
+      progress.update(done)
+      time.now += 1
+  out, err = capsys.readouterr()
+  assert out == '' and err == 'images.gz  20.0/40.0 MB  2.0 MB/s\n'
+
+
 def test_a_table_holds_all_cells_in_a_pipe(capsys):
   console.table(
     'Title', ['layer', 'MACs'], [['stem', '1,234'], ['stage1/block2', '56']]
@@ -120,11 +130,15 @@ def _raising(error):
   [
     (errors.UserError('x must be 1; got 2.'), 2, 'error: x must be 1; got 2.'),
     (
-      runs.Interrupted(15, 'train step 3'),
+      errors.Interrupted(15, 'train step 3'),
       143,
       'stopped by SIGTERM at train step 3; saved. The same command continues.',
     ),
-    (runs.Interrupted(2, 'step 3'), 130, 'stopped by SIGINT at step 3; saved.'),
+    (
+      errors.Interrupted(2, 'step 3'),
+      130,
+      'stopped by SIGINT at step 3; saved.',
+    ),
     (KeyboardInterrupt(), 130, 'interrupted.'),
   ],
 )

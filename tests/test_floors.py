@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
-  {'errors'},
+  {'errors', 'tables'},
   {'config', 'costs', 'devices', 'runs', 'structures'},
   {'console', 'data', 'layers', 'latency', 'prune'},
   {'models', 'interop'},

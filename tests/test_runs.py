@@ -531,7 +531,7 @@ def test_a_second_signal_ends_the_process(second):
 
 
 def test_an_interruption_says_that_the_command_continues():
-  e = runs.Interrupted(signal.SIGTERM, 'train step 7')
+  e = errors.Interrupted(signal.SIGTERM, 'train step 7')
   assert e.signal == 15
   assert str(e) == (
     'stopped by SIGTERM at train step 7; saved. The same command continues.'

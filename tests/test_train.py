@@ -610,7 +610,7 @@ def test_an_interrupted_loop_goes_on_as_if_nothing_had_been(tmp_path):
   handler = signal.getsignal(signal.SIGTERM)
   folder = tmp_path / 'cut'
   for number, at in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
-    with pytest.raises(runs.Interrupted, match=f'at train step {at};') as e:
+    with pytest.raises(errors.Interrupted, match=f'at train step {at};') as e:
       fit(folder, interrupt(number, at))
     assert e.value.signal == number
     assert (folder / 'checkpoints' / str(at)).is_dir()
@@ -626,7 +626,7 @@ def test_a_signal_at_the_last_step_stops_what_comes_after(tmp_path):
       os.kill(os.getpid(), signal.SIGTERM)
     return {}
 
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(errors.Interrupted):
     fit(tmp_path, evaluate)
   assert (tmp_path / 'checkpoints' / '9').is_dir()
   assert int(fit(tmp_path).step) == 9  # Nothing is left to do.
