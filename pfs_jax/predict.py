@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     '--format', help='stablehlo, safetensors or onnx; default: the first there'
   )
   parser.add_argument(
+    '--factory',
+    default='',
+    help='package.module:callable that makes the network, for safetensors of '
+    'your own model; it is code that runs',
+  )
+  parser.add_argument(
     '--top', type=int, default=1, help='classes to show for each image'
   )
   parser.add_argument(
@@ -104,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(f'--top must be >= 1; got {asked.top}.')
   expected = export.read_manifest(asked.directory)['input']
   pixels = [read_image(p, expected, asked.invert) for p in asked.images]
-  classify = export.load(asked.directory, asked.format)
+  classify = export.load(asked.directory, asked.format, asked.factory)
   names = classify.manifest['class_names']
   for path, shares in zip(
     asked.images, probabilities(classify, pixels), strict=True

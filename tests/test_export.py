@@ -91,11 +91,11 @@ def images_of(n, spec):
   return random.normal(size=shape).astype(np.float32)
 
 
-def here(folder, batches):
+def here(folder, batches, factory):
   """As `bundle._in_fresh_process`, but in this process."""
   asked, answered = folder / 'x.npz', folder / 'y.npz'
   np.savez(asked, *batches)
-  check.main(folder, asked, answered)
+  check.main(folder, asked, answered, factory)
   with np.load(answered) as arrays:
     found = dict(arrays)
   asked.unlink()
@@ -136,7 +136,7 @@ def test_every_family_in_every_format(family, tmp_path):
   assert np.ptp(expected, axis=0).max() > 0.01 * largest  # It depends on x.
   for name, room in export.FORMATS.items():
     room.write(tmp_path, module, variables, x.shape[1:])
-    read = room.read(tmp_path, {'build': 'pfs_jax.models:build_from'})
+    read = room.read(tmp_path)
     tolerance = bundle.TOLERANCES[name] * largest
     np.testing.assert_allclose(read(x), expected, rtol=0, atol=tolerance)
 
@@ -262,7 +262,7 @@ def test_onnx_operator(name, tmp_path):
   module = Around(name)
   variables = weights(module, (8, 8, 3))
   onnx_export.write(tmp_path, module, variables, (8, 8, 3))
-  run = onnx_export.read(tmp_path, {})
+  run = onnx_export.read(tmp_path)
   for n in (1, 3):
     x = np.random.default_rng(n).normal(size=(n, 8, 8, 3)).astype(np.float32)
     expected = np.asarray(module.apply(variables, x))
@@ -415,8 +415,8 @@ def test_bad_arguments(tmp_path, in_process):
   own = dataclasses.replace(structure, model={})
   with pytest.raises(errors.UserError, match='model.name is missing'):
     export.save(tmp_path / 'e', module, variables, own, spec)
-  with pytest.raises(errors.UserError, match='build=nowhere:f'):
-    export.save(tmp_path / 'e', *ours, spec, build='nowhere:f')
+  with pytest.raises(errors.UserError, match="factory given is 'nowhere:f'"):
+    export.save(tmp_path / 'e', *ours, spec, factory='nowhere:f')
   variables['params']['classifier']['bias'][0] = np.nan
   with pytest.raises(errors.UserError, match='not finite'):
     export.save(tmp_path / 'e', *ours, spec)
@@ -502,26 +502,62 @@ def own(num_classes):
 def test_own_model_in_a_fresh_process(tmp_path):
   from pfs_jax import surgery
 
-  network = surgery.network_from_factory(f'{__name__}:own', 10, 8, 1)
+  factory = f'{__name__}:own'
+  network = surgery.network_from_factory(factory, 10, 8, 1)
   structure = pruned(network)
   module, spec = network.narrow(structure.counts), spec_of(8, 1)
   variables = weights(module, (8, 8, 1))
-  build = 'pfs_jax.stages.exporting:build_from'
   folder = tmp_path / 'e'
   manifest = export.save(
-    folder, module, variables, structure, spec, build=build
+    folder, module, variables, structure, spec, factory=factory
   )
   assert set(manifest['formats']) == set(export.FORMATS)
-  assert manifest['structure']['model']['factory'] == f'{__name__}:own'
+  assert manifest['structure']['model']['factory'] == factory
   x = images_of(2, spec)
   expected = np.asarray(module.apply(variables, x))
-  found = export.load(folder, 'safetensors')(x)
+  found = export.load(folder, 'safetensors', factory)(x)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def poison(folder, factory, ran):
+  """Makes a bundle, hashes and all, ask for a call of os.system."""
+  path, manifest = folder / 'structure.json', export.read_manifest(folder)
+  structure = json.loads(path.read_text())
+  structure['model'] = {
+    'factory': factory,
+    'num_classes': f'touch {ran}',
+    'image_size': 8,
+    'channels': 1,
+  }
+  path.write_text(json.dumps(structure))
+  manifest['files']['structure.json'] = bundle._sha256(path)
+  manifest['structure']['model'] = structure['model']
+  manifest['build'] = 'pfs_jax.stages.exporting:build_from'
+  (folder / 'manifest.json').write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize('factory', ['', 'tests.test_export:own'])
+def test_a_bundle_runs_no_code_that_it_names(
+  saved, tmp_path, capsys, monkeypatch, factory
+):
+  folder, ran = shutil.copytree(saved[0], tmp_path / 'e'), tmp_path / 'ran'
+  poison(folder, 'os:system', ran)
+  Image.new('L', (8, 8)).save(tmp_path / 'x.png')
+  with pytest.raises(SystemExit) as end:
+    predict.main(
+      [
+        *(str(folder), str(tmp_path / 'x.png')),
+        *('--format=safetensors', f'--factory={factory}'),
+      ]
+    )
+  assert not ran.exists() and end.value.code == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and "model.factory is 'os:system'" in error
 
 
 def test_what_the_fresh_process_says_is_passed_on(tmp_path):
   with pytest.raises(errors.UserError, match='back: .*manifest.json does not'):
-    bundle._in_fresh_process(tmp_path, [np.zeros((1, 8, 8, 1), np.float32)])
+    bundle._in_fresh_process(tmp_path, [np.zeros((1, 8, 8, 1))], '')
 
 
 # Predict.
@@ -615,7 +651,7 @@ def test_large_images_are_cropped_as_in_evaluation(tmp_path):
   streamed = dataclasses.replace(spec_of(16, 3), in_memory=False)
   structure = network_of('resnet20')[2]
   (tmp_path / 'structure.json').write_text('')
-  manifest = bundle._manifest(tmp_path, structure, streamed, (), '')
+  manifest = bundle._manifest(tmp_path, structure, streamed, ())
   assert manifest['input']['centre_crop'] == 224 / 256
 
 

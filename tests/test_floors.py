@@ -18,7 +18,7 @@ FLOORS = [
   {'studies', 'report', 'predict'},
 ]
 # On one floor, but the second builds on the first.
-PEERS = {('interop', 'models'), ('report', 'studies')}
+PEERS = {('interop', 'models'), ('report', 'studies'), ('export', 'surgery')}
 
 
 def room(module: str) -> str:

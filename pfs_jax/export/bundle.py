@@ -57,7 +57,7 @@ def save(
   spec: data.Spec,
   *,
   formats: Sequence[str] = tuple(FORMATS),
-  build: str = 'pfs_jax.models:build_from',
+  factory: str = '',
   overwrite: bool = False,
 ) -> dict[str, Any]:
   """Writes a trained network in several formats, each checked.
@@ -74,8 +74,9 @@ def save(
     structure: Its counts, MACs and parameters.
     spec: Image size, channels, normalisation and class names.
     formats: Some of 'stablehlo', 'safetensors', 'onnx'.
-    build: 'package.module:function', structure -> module, with which
-      safetensors are read.
+    factory: 'package.module:callable' that makes a network of the user's own,
+      as in config.model.factory; '' for one of the registry. Only safetensors
+      need it, because their reader builds the network anew.
     overwrite: Whether an export of another structure in `directory` is
       replaced; one of the same structure always is, anything else never.
 
@@ -96,12 +97,12 @@ def save(
   with _beside(target) as folder:
     (folder / weights.STRUCTURE).write_text(structure.to_json() + '\n')
     if 'safetensors' in formats:
-      weights.builder(build)(structure)  # Refuses here, not in the reader.
+      weights.build(structure, factory)  # Refuses here, not in the reader.
     for name in formats:
       FORMATS[name].write(folder, module, variables, shape)
-    manifest = _manifest(folder, structure, spec, formats, build)
+    manifest = _manifest(folder, structure, spec, formats)
     _write_json(folder / MANIFEST, manifest)
-    found = _in_fresh_process(folder, batches)
+    found = _in_fresh_process(folder, batches, factory)
     for name in formats:
       error = max(map(_difference, found[name], wanted))
       _check_error(name, error)
@@ -200,7 +201,7 @@ def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
   return logits
 
 
-def _manifest(folder, structure, spec: data.Spec, formats, build: str):
+def _manifest(folder, structure, spec: data.Spec, formats):
   packages = sorted({p for f in formats for p in FORMATS[f].PACKAGES})
   return {
     'schema': SCHEMA,
@@ -218,7 +219,6 @@ def _manifest(folder, structure, spec: data.Spec, formats, build: str):
     'data': spec.name,
     'class_names': list(spec.class_names),
     'structure': _described(structure),
-    'build': build,
     'formats': {name: _format(folder, name) for name in formats},
     'files': {
       weights.STRUCTURE: _sha256(folder / weights.STRUCTURE),
@@ -249,7 +249,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
   path.write_text(json.dumps(value, indent=2) + '\n')
 
 
-def _in_fresh_process(folder: pathlib.Path, batches):
+def _in_fresh_process(folder: pathlib.Path, batches, factory: str):
   """{format: [logits of each batch]} as another process reads the export.
 
   On the CPU: it is everywhere, and a TPU belongs to one process at a time.
@@ -257,8 +257,9 @@ def _in_fresh_process(folder: pathlib.Path, batches):
   with tempfile.TemporaryDirectory() as scratch:
     asked, answered = (pathlib.Path(scratch) / n for n in ('x.npz', 'y.npz'))
     np.savez(asked, *batches)
+    program = (sys.executable, '-m', 'pfs_jax.export.check')
     done = subprocess.run(
-      [sys.executable, '-m', 'pfs_jax.export.check', folder, asked, answered],
+      [*program, folder, asked, answered, factory],
       env={
         **os.environ,
         'JAX_PLATFORMS': 'cpu',
@@ -358,13 +359,17 @@ class Exported:
     return np.asarray(self._function(images.astype(np.float32)))
 
 
-def load(directory: str | os.PathLike, format: str | None = None) -> Exported:
-  """Reads an export.
+def load(
+  directory: str | os.PathLike, format: str | None = None, factory: str = ''
+) -> Exported:
+  """Reads an export; runs no code that a file in it names.
 
   Args:
     directory: What `save` made.
     format: 'stablehlo', 'safetensors' or 'onnx'; None is the first of these
       that is there.
+    factory: As for `save`, for the safetensors of a user's own network; must be
+      the one that the export records.
 
   Returns:
     A function: normalised float [N, H, W, C], any N >= 1 -> logits
@@ -386,7 +391,7 @@ def load(directory: str | os.PathLike, format: str | None = None) -> Exported:
     _version(package)
   for file in (weights.STRUCTURE, FORMATS[format].FILE):
     _check_file(folder / file, manifest['files'].get(file))
-  return Exported(format, manifest, FORMATS[format].read(folder, manifest))
+  return Exported(format, manifest, FORMATS[format].read(folder, factory))
 
 
 _FIELDS = {
@@ -394,7 +399,6 @@ _FIELDS = {
   'output': dict,
   'class_names': list,
   'structure': dict,
-  'build': str,
   'formats': dict,
   'files': dict,
 }

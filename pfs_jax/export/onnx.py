@@ -76,12 +76,12 @@ def write(
 
 
 def read(
-  folder: pathlib.Path, manifest: Mapping[str, Any]
+  folder: pathlib.Path, factory: str = ''
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """The graph in onnxruntime, on the CPU."""
+  """The graph in onnxruntime, on the CPU; it needs no factory."""
   import onnxruntime
 
-  del manifest
+  del factory
   session = onnxruntime.InferenceSession(
     folder / FILE, providers=['CPUExecutionProvider']
   )

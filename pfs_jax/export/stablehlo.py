@@ -39,9 +39,9 @@ def write(
 
 
 def read(
-  folder: pathlib.Path, manifest: Mapping[str, Any]
+  folder: pathlib.Path, factory: str = ''
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """The function in the file."""
-  del manifest
+  """The function in the file; it needs no factory."""
+  del factory
   content = bytearray((folder / FILE).read_bytes())
   return jax.jit(jax.export.deserialize(content).call)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import errors
+from pfs_jax import errors, models, surgery
 from pfs_jax.structures import Structure
 
 FILE = 'model.safetensors'
@@ -35,27 +35,50 @@ def write(
 
 
 def read(
-  folder: pathlib.Path, manifest: Mapping[str, Any]
+  folder: pathlib.Path, factory: str = ''
 ) -> Callable[[np.ndarray], np.ndarray]:
   """The network that the structure describes, with these variables."""
   import safetensors.flax
 
   structure = Structure.from_json((folder / STRUCTURE).read_text())
-  module = builder(manifest['build'])(structure)
+  module = build(structure, factory)
   arrays = safetensors.flax.load_file(folder / FILE)
   variables = flax.traverse_util.unflatten_dict(arrays, sep='/')
   apply = jax.jit(lambda variables, x: module.apply(variables, x))
   return lambda x: apply(variables, x)
 
 
-def builder(name: str) -> Callable[[Structure], Any]:
-  """The function 'package.module:function', structure -> module."""
-  module, colon, attribute = name.partition(':')
-  if not (module and colon and attribute):
+def build(structure: Structure, factory: str = '') -> Any:
+  """The narrow network of a structure: the registry's, or a user's own.
+
+  Building a user's own network runs the code of its factory. A structure is
+  data, possibly a stranger's, so it must not choose that code: the caller names
+  the factory, and the structure must name the same one.
+
+  Args:
+    structure: Counts, and under `model` what they belong to.
+    factory: 'package.module:callable', as in config.model.factory; '' for a
+      network of the registry.
+
+  Raises:
+    errors.UserError: The structure names another factory, or does not fit.
+  """
+  model = structure.model
+  recorded = model.get('factory') or ''
+  if recorded != factory:
     raise errors.UserError(
-      f'build must be package.module:function; got {name!r}.'
+      f'structure: model.factory is {recorded!r}; the factory given is '
+      f'{factory!r}. A factory is code that runs here: if you trust it, name '
+      'it yourself (--factory=package.module:callable).'
     )
-  try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as e:
-    raise errors.UserError(f'build={name}: {e}.') from e
+  if not factory:
+    return models.build_from(structure)
+  network = surgery.network_from_factory(
+    factory,
+    model['num_classes'],
+    model['image_size'],
+    model['channels'],
+    jnp.float32,
+    residual=model.get('residual', False),
+  )
+  return network.narrow(structure.counts)

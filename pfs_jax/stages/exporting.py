@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from pfs_jax import console, data, models, prune, runs, surgery
+from pfs_jax import console, data, runs
 from pfs_jax import export as export_lib
 from pfs_jax.stages import cutting, training
 from pfs_jax.stages.job import Job
@@ -26,7 +25,7 @@ def export(job: Job) -> None:
       state.variables,
       dataclasses.replace(structure, model=job.network.description),
       _spec(job, name),
-      build=f'{__name__}:{build_from.__name__}',
+      factory=job.config.model.factory,
     )
     _show(folder, manifest)
   runs.barrier('export')
@@ -47,21 +46,6 @@ def _float32(job: Job) -> Job:
   c = job.config.copy_and_resolve_references()
   c.dtype = 'float32'
   return Job(c, job.workdir)
-
-
-def build_from(structure: prune.Structure) -> Any:
-  """The narrow network of a structure, the registry's or the user's own."""
-  model = structure.model
-  if not model.get('factory'):
-    return models.build_from(structure)
-  network = surgery.network_from_factory(
-    model['factory'],
-    model['num_classes'],
-    model['image_size'],
-    model['channels'],
-    residual=model.get('residual', False),
-  )
-  return network.narrow(structure.counts)
 
 
 def _show(folder, manifest) -> None:
