@@ -98,7 +98,7 @@ def rounded_table(golden: pathlib.Path) -> None:
         )
         continue
       free = prune.fit(gates, model, budget)
-      least = np.array(prune.minimum(model, round_to=multiple))
+      least = np.array(prune.Budget(round_to=multiple).least(model))
       counts = np.maximum(np.array(free.counts) // multiple * multiple, least)
       after = model.macs(counts)
       ratio = kept_gates(gates, inside.counts) / kept_gates(gates, counts)

@@ -6,41 +6,18 @@ milliseconds, and is the same on every machine and every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pfs_jax import costs, errors, structures
+from pfs_jax import budgets, costs, errors, scores, structures
 
 Structure = structures.Structure
 
-# Counts -> milliseconds.
-Latency = Callable[[Sequence[int]], float]
-
-
-class Infeasible(errors.UserError):
-  """No structure meets the budget: even the narrowest one costs more.
-
-  Attributes:
-    quantity: 'macs', 'params' or 'latency_ms', the first ceiling that cannot
-      be met.
-    floor: That quantity of the narrowest structure allowed.
-    ceiling: What was asked for.
-  """
-
-  def __init__(self, quantity: str, floor: float, ceiling: float):
-    self.quantity, self.floor, self.ceiling = quantity, floor, ceiling
-    name = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}[
-      quantity
-    ]
-    super().__init__(
-      f'a budget of {ceiling:,} {name} cannot be met: the narrowest structure '
-      f'allowed has {floor:,} (the floor).'
-    )
-
-
-# Ranking.
+Budget = budgets.Budget
+Infeasible = budgets.Infeasible
+Latency = budgets.Latency
 
 
 def _checked(
@@ -92,153 +69,6 @@ def _sorted_channels(vector: np.ndarray) -> np.ndarray:
   return np.argsort(-vector, kind='stable')
 
 
-def over_layer_mean(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Each gate over its layer's mean: scores that favour no layer.
-
-  A layer's gates have no scale of their own where BatchNorm follows its
-  consumer, so the layer's mean says how fast the optimiser let them drift.
-
-  Args:
-    gates: {layer name: [C] gates, >= 0}.
-
-  Returns:
-    {layer name: [C] float64}; the mean of each layer is 1, or 0 where all its
-    gates are 0.
-  """
-  scores = {}
-  for name, gate in gates.items():
-    gate = np.asarray(gate, np.float64)
-    scores[name] = gate / (gate.mean() or 1.0)
-  return scores
-
-
-def channel_costs(cost_model: costs.CostModel) -> np.ndarray:
-  """MACs that the full network saves with one channel less, by layer [L].
-
-  The channel's own and those of what reads it. A layer of one channel cannot
-  lose it; its cost is that of the channel all the same.
-  """
-  full = np.array(cost_model.widths)
-  total = cost_model.macs(full)
-  one = np.eye(len(full), dtype=np.int64)
-  return np.array([total - cost_model.macs(full - row) for row in one])
-
-
-def over_cost(
-  gates: Mapping[str, Any], cost_model: costs.CostModel, power: float
-) -> dict[str, np.ndarray]:
-  """Each gate over (the MACs that its channel costs) ** power.
-
-  Args:
-    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
-    cost_model: Costs of the searched network.
-    power: 0 is the paper's ranking; 1 ranks by gate per MAC.
-
-  Returns:
-    {layer name: [C] float64}. Costs are taken over their mean, which changes
-    no order.
-  """
-  spent = channel_costs(cost_model)
-  factors = (spent / spent.mean()) ** power
-  return {
-    name: np.asarray(gate, np.float64) / factor
-    for (name, gate), factor in zip(gates.items(), factors, strict=True)
-  }
-
-
-def ranked(
-  gates: Mapping[str, Any],
-  cost_model: costs.CostModel,
-  ranking: str = 'global',
-  power: float = 1.0,
-) -> dict[str, np.ndarray]:
-  """The scores by which channels of all layers are compared.
-
-  Args:
-    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
-    cost_model: Costs of the searched network.
-    ranking: 'global', the gates as they are (paper, section 3.3); 'layer_mean'
-      or 'cost', see `over_layer_mean` and `over_cost`.
-    power: Of the cost, with ranking 'cost'.
-
-  Returns:
-    {layer name: [C]}, for `fit`. Within a layer the order is that of the gates.
-  """
-  if ranking == 'layer_mean':
-    return over_layer_mean(gates)
-  if ranking == 'cost':
-    return over_cost(gates, cost_model, power)
-  return dict(gates)
-
-
-def minimum(
-  cost_model: costs.CostModel,
-  min_channels: int = 1,
-  min_share: float = 0.0,
-  round_to: int = 1,
-) -> tuple[int, ...]:
-  """The narrowest counts allowed: the floor of every budget.
-
-  The larger of `min_channels` and `min_share` of the layer, rounded up to a
-  multiple of `round_to`, but never more than the widest count allowed in that
-  layer: the largest multiple that it holds, or all of a layer that holds none.
-  """
-  for name, value in (('min_channels', min_channels), ('round_to', round_to)):
-    if value < 1 or value != int(value):
-      raise errors.UserError(
-        f'config.budget.{name} must be an integer >= 1; got {value}.'
-      )
-  if not 0 <= min_share <= 1:
-    raise errors.UserError(
-      f'config.budget.min_share must be in [0, 1]; got {min_share}.'
-    )
-  counts = []
-  for width, most in zip(
-    cost_model.widths, maximum(cost_model, round_to), strict=True
-  ):
-    least = max(min_channels, int(np.ceil(min_share * width - 1e-9)))
-    counts.append(min(-(-least // round_to) * round_to, most))
-  return tuple(counts)
-
-
-def maximum(cost_model: costs.CostModel, round_to: int = 1) -> tuple[int, ...]:
-  """The widest counts allowed: whole multiples, or all of a narrower layer."""
-  return tuple(w // round_to * round_to or w for w in cost_model.widths)
-
-
-def check_budget(
-  cost_model: costs.CostModel,
-  max_macs: int | None = None,
-  max_params: int | None = None,
-  *,
-  min_channels: int = 1,
-  min_share: float = 0.0,
-  round_to: int = 1,
-  max_latency_ms: float | None = None,
-  latency: Latency | None = None,
-) -> tuple[int, ...]:
-  """The narrowest counts allowed; raises Infeasible if they cost too much."""
-  least = minimum(cost_model, min_channels, min_share, round_to)
-  for quantity, (cost, ceiling) in _ceilings(
-    cost_model, max_macs, max_params, max_latency_ms, latency
-  ).items():
-    if cost(least) > ceiling:
-      raise Infeasible(quantity, cost(least), ceiling)
-  return least
-
-
-def _ceilings(cost_model, max_macs, max_params, max_latency_ms, latency):
-  """{quantity: (cost of counts, ceiling)} of the ceilings that are given."""
-  if max_latency_ms is not None and latency is None:
-    raise ValueError('max_latency_ms needs a latency model.')
-  given = {
-    'macs': (cost_model.macs, max_macs),
-    'params': (cost_model.params, max_params),
-    'latency_ms': (latency, max_latency_ms),
-  }
-  return {k: v for k, v in given.items() if v[1] is not None}
-
-
 def fit(
   gates: Mapping[str, Any],
   cost_model: costs.CostModel,
@@ -246,87 +76,92 @@ def fit(
   max_params: int | None = None,
   min_channels: int = 1,
   round_to: int = 1,
+  *,
   min_share: float = 0.0,
   max_latency_ms: float | None = None,
   latency: Latency | None = None,
+  ranking: str = 'global',
+  power: float = 1.0,
 ) -> Structure:
-  """The structure that keeps the best-ranked channels under the ceilings.
+  """`cut` to a budget that is given by its parts; see `Budget` and `cut`.
 
-  Channels are ranked by gate over all layers (paper, section 3.3), ties at any
-  value spread in proportion. The minimum width of every layer comes first, then
-  the longest prefix of the ranking that fits, then the following channels, in
-  rank order, that still fit. No structure is ever over a ceiling, and raising
-  one ceiling never lowers the quantity that it bounds.
+  >>> from pfs_jax import models, scores
+  >>> model = models.cost_model('resnet20', 10, 32)
+  >>> half = model.macs(model.widths) // 2
+  >>> fit(scores.equal(model), model, max_macs=half).counts
+  (8, 8, 8, 16, 15, 16, 31, 31, 31)
+  """
+  budget = Budget(
+    max_macs=max_macs,
+    max_params=max_params,
+    max_latency_ms=max_latency_ms,
+    min_channels=min_channels,
+    min_share=min_share,
+    round_to=round_to,
+    ranking=ranking,
+    power=power,
+  )
+  return cut(gates, cost_model, budget, latency)
 
-  With `round_to` = b > 1 a layer's channels, sorted by gate, form blocks of b,
-  and blocks are ranked by their mean gate; counts are multiples of b (a layer
-  narrower than b is kept whole; channels beyond its last whole block are not).
+
+def cut(
+  gates: Mapping[str, Any],
+  cost_model: costs.CostModel,
+  budget: Budget,
+  latency: Latency | None = None,
+) -> Structure:
+  """The structure that keeps the best-ranked channels within a budget.
+
+  Channels are ranked over all layers (paper, section 3.3); channels with equal
+  scores are taken evenly from all layers, in a fixed order. The minimum width
+  of every layer comes first, then the longest prefix of the ranking that fits,
+  then the following channels, in rank order, that still fit. No structure is
+  ever over a ceiling, and raising one ceiling never lowers the quantity that it
+  bounds.
+
+  With `budget.round_to` = b > 1 a layer's channels, sorted by score, form
+  blocks of b, and blocks are ranked by their mean score; counts are multiples
+  of b. A layer narrower than b is kept whole; the channels beyond the last
+  whole block of a layer are not kept.
 
   Args:
-    gates: {layer name: [C] gates or any other scores, finite}, named and
-      ordered as `cost_model.layers`.
+    gates: {layer name: [C] gates or other scores, finite}, named and ordered as
+      `cost_model.layers`.
     cost_model: Costs of the searched network.
-    max_macs: Ceiling on the MACs of one image, or None.
-    max_params: Ceiling on the parameters, or None.
-    min_channels: Channels that each layer keeps at least, >= 1.
-    round_to: Multiple that counts are rounded to, inside the solver, >= 1.
-    min_share: Share (0..1) of its channels that each layer keeps at least.
-    max_latency_ms: Ceiling on the predicted milliseconds of one batch, or None.
-    latency: counts -> milliseconds, such as `latency.LatencyModel`; must never
-      fall when a count grows.
+    budget: Ceilings, minimum widths and ranking.
+    latency: counts -> milliseconds, such as `latency.LatencyModel`; it must
+      never fall when a count grows. Needed with `budget.max_latency_ms`.
 
   Returns:
-    The `Structure`; its `tie_share` says which share of the kept channels the
-    tie rule chose.
+    The `Structure`; its `tie_share` says which share of the kept channels was
+    chosen among equal scores.
 
   Raises:
     Infeasible: If even the minimum widths cost more than a ceiling.
   """
-  vectors = _checked(gates, cost_model)
-  ceilings = _ceilings(
-    cost_model, max_macs, max_params, max_latency_ms, latency
-  )
-  least = check_budget(
-    cost_model,
-    max_macs,
-    max_params,
-    min_channels=min_channels,
-    min_share=min_share,
-    round_to=round_to,
-    max_latency_ms=max_latency_ms,
-    latency=latency,
-  )
+  named = dict(zip(gates, _checked(gates, cost_model), strict=True))
+  ranked = scores.ranked(named, cost_model, budget.ranking, budget.power)
+  vectors = _checked(ranked, cost_model)
+  least = budget.check(cost_model, latency)
+  ceilings = budget.ceilings(cost_model, latency)
 
   def fits(counts) -> bool:
     return all(cost(counts) <= ceiling for cost, ceiling in ceilings.values())
 
-  scores, steps = _blocks(vectors, round_to)
-  counts = _cut(scores, steps, np.array(least), fits)
-  binding = ''
-  if ceilings and tuple(counts) != maximum(cost_model, round_to):
-    used = {k: cost(counts) / top for k, (cost, top) in ceilings.items()}
-    binding = max(used, key=used.get)
-  budget = {
-    'max_macs': max_macs,
-    'max_params': max_params,
-    'min_channels': min_channels,
-    'min_share': min_share,
-    'round_to': round_to,
-    **({'max_latency_ms': max_latency_ms} if latency else {}),
-  }
+  blocks, steps = _blocks(vectors, budget.round_to)
+  counts = _cut(blocks, steps, np.array(least), fits)
+  used = {k: cost(counts) / top for k, (cost, top) in ceilings.items()}
+  stopped = ceilings and tuple(counts) != budget.most(cost_model)
+  floor = {'macs': cost_model.macs(least), 'params': cost_model.params(least)}
   return Structure(
     layers=cost_model.layers,
     counts=tuple(int(c) for c in counts),
     macs=cost_model.macs(counts),
     params=cost_model.params(counts),
-    budget=budget,
+    budget=budget.asked(),
     latency_ms=latency(counts) if latency else None,
-    floor={
-      'macs': cost_model.macs(least),
-      'params': cost_model.params(least),
-      **({'latency_ms': latency(least)} if latency else {}),
-    },
-    binding=binding,
+    floor={**floor, **({'latency_ms': latency(least)} if latency else {})},
+    binding=max(used, key=used.__getitem__) if stopped else '',
     tie_share=_tie_share(vectors, counts),
   )
 
@@ -345,9 +180,9 @@ def _blocks(
   return scores, steps
 
 
-def _cut(scores, steps, least, fits) -> np.ndarray:
+def _cut(blocks, steps, least, fits) -> np.ndarray:
   """Minimum, longest prefix that fits, then the rest that still fits."""
-  layer, position = _order(scores)
+  layer, position = _order(blocks)
   steps = np.array(steps)
 
   def counts_of(prefix: int) -> np.ndarray:

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from configs import digits
-from pfs_jax import config, errors, latency, models, prune, runs, stages
+from pfs_jax import (
+  budgets,
+  config,
+  errors,
+  latency,
+  models,
+  prune,
+  runs,
+  scores,
+  stages,
+)
 from tests import processes
 
 FAMILIES = {
@@ -44,8 +54,8 @@ def test_ceilings_and_minimum_widths_hold(name, round_to):
     [(0.7, 1.0, 0.0), (1.0, 0.6, 0.25), (0.8, 0.75, 0.1)]
   ):
     conditions = {'round_to': round_to, 'min_share': min_share}
-    least = prune.minimum(model, min_channels=2, **conditions)
-    most = prune.maximum(model, round_to)
+    budget = prune.Budget(min_channels=2, **conditions)
+    least, most = budget.least(model), budget.most(model)
     macs = max(model.macs(least), int(macs_share * model.macs(most)))
     params = max(model.params(least), int(params_share * model.params(most)))
     gates = tied_gates(model, seed)
@@ -67,10 +77,8 @@ def test_ceilings_and_minimum_widths_hold(name, round_to):
 def test_raising_one_of_two_ceilings(name, round_to, quantity):
   """Never lowers the quantity that it bounds, the other ceiling kept."""
   model = cost_model(name)
-  most, least = (
-    prune.maximum(model, round_to),
-    prune.minimum(model, round_to=round_to),
-  )
+  budget = prune.Budget(round_to=round_to)
+  most, least = budget.most(model), budget.least(model)
   other = 'params' if quantity == 'macs' else 'macs'
   cost, fixed = getattr(model, quantity), getattr(model, other)
   ceiling = int(0.6 * fixed(most)) + fixed(least)
@@ -178,21 +186,21 @@ def test_several_budgets_from_one_search(searched, capsys):
 
 
 @pytest.mark.parametrize(
-  'fields, name, scores',
+  'fields, name, expected',
   [
     (
       {'ranking': 'layer_mean'},
       'keep0.5-layermean',
-      lambda gates, _: prune.over_layer_mean(gates),
+      lambda gates, _: scores.over_layer_mean(gates),
     ),
     (
       {'ranking': 'cost', 'power': 0.5},
       'keep0.5-cost0.5',
-      lambda gates, model: prune.over_cost(gates, model, 0.5),
+      lambda gates, model: scores.over_cost(gates, model, 0.5),
     ),
   ],
 )
-def test_rankings(searched, tmp_path, fields, name, scores):
+def test_rankings(searched, tmp_path, fields, name, expected):
   workdir = shutil.copytree(searched, tmp_path / 'copy')
   path = workdir / 'search' / 'gates.npz'
   rng = np.random.default_rng(0)  # Of so short a search they hardly differ.
@@ -202,10 +210,10 @@ def test_rankings(searched, tmp_path, fields, name, scores):
   one = job(workdir, budget__keep=(0.5,), **fields)
   stages.execute('prune', one)
   model = one.network.cost_model
-  ceilings = one.ceilings(one.budgets[0])
-  wanted = prune.fit(scores(gates, model), model, **ceilings)
+  macs = one.budgets[0].max_macs
+  wanted = prune.fit(expected(gates, model), model, macs)
   assert structure(workdir, name).counts == wanted.counts
-  assert wanted.counts != prune.fit(gates, model, **ceilings).counts
+  assert wanted.counts != prune.fit(gates, model, macs).counts
 
 
 def test_train_takes_a_budget_by_name(searched):
@@ -432,7 +440,7 @@ def test_budgets_of_a_config():
   with c.unlocked():
     c.budget.keep, c.budget.latency_ms = (0.5,), (2.5,)
     c.budget.latency_batch = 4
-  first, second = config.budgets(c, 1001)
+  first, second = budgets.from_section(c.budget, 1001)
   assert (first.name, first.max_macs) == ('keep0.5-latencybatch4', 500)
   assert second.max_latency_ms == 2.5 and second.max_macs is None
 

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import sys
+import textwrap
 
 import jax
 import ml_collections
@@ -15,7 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from pfs_jax import config, errors
+from pfs_jax import budgets, config, errors, fields, prune
 from tests import processes
 
 PACKAGE = pathlib.Path(config.__file__).parent
@@ -23,12 +24,16 @@ FILES = sorted(p.stem for p in (processes.ROOT / 'configs').glob('*.py'))
 NAN, INF = math.nan, math.inf
 
 
-def _with(**fields):
+def _with(**given):
   c = config.default()
   c.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()}
+    {name.replace('__', '.'): value for name, value in given.items()}
   )
   return c
+
+
+def _budgets(c, reference_macs):
+  return budgets.from_section(c.budget, reference_macs)
 
 
 def _fields(c):
@@ -38,138 +43,99 @@ def _fields(c):
 
 # Rules.
 
-# Bad values at the ends of the ranges, with the exact message to expect.
-BAD = {
-  'seed': [-1, 2**32],
-  'dtype': ['float16', ''],
-  'steps_per_call': [-1],
-  'log_steps': [0],
-  'checkpoint_steps': [0],
-  'model.base_width': [-1],
-  'model.width': [-1],
-  'model.multiplier': [0.0, -1.0, NAN, INF],
-  'model.gate_site': ['', 'other'],
-  'data.train_examples': [-1],
-  'data.validation_examples': [-1],
-  'data.eval_batch_size': [0],
-  'data.image_size': [-1],
-  'data.num_classes': [-1],
-  'data.workers': [-2],
-  'data.corrupt': ['', 'ignore'],
-  'search.epochs': [-0.5, NAN, INF],
-  'search.batch_size': [0],
-  'search.learning_rate': [0.0, NAN, INF],
-  'search.balance': [-0.1, NAN, INF],
-  'search.sparsity': [-0.1, 1.1, NAN],
-  'search.evaluate_steps': [-1],
-  'search.crop_scale': [-0.1, 1.1, NAN],
-  'search.colour_jitter': [-0.1, 1.1, NAN],
-  'search.lighting': [-0.1, 1.1, NAN],
-  'budget.keep': [(0.0,), (0.5, 1.5), (NAN,), ('half',)],
-  'budget.macs': [(0,), (-5,), (1.5,), (INF,), ('many',)],
-  'budget.params': [(0,), (100, 1.5), (INF,), (NAN,)],
-  'budget.max_macs': [-1],
-  'budget.max_params': [-1],
-  'budget.min_channels': [0],
-  'budget.min_share': [-0.1, 1.5, NAN],
-  'budget.round_to': [0],
-  'budget.ranking': ['best', ''],
-  'budget.power': [0.0, -1.0, NAN],
-  'train.epochs': [0.0, -1.0, NAN, INF],
-  'train.scratch': ['C', 'e'],
-  'train.batch_size': [0],
-  'train.learning_rate': [0.0, NAN, INF],
-  'train.momentum': [-0.1, 1.0, NAN],
-  'train.weight_decay': [-1e-4, NAN, INF],
-  'train.decay_rule': ['none'],
-  'train.schedule': ['linear'],
-  'train.decay_at': [(1.5,), (-0.1, 0.5), (NAN,)],
-  'train.decay_factor': [0.0, NAN, INF],
-  'train.warmup_share': [-0.1, 1.1, NAN],
-  'train.crop_scale': [-0.1, 1.1, NAN],
-  'train.colour_jitter': [-0.1, 1.1, NAN],
-  'train.lighting': [-0.1, 1.1, NAN],
-  'train.label_smoothing': [-0.1, 1.0, NAN],
+# {rule: (values at the ends of what it allows, values just beyond)}.
+ENDS = {
+  'a text': (['', 'x'], []),  # ml_collections refuses other types.
+  'True or False': ([True, False], []),
+  '> 0': ([1e-9, 1, 10**6], [0, -1e-9, NAN]),
+  '>= 0': ([0, 10**6], [-1, -1e-9, NAN]),
+  '>= 1': ([1], [0, -(2**40)]),
+  '>= -1': ([-1], [-2]),
+  'an integer >= 0': ([0, 2**63 - 1], [-1]),
+  'in [0, 1]': ([0.0, 1.0], [-1e-9, 1.1, INF, NAN]),
+  'in [0, 1)': ([0.0, 0.99], [-1e-9, 1.0, INF, NAN]),
+  'in [0, 2**32)': ([0, 2**32 - 1], [-1, 2**32]),
+  'numbers > 0': ([(), (1e-9, 3)], [(0.0,), (1.0, -1.0), (NAN,), ('x',)]),
+  'integers >= 1': (
+    [(), (1, 2.0), (2**63 - 1,)],
+    [(0,), (100, 1.5), (INF,), (NAN,), ('many',)],
+  ),
+  'shares in (0, 1]': (
+    [(1.0,), (1, 0.5)],
+    [(0.0,), (0.5, 1.5), (NAN,), (INF,)],
+  ),
+  'shares in [0, 1]': ([(), (0.0, 1.0)], [(-0.1,), (1.5,), (NAN,), ('half',)]),
 }
 
 
-def test_the_default_keeps_its_own_rules():
-  config.validate(config.default())
-  assert config.default().is_locked
+def _ends(field):
+  if field.rule.startswith('one of '):
+    names = field.rule.removeprefix('one of ').split(', ')
+    return names, ['', 'neither', names[0].swapcase(), ', '.join(names)]
+  return ENDS[field.rule]
 
 
-def test_rules_are_about_fields():
-  assert set(config.RULES) <= set(_fields(config.default()))
-
-
-def test_every_number_has_a_rule():
+def _message(field, value):
   c = config.default()
-  numbers = {
-    name
-    for name in _fields(c)
-    if isinstance(config.get(c, name), int | float | tuple)
-    and not isinstance(config.get(c, name), bool)
-  }
-  assert numbers <= set(config.RULES)
-
-
-# Of these no rule allows all of a type.
-POOL = {
-  int: (-(2**40), 2**40, -2, 0),
-  float: (-1.0, 0.0, 1.5, NAN, INF),
-  str: ('', 'neither'),
-  tuple: ((-1,), (0.0,), (1.5,), (NAN,), ('x',)),
-}
-
-
-@pytest.mark.parametrize('field', config.RULES)
-def test_every_rule_refuses_something_by_name(field):
-  refused = []
-  for value in POOL[type(config.get(config.default(), field))]:
-    c = config.default()
-    c.update_from_flattened_dict({field: value})
-    try:
-      config.validate(c)
-    except errors.UserError as e:
-      assert str(e).startswith(f'config.{field} must be ')
-      assert str(e).endswith(f'; got {value!r}.')
-      refused.append(value)
-  assert refused
-  if isinstance(config.get(config.default(), field), float):
-    assert refused[-1] == INF  # And never lets NaN or infinity through.
-    assert any(v != v for v in refused)
-
-
-@pytest.mark.parametrize(
-  'field, value', [(field, v) for field, values in BAD.items() for v in values]
-)
-def test_a_bad_value_is_refused_by_name(field, value):
-  c = config.default()
-  c.update_from_flattened_dict({field: value})
-  with pytest.raises(errors.UserError) as e:
+  try:
+    c.update_from_flattened_dict({field.name: value})
     config.validate(c)
-  message = str(e.value)
-  rule = config.RULES[field][0]
-  assert message == f'config.{field} must be {rule}; got {value!r}.'
+  except TypeError:  # ml_collections: a float for an integer field.
+    return None
+  except errors.UserError as e:
+    return str(e)
+  return ''
+
+
+@pytest.mark.parametrize('field', fields.FIELDS, ids=lambda f: f.name)
+def test_a_field_takes_what_its_rule_says(field):
+  allowed, beyond = _ends(field)
+  for value in allowed:
+    assert not _message(field, value)
+  wanted = f'config.{field.name} must be {field.rule}; got '
+  for value in beyond:
+    if isinstance(field.default, float):
+      value = float(value)
+    found = _message(field, value)
+    assert found is None or found == f'{wanted}{value!r}.'
+  if type(field.default) in (int, float, tuple):
+    assert any(_message(field, value) for value in beyond)
 
 
 @pytest.mark.parametrize(
-  'field, value',
+  'name, value, most',
   [
-    ('search.sparsity', 0.0),
-    ('search.sparsity', 1.0),
-    ('search.epochs', 0.0),
-    ('budget.keep', (1.0,)),
-    ('budget.keep', (1, 0.5)),
-    ('train.momentum', 0.0),
-    ('train.decay_at', ()),
-    ('seed', 2**32 - 1),
+    ('train.epochs', 1e308, '1000000'),
+    ('train.epochs', 1e12, '1000000'),
+    ('search.epochs', INF, '1000000'),
+    ('train.learning_rate', 1e300, '1000000'),
+    ('log_steps', 2**40, '4294967296'),
+    ('budget.max_macs', 2**63, '9223372036854775807'),
+    ('budget.latency_ms', (1.0, 1e7), '1000000'),
   ],
 )
-def test_the_ends_of_the_ranges_are_allowed(field, value):
-  c = config.default()
-  c.update_from_flattened_dict({field: value})
-  config.validate(c)
+def test_numbers_beyond_sense_are_refused(name, value, most):
+  wanted = f'config.{name} must be <= {most}; got {value!r}.'
+  assert _message(fields.BY_NAME[name], value) == wanted
+
+
+def test_more_steps_than_can_be_counted_are_refused():
+  assert config.steps(1e6, 2147) == 2_147_000_000
+  with pytest.raises(errors.UserError, match='at most 2[*]{2}31 - 1 steps'):
+    config.steps(1e6, 2148)
+
+
+def test_the_default_is_valid_and_locked():
+  config.validate(config.default())
+  assert config.default().is_locked
+  assert sorted(_fields(config.default())) == sorted(fields.BY_NAME)
+
+
+def test_the_page_of_fields_is_that_of_the_table():
+  """Else: python -m pfs_jax.fields > docs/config.md."""
+  text = (processes.ROOT / 'docs' / 'config.md').read_text()
+  assert text == fields.page()
+  assert all(f.doc.endswith('.') for f in fields.FIELDS)
 
 
 def test_some_budget_is_needed():
@@ -254,7 +220,7 @@ def test_a_config_file_is_valid_in_all_variants(name):
     c = module.get_config(variant)
     assert c.is_locked
     config.validate(c)
-    assert config.budgets(c, 10**9)
+    assert _budgets(c, 10**9)
     seen.append(c.to_json(sort_keys=True))
   assert len(set(seen)) == len(seen)  # Every variant changes something.
   assert module.get_config() == module.get_config('full')
@@ -281,51 +247,77 @@ def test_a_variant_of_an_unknown_field_does_not_pass():
 
 # Every field is read.
 
+SECTIONS = {f.name.split('.')[0] for f in fields.FIELDS if '.' in f.name}
+# Parameters and attributes that hold a section, or the whole config.
+HOLDERS = {
+  'recipe': {'train'},
+  'section': {'budget'},
+  'fields': {'data'},
+  **dict.fromkeys(('c', 'config', '_config'), {''}),
+}
 
-def _names_read(source, skip=()):
-  """Names that occur as attributes read or as whole strings."""
-  tree = ast.parse(source)
-  tree.body = [
-    statement
-    for statement in tree.body
-    if not (
-      skip
-      and (
-        isinstance(statement, ast.Assign | ast.Expr)
-        or getattr(statement, 'name', '') in skip
-      )
-    )
-  ]
+
+def _sections(node, names):
+  """The sections that an expression may stand for; '' is the whole config."""
+  if isinstance(node, ast.IfExp):
+    return _sections(node.body, names)
+  if isinstance(node, ast.Subscript):  # config[stage]
+    return {'search', 'train'} if _sections(node.value, names) else set()
+  if isinstance(node, ast.Name):
+    return names.get(node.id, set())
+  if isinstance(node, ast.Attribute):
+    if node.attr in SECTIONS and _sections(node.value, names) == {''}:
+      return {node.attr}
+    return HOLDERS.get(node.attr, set())
+  return set()
+
+
+def _reads(tree):
+  """Dotted names of the fields that a piece of code reads."""
+  names = dict(HOLDERS)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Assign):
+      targets, values = node.targets[0], node.value
+      pairs = [(targets, values)]
+      if isinstance(targets, ast.Tuple) and isinstance(values, ast.Tuple):
+        pairs = zip(targets.elts, values.elts, strict=True)
+      for target, value in pairs:
+        if isinstance(target, ast.Name) and _sections(value, names):
+          names[target.id] = _sections(value, names)
   for node in ast.walk(tree):
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-      yield node.attr
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-      yield node.value
+      for section in _sections(node.value, names):
+        yield f'{section}.{node.attr}'.removeprefix('.')
 
 
-def _all_names_read():
+def _all_reads():
   found = set()
   for path in PACKAGE.rglob('*.py'):
-    # Where config.py defines and checks a field, it does not use it.
-    skip = ('default', 'validate', 'identity') if path.stem == 'config' else ()
-    found.update(_names_read(path.read_text(), skip))
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef) and (
+        path.stem != 'config' or node.name not in ('validate', 'imagenet')
+      ):
+        found.update(_reads(node))
   return found
 
 
-def _dead_fields(c):
-  read = _all_names_read()
-  return [f for f in _fields(c) if f.rpartition('.')[2] not in read]
-
-
 def test_every_field_is_read_somewhere():
-  assert _dead_fields(config.default()) == []
+  assert set(fields.BY_NAME) - _all_reads() == set()
 
 
-def test_a_dead_field_would_be_found():
-  c = config.default()
-  with c.unlocked():
-    c.search.temperture = 1.0
-  assert _dead_fields(c) == ['search.temperture']
+def test_reads_are_told_apart_by_section():
+  code = """
+    def f(job, stage):
+      c, other = job.config, 1
+      recipe = c.search if stage else None
+      return recipe.lighting + c.model.width + other.balance + job.config.seed
+    """
+  found = set(_reads(ast.parse(textwrap.dedent(code))))
+  assert found & set(fields.BY_NAME) == {
+    'search.lighting',
+    'model.width',
+    'seed',
+  }
 
 
 # Budgets.
@@ -344,7 +336,7 @@ def _shares_and_references():
 def test_a_share_allows_the_floor_of_the_exact_product():
   below = 0
   for share, reference in _shares_and_references():
-    (budget,) = config.budgets(_with(budget__keep=(share,)), reference)
+    (budget,) = _budgets(_with(budget__keep=(share,)), reference)
     # The decimal that was written, not the binary number next to it.
     exact = math.floor(fractions.Fraction(str(share)) * reference)
     assert (share, reference, budget.max_macs) == (share, reference, exact)
@@ -363,13 +355,13 @@ def test_known_products_just_below_an_integer():
     (1.0, 7, 7),
     (0.4999999999, 10_000, 4_999),  # 4,999.999999
   ):
-    (budget,) = config.budgets(_with(budget__keep=(share,)), reference)
+    (budget,) = _budgets(_with(budget__keep=(share,)), reference)
     assert budget.max_macs == expected
 
 
 def test_one_budget_an_entry_in_order():
   c = _with(budget__keep=(0.5, 0.25), budget__macs=(7,), budget__params=(9, 8))
-  found = [(b.name, b.max_macs, b.max_params) for b in config.budgets(c, 1000)]
+  found = [(b.name, b.max_macs, b.max_params) for b in _budgets(c, 1000)]
   assert found == [
     ('keep0.5', 500, None),
     ('keep0.25', 250, None),
@@ -388,7 +380,7 @@ def test_a_ceiling_besides_takes_the_lower(max_macs, max_params):
     budget__max_macs=max_macs,
     budget__max_params=max_params,
   )
-  by_share, by_params = config.budgets(c, 1000)
+  by_share, by_params = _budgets(c, 1000)
   assert by_share.max_macs == min(500, max_macs or 500)
   assert by_share.max_params == (max_params or None)
   assert by_params.max_macs == (max_macs or None)
@@ -414,32 +406,39 @@ def test_names_tell_conditions_apart():
   ]
   names = []
   for variant in variants:
-    (budget,) = config.budgets(_with(**{**base, **variant}), 1000)
+    (budget,) = _budgets(_with(**{**base, **variant}), 1000)
     names.append(budget.name)
     assert not set('/ +:') & set(budget.name)
   assert len(set(names)) == len(names)
   assert names[0] == 'keep0.5' and names[10] == 'keep0.5-roundto8'
 
 
-def test_the_arguments_of_the_cut_are_all_but_the_name():
-  c = _with(budget__round_to=8, budget__min_share=0.1, budget__min_channels=3)
-  (budget,) = config.budgets(c, 1000)
-  assert budget.ceilings() == {
-    'max_macs': 500,
-    'max_params': None,
-    'max_latency_ms': None,
-    'min_channels': 3,
-    'min_share': 0.1,
-    'round_to': 8,
-  }
+def test_a_budget_holds_all_conditions():
+  c = _with(
+    budget__round_to=8,
+    budget__min_share=0.1,
+    budget__min_channels=3,
+    budget__ranking='cost',
+    budget__power=0.5,
+  )
+  (budget,) = _budgets(c, 1000)
+  assert budget == prune.Budget(
+    name='keep0.5-minchannels3-minshare0.1-roundto8-cost0.5',
+    max_macs=500,
+    min_channels=3,
+    min_share=0.1,
+    round_to=8,
+    ranking='cost',
+    power=0.5,
+  )
 
 
 @pytest.mark.parametrize(
-  'fields', [{'budget__keep': (0.5, 0.5)}, {'budget__macs': (5, 6, 5)}]
+  'given', [{'budget__keep': (0.5, 0.5)}, {'budget__macs': (5, 6, 5)}]
 )
-def test_the_same_budget_twice_is_refused(fields):
+def test_the_same_budget_twice_is_refused(given):
   with pytest.raises(errors.UserError, match='the same budget twice'):
-    config.budgets(_with(**fields), 1000)
+    _budgets(_with(**given), 1000)
 
 
 # Identity, keys, steps.

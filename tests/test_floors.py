@@ -8,9 +8,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
-  {'errors', 'tables'},
+  {'errors', 'fields', 'tables'},
   {'config', 'costs', 'devices', 'runs', 'structures'},
-  {'console', 'data', 'layers', 'latency', 'prune'},
+  {'budgets', 'console', 'data', 'layers', 'latency', 'scores'},
+  {'prune'},
   {'models', 'interop'},
   {'train'},
   {'search', 'surgery', 'export'},

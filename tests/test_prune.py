@@ -74,7 +74,7 @@ def test_fit_equals_a_linear_scan(name, width, levels):
   full = model.macs(model.widths), model.params(model.widths)
   for seed, share in enumerate((0.3, 0.5, 0.8, 1.0)):
     gates = random_gates(model, seed, levels)
-    least = prune.minimum(model, min_channels=1 + seed % 2)
+    least = prune.Budget(min_channels=1 + seed % 2).least(model)
     ceilings = (
       max(int(share * full[0]), model.macs(least)),
       max(int(share * full[1]), model.params(least)),
@@ -95,7 +95,7 @@ def test_fit_equals_a_linear_scan_with_traced_costs():
   half = model.macs(model.widths) // 2
   found = prune.fit(gates, model, half)
   assert found.counts == oracle(
-    gates, model, half, math.inf, prune.minimum(model), traced
+    gates, model, half, math.inf, prune.Budget().least(model), traced
   )
   assert traced(found.counts) == (found.macs, found.params)
 
@@ -157,7 +157,7 @@ def test_tie_share():
 @pytest.mark.parametrize('name,width', CASES)
 def test_raising_a_ceiling_never_lowers_what_it_bounds(name, width):
   model = cost_model(name, width)
-  least = prune.minimum(model)
+  least = prune.Budget().least(model)
   for quantity in ('macs', 'params'):
     cost = getattr(model, quantity)
     for levels in (0, 2):
@@ -189,7 +189,7 @@ def test_wide_residual_stream_has_a_floor_above_the_reference():
   """ResNet-56 at width 48, multiples of 8: 0.91."""
   model = models.cost_model('resnet56', 10, 32, 3, 48)
   reference = models.cost_model('resnet56', 10, 32, 3)
-  least = prune.minimum(model, round_to=8)
+  least = prune.Budget(round_to=8).least(model)
   share = model.macs(least) / reference.macs(reference.widths)
   assert share == pytest.approx(0.91, abs=0.005)
 

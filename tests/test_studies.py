@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import study_results
-from pfs_jax import errors, models, prune, studies
+from pfs_jax import errors, models, prune, scores, studies
 from pfs_jax.report import figures
 from pfs_jax.studies import arms, engine, locks, plan, products, results
 from pfs_jax.studies import statistics as stats
@@ -67,8 +67,8 @@ def gates_like(model, seed=0):
 def test_over_layer_mean(vgg):
   gates = gates_like(vgg)
   gates['conv3'] = np.zeros_like(gates['conv3'])
-  scores = prune.over_layer_mean(gates)
-  for name, score in scores.items():
+  found = scores.over_layer_mean(gates)
+  for name, score in found.items():
     assert score.mean() == pytest.approx(0 if name == 'conv3' else 1)
     assert (np.argsort(score) == np.argsort(gates[name])).all()
 
@@ -76,7 +76,7 @@ def test_over_layer_mean(vgg):
 def test_over_layer_mean_is_blind_to_a_layer_s_scale(vgg):
   gates = gates_like(vgg)
   scaled = {k: g * (1 + i) for i, (k, g) in enumerate(gates.items())}
-  first, second = (prune.over_layer_mean(g) for g in (gates, scaled))
+  first, second = (scores.over_layer_mean(g) for g in (gates, scaled))
   for name in gates:
     np.testing.assert_allclose(first[name], second[name])
 
@@ -89,7 +89,7 @@ def test_channel_costs_by_hand():
   in and 10 classes out.
   """
   model = models.cost_model('vgg16', 10, 28, 1, 1)
-  spent = prune.channel_costs(model)
+  spent = scores.channel_costs(model)
   assert spent[0] == 9 * 784 * (1 + 1)
   assert spent[1] == 9 * 784 * 1 + 9 * 196 * 2
   assert spent[12] == 9 * 9 * 8 + 10
@@ -97,10 +97,10 @@ def test_channel_costs_by_hand():
 
 def test_over_cost(vgg):
   gates = gates_like(vgg)
-  spent = prune.channel_costs(vgg)
-  plain = prune.over_cost(gates, vgg, 0.0)
-  half = prune.over_cost(gates, vgg, 0.5)
-  whole = prune.over_cost(gates, vgg, 1.0)
+  spent = scores.channel_costs(vgg)
+  plain = scores.over_cost(gates, vgg, 0.0)
+  half = scores.over_cost(gates, vgg, 0.5)
+  whole = scores.over_cost(gates, vgg, 1.0)
   for i, (name, gate) in enumerate(gates.items()):
     np.testing.assert_allclose(plain[name], gate)
     np.testing.assert_allclose(whole[name], gate * spent.mean() / spent[i])
@@ -110,19 +110,19 @@ def test_over_cost(vgg):
 # Baselines, all through the same solver.
 
 
-def kept_shares(model, scores, share=0.3):
+def kept_shares(model, wanted, share=0.3):
   ceiling = int(share * model.macs(model.widths))
-  structure = prune.fit(scores, model, ceiling)
+  structure = prune.fit(wanted, model, ceiling)
   return structure, np.array(structure.counts) / model.widths
 
 
 def dearest_channel(model):
-  return int(prune.channel_costs(model).max())
+  return int(scores.channel_costs(model).max())
 
 
 @pytest.mark.parametrize('share', [0.1, 0.3, 0.7])
 def test_uniform_is_uniform(vgg, share):
-  structure, shares = kept_shares(vgg, arms.equal(vgg), share)
+  structure, shares = kept_shares(vgg, scores.equal(vgg), share)
   counts = np.array(structure.counts)
   scale = np.median(shares)
   # One width for all: each count is within a channel of scale * width.
@@ -138,7 +138,7 @@ def test_random_gates_favour_no_layer(vgg):
   """
   shares = []
   for seed in range(400):
-    structure, found = kept_shares(vgg, arms.random(vgg, seed))
+    structure, found = kept_shares(vgg, scores.random(vgg, seed))
     assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
     shares.append(found)
   by_layer = np.mean(shares, axis=0)
@@ -149,7 +149,7 @@ def test_random_gates_favour_no_layer(vgg):
 
 
 def test_random_gates_are_those_of_the_seed(vgg):
-  first, again, other = (arms.random(vgg, seed) for seed in (0, 0, 1))
+  first, again, other = (scores.random(vgg, seed) for seed in (0, 0, 1))
   assert all((first[k] == again[k]).all() for k in first)
   assert not any((first[k] == other[k]).all() for k in first)
 
@@ -159,12 +159,12 @@ def test_shuffled_permutes_within_equal_layers(vgg):
   counts = np.array([10, 4, 20, 7, 30, 11, 50, 90, 40, 21, 60, 33, 101])
   permutations = set()
   for seed in range(5):
-    scores = arms.shuffled(vgg, counts, seed)
-    wanted = np.array([round(s[0] / 2) for s in scores.values()])
+    shuffled = scores.shuffled(vgg, counts, seed)
+    wanted = np.array([round(s[0] / 2) for s in shuffled.values()])
     for width in set(vgg.widths):
       group = np.array(vgg.widths) == width
       assert sorted(wanted[group]) == sorted(counts[group])
-    structure = prune.fit(scores, vgg, vgg.macs(wanted))
+    structure = prune.fit(shuffled, vgg, vgg.macs(wanted))
     assert structure.counts == tuple(wanted)
     permutations.add(tuple(wanted))
   assert len(permutations) > 1
@@ -174,9 +174,9 @@ def test_shuffled_scales_to_the_ceiling(vgg):
   counts = np.array([4, 12, 20, 7, 30, 11, 50, 90, 40, 21, 60, 33, 101])
   ceiling = vgg.macs(counts)
   for seed in range(20):
-    scores = arms.shuffled(vgg, counts, seed)
-    wanted = np.array([s[0] / 2 for s in scores.values()])
-    structure = prune.fit(scores, vgg, ceiling)
+    shuffled = scores.shuffled(vgg, counts, seed)
+    wanted = np.array([s[0] / 2 for s in shuffled.values()])
+    structure = prune.fit(shuffled, vgg, ceiling)
     assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
     room = (wanted < vgg.widths) & (np.array(structure.counts) < vgg.widths)
     factors = (np.array(structure.counts) / wanted)[room & (wanted >= 20)]
@@ -187,13 +187,13 @@ def test_filters_by_hand():
   kernel = np.zeros((1, 1, 2, 3))
   kernel[0, 0] = [[1, -2, 0], [3, 2, 0]]  # L1 norms 4, 4, 0; their mean 8/3.
   params = {'a': {'b': {'conv': {'kernel': kernel}}}}
-  found = arms.filters(params, ['a/b'])
+  found = scores.filters(params, ['a/b'])
   np.testing.assert_allclose(found['a/b'], [1.5, 1.5, 0])
 
 
 def test_scales_are_absolute():
   params = {'a': {'bn': {'scale': np.array([-0.5, 0.25])}}}
-  np.testing.assert_allclose(arms.scales(params, ['a'])['a'], [0.5, 0.25])
+  np.testing.assert_allclose(scores.scales(params, ['a'])['a'], [0.5, 0.25])
 
 
 @pytest.mark.parametrize('name', ['vgg16', 'mobilenet_v1', 'mobilenet_v2'])

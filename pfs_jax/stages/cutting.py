@@ -59,13 +59,10 @@ def cut(job: Job) -> None:
   )
 
 
-def _fit(job: Job, budget: config.Budget, gates) -> prune.Structure:
+def _fit(job: Job, budget: prune.Budget, gates) -> prune.Structure:
   """The structure of one budget, with where it comes from."""
-  model, c = job.network.cost_model, job.config.budget
-  scores = prune.ranked(gates, model, c.ranking, c.power)
-  structure = prune.fit(scores, model, **job.ceilings(budget))
   return dataclasses.replace(
-    structure,
+    job.cut(gates, budget),
     model=job.network.description,
     source={
       'budget': budget.name,
@@ -91,16 +88,16 @@ def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
   return there
 
 
-def check_budget(job: Job, budget: config.Budget) -> None:
+def check_budget(job: Job, budget: prune.Budget) -> None:
   """Refuses a budget below the floor, with what would be reachable."""
   try:
-    prune.check_budget(job.network.cost_model, **job.ceilings(budget))
+    budget.check(job.network.cost_model, job.latency_of(budget))
   except prune.Infeasible as e:
     hints = '; '.join(_reachable(job, budget, e))
     raise errors.UserError(f'{budget.name}: {e}\nReachable: {hints}.') from e
 
 
-def _reachable(job: Job, budget: config.Budget, e: prune.Infeasible):
+def _reachable(job: Job, budget: prune.Budget, e: prune.Infeasible):
   """What can be had instead: another budget, multiple or searched width."""
   if e.quantity == 'macs':
     share = e.floor / job.network.reference_macs
@@ -114,7 +111,7 @@ def _reachable(job: Job, budget: config.Budget, e: prune.Infeasible):
 
   def fits(model, **change):
     try:
-      prune.check_budget(model, **{**budget.ceilings(), **change})
+      dataclasses.replace(budget, **change).check(model)
     except prune.Infeasible:
       return False
     return True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from pfs_jax import (
+  budgets,
   config,
   data,
   devices,
@@ -32,7 +34,7 @@ class Job:
     self.train_weights: Any = None
     self.spec = data.configured(c.data)
     self.network = self._network()
-    self.budgets = config.budgets(c, self.network.reference_macs)
+    self.budgets = budgets.from_section(c.budget, self.network.reference_macs)
 
   def _network(self) -> models.Network:
     c, dtype = self.config.model, config.DTYPES[self.config.dtype]
@@ -71,12 +73,16 @@ class Job:
       config.DTYPES[self.config.dtype],
     )
 
-  def ceilings(self, budget: config.Budget) -> dict[str, Any]:
-    """The arguments of `prune.fit` and `prune.check_budget` for a budget."""
-    ceilings = budget.ceilings()
-    if budget.max_latency_ms is not None:
-      ceilings['latency'] = self.latency
-    return ceilings
+  def latency_of(self, budget: prune.Budget) -> latency.LatencyModel | None:
+    """The latency model, measured only for a budget in milliseconds."""
+    return None if budget.max_latency_ms is None else self.latency
+
+  def cut(
+    self, scores: Mapping[str, Any], budget: prune.Budget
+  ) -> prune.Structure:
+    """The structure of the searched network that a budget allows."""
+    model = self.network.cost_model
+    return prune.cut(scores, model, budget, self.latency_of(budget))
 
   @functools.cached_property
   def data(self) -> Any:

@@ -95,14 +95,14 @@ def _info_totals(job: Job, network, model, total: int) -> None:
 
   rows.append(row('searched network', model.widths))
   for multiple in (1, 8, 16):
-    least = prune.minimum(model, round_to=multiple)
+    least = prune.Budget(round_to=multiple).least(model)
     rows.append(row(f'floor, multiples of {multiple}', least))
   for budget in job.budgets:
     if budget.max_latency_ms is not None:
       rows.append([f'budget {budget.name}', 'measured when cut', '', ''])
       continue
     try:
-      prune.check_budget(model, **budget.ceilings())
+      budget.check(model)
       rows.append([f'budget {budget.name}', 'can be met', '', ''])
     except prune.Infeasible as e:
       rows.append([f'budget {budget.name}', f'floor {e.floor:,}', '', ''])

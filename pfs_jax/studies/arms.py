@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax
 import numpy as np
 
-from pfs_jax import costs, errors, prune
+from pfs_jax import errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,94 +108,6 @@ def parse(name: str) -> Arm:
       f'config.arms: {name!r} has no weights to start from.'
     )
   return arm
-
-
-# Scores.
-
-
-def generator(seed: int, purpose: str) -> np.random.Generator:
-  """A generator for one purpose of one seed."""
-  return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
-
-
-def equal(cost_model: costs.CostModel) -> dict[str, np.ndarray]:
-  """All 1: ties spread in proportion, so `prune.fit` gives uniform width."""
-  return {
-    name: np.ones(width)
-    for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
-  }
-
-
-def random(cost_model: costs.CostModel, seed: int) -> dict[str, np.ndarray]:
-  """A draw from [0, 1) per channel: no layer is favoured, whatever its size."""
-  rng = generator(seed, 'random gates')
-  return {
-    name: rng.random(width)
-    for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
-  }
-
-
-def shuffled(
-  cost_model: costs.CostModel, counts: Sequence[int], seed: int
-) -> dict[str, np.ndarray]:
-  """Scores that lead `prune.fit` to counts permuted among equal layers.
-
-  The counts of the layers of equal width (VGG's and ResNet's stages; VGG's last
-  two are one group) are permuted at random. The j-th channel of a layer that is
-  to keep t gets the score t / (j + 0.5). So the ranking, cut anywhere, keeps
-  about s * t channels in every layer, for one s: the permuted counts, scaled by
-  a common factor as the ceiling asks (about 1, since permuting changes the
-  MACs), with ties, minimum width and the last channels by the rules of the
-  solver.
-
-  Args:
-    cost_model: Costs of the searched network.
-    counts: What a search kept in each layer.
-    seed: Of the permutation.
-  """
-  rng = generator(seed, 'shuffled counts')
-  widths, wanted = np.array(cost_model.widths), np.array(counts)
-  for width in dict.fromkeys(cost_model.widths):
-    group = np.flatnonzero(widths == width)
-    wanted[group] = wanted[rng.permutation(group)]
-  return {
-    name: t / (np.arange(width) + 0.5)
-    for name, width, t in zip(cost_model.layers, widths, wanted, strict=True)
-  }
-
-
-def _leaf(params: Mapping[str, Any], layer: str, *names: str) -> np.ndarray:
-  for name in (*layer.split('/'), *names):
-    params = params[name]
-  return np.asarray(params, np.float64)
-
-
-def filters(
-  params: Mapping[str, Any], layers: Sequence[str]
-) -> dict[str, np.ndarray]:
-  """L1 norm of each filter over its layer's mean (Li et al. 2017).
-
-  Norms of layers with other fan-in have another scale, hence the mean.
-
-  Args:
-    params: Of the trained network; kernels [k, k, C_in, C].
-    layers: The gated layers.
-  """
-  return prune.over_layer_mean(
-    {
-      layer: np.abs(_leaf(params, layer, 'conv', 'kernel')).sum((0, 1, 2))
-      for layer in layers
-    }
-  )
-
-
-def scales(
-  params: Mapping[str, Any], layers: Sequence[str]
-) -> dict[str, np.ndarray]:
-  """|scale| of each layer's BatchNorm, ranked globally (Liu et al. 2017)."""
-  return {
-    layer: np.abs(_leaf(params, layer, 'bn', 'scale')) for layer in layers
-  }
 
 
 def folded(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pfs_jax import models, prune, runs, stages
+from pfs_jax import models, prune, runs, scores, stages
 from pfs_jax import train as train_lib
 from pfs_jax.studies import arms, plan, products, results
 
@@ -53,18 +53,18 @@ def _forget_programs() -> None:
 # Structure.
 
 
-def scores(
+def scored(
   cell: plan.Cell, cost_model, root: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """({layer: scores}, fields of the record that say what they are from)."""
   arm, seed = cell.arm, cell.seed
   if arm.scores in ('full', 'equal'):
-    return arms.equal(cost_model), {}
+    return scores.equal(cost_model), {}
   if arm.scores == 'random':
-    return arms.random(cost_model, seed), {}
+    return scores.random(cost_model, seed), {}
   if arm.scores in ('filters', 'scales'):
     variables, folder = products.trained(cell, root, math.inf)
-    score = arms.filters if arm.scores == 'filters' else arms.scales
+    score = scores.filters if arm.scores == 'filters' else scores.scales
     found = score(variables['params'], cost_model.layers)
     return found, {'wide_seconds': products.seconds(folder)}
   gates, folder = products.searched(cell, root)
@@ -75,18 +75,18 @@ def scores(
     'pretrain_epochs': arm.pretrain_epochs,
     'gate_means': {k: round(float(g.mean()), 4) for k, g in gates.items()},
   }
-  return prune.ranked(gates, cost_model, arm.ranking, arm.power), facts
+  return scores.ranked(gates, cost_model, arm.ranking, arm.power), facts
 
 
 def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
   """Writes structure.json; the record's fields about it."""
   job = stages.Job(cell.config, folder)
   model, budget = job.network.cost_model, job.budgets[0]
-  found, facts = scores(cell, model, root)
-  structure = prune.fit(found, model, **job.ceilings(budget))
+  found, facts = scored(cell, model, root)
+  structure = job.cut(found, budget)
   if cell.arm.scores == 'shuffled':
-    found = arms.shuffled(model, structure.counts, cell.seed)
-    structure = prune.fit(found, model, **job.ceilings(budget))
+    found = scores.shuffled(model, structure.counts, cell.seed)
+    structure = job.cut(found, budget)
   structure = dataclasses.replace(
     structure,
     model=job.network.description,

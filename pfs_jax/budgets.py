@@ -1,0 +1,210 @@
+"""Budgets: what a structure may cost, and what it must keep.
+
+A `Budget` is made once, from the config or by hand, and passed whole to the
+cut (`prune.cut`), to its check before a search, and to the names of its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfs_jax import costs, errors
+
+# Counts -> milliseconds.
+Latency = Callable[[Sequence[int]], float]
+
+
+class Infeasible(errors.UserError):
+  """No structure meets the budget: even the narrowest one costs more.
+
+  Attributes:
+    quantity: 'macs', 'params' or 'latency_ms', the first ceiling that cannot
+      be met.
+    floor: That quantity of the narrowest structure allowed.
+    ceiling: What was asked for.
+  """
+
+  def __init__(self, quantity: str, floor: float, ceiling: float):
+    self.quantity, self.floor, self.ceiling = quantity, floor, ceiling
+    name = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}[
+      quantity
+    ]
+    super().__init__(
+      f'a budget of {ceiling:,} {name} cannot be met: the narrowest structure '
+      f'allowed has {floor:,} (the floor).'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """What a structure may cost, what it must keep, and how channels compare.
+
+  Attributes:
+    name: Such as 'keep0.5', 'macs20000000', 'params100000' or 'latency2.5ms',
+      with '-roundto8' and the like where the cut has more conditions. The
+      files of the budget carry it.
+    max_macs: Ceiling on the MACs of one image, or None.
+    max_params: Ceiling on the parameters, or None.
+    max_latency_ms: Ceiling on the predicted milliseconds of a batch, or None.
+    latency_batch: Images in that batch.
+    min_channels: Channels that every layer keeps, >= 1.
+    min_share: Share (0..1) of its channels that every layer keeps.
+    round_to: Counts are multiples of it, >= 1.
+    ranking: What is compared across layers, see `scores.ranked`.
+    power: The exponent of the cost, with the ranking 'cost'.
+  """
+
+  name: str = ''
+  max_macs: int | None = None
+  max_params: int | None = None
+  max_latency_ms: float | None = None
+  latency_batch: int = 1
+  min_channels: int = 1
+  min_share: float = 0.0
+  round_to: int = 1
+  ranking: str = 'global'
+  power: float = 1.0
+
+  def __post_init__(self):
+    for name in ('min_channels', 'round_to'):
+      value = getattr(self, name)
+      if value < 1 or value != int(value):
+        raise errors.UserError(
+          f'config.budget.{name} must be an integer >= 1; got {value}.'
+        )
+    if not 0 <= self.min_share <= 1:
+      raise errors.UserError(
+        f'config.budget.min_share must be in [0, 1]; got {self.min_share}.'
+      )
+
+  def least(self, cost_model: costs.CostModel) -> tuple[int, ...]:
+    """The narrowest counts allowed: the floor of every budget.
+
+    The larger of `min_channels` and `min_share` of the layer, rounded up to a
+    multiple of `round_to`, but never more than the widest count allowed.
+    """
+    counts = []
+    for width, most in zip(
+      cost_model.widths, self.most(cost_model), strict=True
+    ):
+      least = max(
+        self.min_channels, int(np.ceil(self.min_share * width - 1e-9))
+      )
+      counts.append(min(-(-least // self.round_to) * self.round_to, most))
+    return tuple(counts)
+
+  def most(self, cost_model: costs.CostModel) -> tuple[int, ...]:
+    """The widest counts allowed: multiples, or all of a narrow layer."""
+    return tuple(
+      w // self.round_to * self.round_to or w for w in cost_model.widths
+    )
+
+  def ceilings(
+    self, cost_model: costs.CostModel, latency: Latency | None = None
+  ) -> dict[str, tuple[Callable[[Sequence[int]], float], float]]:
+    """{quantity: (cost of counts, ceiling)} of the ceilings that are given."""
+    if self.max_latency_ms is not None and latency is None:
+      raise ValueError('max_latency_ms needs a latency model.')
+    given = {
+      'macs': (cost_model.macs, self.max_macs),
+      'params': (cost_model.params, self.max_params),
+      'latency_ms': (latency, self.max_latency_ms),
+    }
+    return {k: v for k, v in given.items() if v[1] is not None}
+
+  def check(
+    self, cost_model: costs.CostModel, latency: Latency | None = None
+  ) -> tuple[int, ...]:
+    """The narrowest counts allowed; raises Infeasible if they cost too much."""
+    least = self.least(cost_model)
+    for quantity, (cost, top) in self.ceilings(cost_model, latency).items():
+      if cost(least) > top:
+        raise Infeasible(quantity, cost(least), top)
+    return least
+
+  def asked(self) -> dict[str, Any]:
+    """What a structure file says about its budget."""
+    names = ['max_macs', 'max_params', 'min_channels', 'min_share', 'round_to']
+    if self.max_latency_ms is not None:
+      names.append('max_latency_ms')
+    if self.ranking != 'global':
+      names.append('ranking')
+    if self.ranking == 'cost':
+      names.append('power')
+    return {name: getattr(self, name) for name in names}
+
+
+def from_section(section: Any, reference_macs: int) -> tuple[Budget, ...]:
+  """One budget for each entry of keep, macs, params, latency_ms, in this order.
+
+  A share allows floor(share * reference_macs) MACs.
+
+  Args:
+    section: `config.budget`.
+    reference_macs: MACs of the reference network.
+
+  Raises:
+    errors.UserError: If the same budget is named twice.
+  """
+  suffix = _conditions(section)
+
+  def lower(ceiling, besides):
+    given = [n for n in (ceiling, besides or None) if n is not None]
+    return min(given, default=None)
+
+  def budget(name, macs=None, params=None, milliseconds=None):
+    return Budget(
+      name + suffix,
+      lower(macs, section.max_macs),
+      lower(params, section.max_params),
+      milliseconds,
+      section.latency_batch,
+      section.min_channels,
+      section.min_share,
+      section.round_to,
+      section.ranking,
+      section.power,
+    )
+
+  # A share such as 0.3 is meant exactly, not as the binary float below it.
+  found = [
+    budget(
+      f'keep{share:.12g}',
+      macs=math.floor(fractions.Fraction(str(share)) * reference_macs),
+    )
+    for share in section.keep
+  ]
+  found += [budget(f'macs{int(n)}', macs=int(n)) for n in section.macs]
+  found += [budget(f'params{int(n)}', params=int(n)) for n in section.params]
+  found += [
+    budget(f'latency{ms:.12g}ms', milliseconds=float(ms))
+    for ms in section.latency_ms
+  ]
+  if len({b.name for b in found}) < len(found):
+    raise errors.UserError('config.budget names the same budget twice.')
+  return tuple(found)
+
+
+def _conditions(section: Any) -> str:
+  """The end of a budget's name: how it differs from a plain budget."""
+  plain, found = Budget(), ''
+  for name in (
+    'latency_batch',
+    'max_macs',
+    'max_params',
+    'min_channels',
+    'min_share',
+    'round_to',
+  ):
+    if section[name] != (getattr(plain, name) or 0):
+      found += f'-{name.replace("_", "")}{section[name]:.12g}'
+  if section.ranking != plain.ranking:
+    found += f'-{section.ranking.replace("_", "")}'
+    found += f'{section.power:.12g}' if section.ranking == 'cost' else ''
+  return found

@@ -1,0 +1,144 @@
+"""The fields of the configuration, as the table fields.txt states them.
+
+The table is the only place that knows a field: its name, its default (the value
+of the paper's CIFAR-10 runs), what it must be, and what it means.
+`config.default` and `config.validate` come from it, and so does docs/config.md:
+
+  python -m pfs_jax.fields > docs/config.md
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+
+def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  return lambda values: all(holds(v) for v in values)
+
+
+# Each rule is {what the value must be: test}. Upper bounds are in `_most`.
+_RULES: dict[str, Callable[[Any], bool]] = {
+  'a text': lambda v: isinstance(v, str),
+  'True or False': lambda v: isinstance(v, bool),
+  '> 0': lambda v: v > 0,
+  '>= 0': lambda v: v >= 0,
+  '>= 1': lambda v: v >= 1,
+  '>= -1': lambda v: v >= -1,
+  'an integer >= 0': lambda v: v >= 0 and v == int(v),
+  'in [0, 1]': lambda v: 0 <= v <= 1,
+  'in [0, 1)': lambda v: 0 <= v < 1,
+  'in [0, 2**32)': lambda v: 0 <= v < 2**32,
+  'numbers > 0': _each(lambda v: v > 0),
+  'integers >= 1': _each(lambda v: v >= 1 and v == int(v)),
+  'shares in (0, 1]': _each(lambda v: 0 < v <= 1),
+  'shares in [0, 1]': _each(lambda v: 0 <= v <= 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One field of the configuration.
+
+  Attributes:
+    name: Its dotted name, such as 'search.epochs'.
+    default: Its value where neither a file nor the command line sets it.
+    rule: What it must be: a key of the rules above, or 'one of a, b'.
+    doc: One line that says what it means.
+    result: Whether the result of a stage depends on it.
+  """
+
+  name: str
+  default: Any
+  rule: str
+  doc: str
+  result: bool
+
+  def broken(self, value: Any) -> str:
+    """What `value` must be and is not; '' if it keeps the rule.
+
+    >>> BY_NAME['train.epochs'].broken(0.0)
+    '> 0'
+    >>> BY_NAME['train.epochs'].broken(1e308)
+    '<= 1000000'
+    """
+    entries = value if isinstance(value, tuple) else (value,)
+    try:
+      if not self._holds(value) or any(v != v for v in entries):
+        return self.rule
+    except (TypeError, ValueError, OverflowError):
+      return self.rule
+    numbers = [v for v in entries if isinstance(v, int | float)]
+    return f'<= {self._most}' if max(numbers, default=0) > self._most else ''
+
+  def _holds(self, value: Any) -> bool:
+    if self.rule.startswith('one of '):
+      return value in self.rule.removeprefix('one of ').split(', ')
+    return _RULES[self.rule](value)
+
+  @property
+  def _most(self) -> int:
+    """The largest value allowed: beyond it lies no experiment."""
+    if 'integer' in self.rule:
+      return 2**63 - 1
+    return 2**32 if isinstance(self.default, int) else 10**6
+
+
+def _read(path: pathlib.Path) -> tuple[Field, ...]:
+  """The rows of a table; see the first lines of fields.txt."""
+  fields = []
+  for line in path.read_text('utf-8').splitlines():
+    if line and not line.startswith('#'):
+      name, default, rule, doc = line.split(' | ')
+      plain = name.removesuffix('*')
+      value = ast.literal_eval(default)
+      fields.append(Field(plain, value, rule, doc, plain == name))
+  return tuple(fields)
+
+
+FIELDS = _read(pathlib.Path(__file__).with_name('fields.txt'))
+BY_NAME = {field.name: field for field in FIELDS}
+
+
+def page() -> str:
+  """The text of docs/config.md: one table of fields for each section."""
+  lines = [_INTRODUCTION]
+  section = None
+  for field in FIELDS:
+    prefix, _, name = field.name.rpartition('.')
+    if prefix != section:
+      section = prefix
+      title = f'config.{prefix}'.removesuffix('.')
+      lines += [f'\n## `{title}`\n', '| field | default | must be | meaning |']
+      lines += ['| --- | --- | --- | --- |']
+    mark = '' if field.result else ' *'
+    lines += [
+      f'| `{name}`{mark} | `{field.default!r}` | `{field.rule}` | {field.doc} |'
+    ]
+  return '\n'.join(lines) + '\n'
+
+
+_INTRODUCTION = """\
+# The fields of a config
+
+<!-- Written by `python -m pfs_jax.fields > docs/config.md`. -->
+
+A config file sets a field (`c.search.epochs = 5.0`), and the command line
+overrides it (`--config.search.epochs=5.0`). Fields that hold several values
+are tuples: `--config.budget.keep=0.3,0.5`. A single number is a tuple of one
+(`--config.budget.keep=0.5`), and `--config.budget.keep="()"` is empty.
+
+A value that breaks its rule is refused before anything starts. Besides the
+rules below, MACs and parameters must be below 2^63, other integers at most
+2^32, and other numbers at most 1,000,000.
+
+A workdir belongs to the values that its results depend on, and a command with
+other values is refused there. No result depends on the fields marked with *.
+"""
+
+
+if __name__ == '__main__':
+  print(page(), end='')
