@@ -1,18 +1,20 @@
-"""How fast images come: decoding a core, workers, and what a step waits.
+"""How fast images come: decoding on a core, threads, and what a step waits.
 
+  pip install grain==0.2.18
   python -m benchmarks.input_pipeline
 
 Draws JPEG files of ImageNet's usual sizes (or takes `--source_dir`) and prints:
 images a CPU second of decode + crop + resize to 224 px, with and without the
 JPEG decoder's own halving; images a second, time to the first batch, time to
-close and memory of our workers, of Grain's and of a concurrent.futures pool,
-all on the same batches; the share of a training step's time that is spent
-waiting. Numbers are the median of `--repeats` interleaved runs, with the range.
-docs/imagenet.md holds the results.
+close and memory of worker processes, for our threads, Grain's processes and a
+concurrent.futures pool of processes, all on the same batches; the share of a
+training step's time that is spent waiting. Numbers are the median of
+`--repeats` interleaved runs, with the range. docs/imagenet.md has the results.
 """
 
 import argparse
 import concurrent.futures
+import io
 import multiprocessing
 import os
 import pathlib
@@ -23,7 +25,7 @@ import time
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from pfs_jax.data import images, workers
+from pfs_jax.data import decoding, listing, loading
 
 SIZES = [(500, 375)] * 6 + [(375, 500)] * 2 + [(500, 333)] * 2 + [(400, 300)]
 LARGE = (2048, 1536)
@@ -59,7 +61,7 @@ def shown(values):
   return f'{statistics.median(values):8.1f}  ({low:.1f} to {high:.1f})'
 
 
-def decoding(listed, repeats):
+def decode_rates(listed, repeats):
   """Prints images a CPU second of this thread."""
   kinds = {'usual': [], 'large': []}
   for i in range(len(listed)):
@@ -75,10 +77,17 @@ def decoding(listed, repeats):
           start = time.process_time()
           n = 2 * len(contents)
           for i in range(n):
-            images.decode(contents[i % len(contents)], 224, scale, rng)
+            decoding.decode(contents[i % len(contents)], 224, scale, rng)
           rate = n / (time.process_time() - start)
           rates.setdefault((kind, scale, halving), []).append(rate)
   JpegImagePlugin.JpegImageFile.draft = draft
+  tiny = io.BytesIO()
+  draw(np.random.default_rng(0), 8, 8).save(tiny, 'jpeg')
+  start = time.process_time()
+  for _ in range(500):
+    decoding.decode(tiny.getvalue(), 8, 0.25, np.random.default_rng(0))
+  held = (time.process_time() - start) / 500 * 1000
+  print(f'Python around the decoder, an upper bound: {held:.2f} ms an image')
   print('decode + crop + resize to 224, images a CPU second')
   for (kind, scale, halving), values in sorted(rates.items()):
     what = f'crop scale {scale}' if scale else 'evaluation'
@@ -91,10 +100,14 @@ def _no_draft(*_):
 
 
 class Whole:
-  """`images.Batches` as a Grain data source and a function of the step."""
+  """`loading.Batches` as a Grain data source and a function of the step."""
 
   def __init__(self, batches):
     self.batches = batches
+
+  def __repr__(self):
+    """Short, since Grain puts it into every error."""
+    return 'Whole()'
 
   def __len__(self):
     """Steps."""
@@ -102,13 +115,15 @@ class Whole:
 
   def __getitem__(self, step):
     """All rows of a batch."""
-    pixels, labels, weights, _ = self.batches.piece(int(step), slice(None))
-    return {'pixels': pixels, 'labels': labels, 'weights': weights}
+    batches = self.batches
+    found = batches.piece(int(step), batches.places(int(step)), batches.rows)
+    del found['corrupt']
+    return found
 
 
-def ours(batches, processes):
-  """Yields batches of `workers.Loader`."""
-  with workers.Loader(batches, 0, processes) as loader:
+def threads(batches, count):
+  """Yields batches of `loading.Loader`."""
+  with loading.Loader(batches, 0, count) as loader:
     while True:
       yield loader.next()
 
@@ -165,10 +180,10 @@ def resident(exclude):
   return max(total, default=0.0)
 
 
-def loading(listed, batch_size, processes, repeats, steps):
-  """Prints what the kinds of workers take."""
+def serving(listed, batch_size, processes, repeats, steps):
+  """Prints what threads and the kinds of processes take."""
   usual = np.flatnonzero(listed.labels == listed.classes.index('usual'))
-  batches = images.Batches(
+  batches = loading.Batches(
     listed,
     np.tile(usual, 8),
     batch_size,
@@ -179,7 +194,7 @@ def loading(listed, batch_size, processes, repeats, steps):
   )
   found = {}
   for _ in range(repeats):
-    for make in (ours, grains, pools):
+    for make in (threads, grains, pools):
       start = time.perf_counter()
       stream = make(batches, processes)
       next(stream)
@@ -195,7 +210,10 @@ def loading(listed, batch_size, processes, repeats, steps):
       stream.close()
       closed = time.perf_counter() - start
       found.setdefault(make.__name__, []).append((rate, first, closed, memory))
-  print(f'{processes} workers, batches of {batch_size}, 224 px, crop 0.25')
+  print(
+    f'{processes} threads or processes, batches of {batch_size}, 224 px, '
+    'crop 0.25'
+  )
   for name, rows in found.items():
     columns = list(zip(*rows, strict=True))
     for label, values in zip(
@@ -235,7 +253,7 @@ def waiting(root, steps):
     seconds = time.perf_counter() - start
   waited = source.seconds_waited - before
   print(
-    f'mobilenet_v1 at 224 px, batch 16, 1 worker, {jax.default_backend()}: '
+    f'mobilenet_v1 at 224 px, batch 16, 1 thread, {jax.default_backend()}: '
     f'{16 * steps / seconds:.1f} images/s, {waited / seconds:.2%} waiting'
   )
 
@@ -254,10 +272,10 @@ def main():
     if not args.source_dir:
       make_folder(root / 'train')
       make_folder(root / 'val')
-    listed = images.scan(root / 'train')
+    listed = listing.scan(root / 'train')
     print('load average', os.getloadavg()[0], 'on', os.cpu_count(), 'cores')
-    decoding(listed, args.repeats)
-    loading(listed, args.batch_size, args.workers, args.repeats, args.steps)
+    decode_rates(listed, args.repeats)
+    serving(listed, args.batch_size, args.workers, args.repeats, args.steps)
     waiting(root, args.steps)
 
 

@@ -22,6 +22,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def note(text: str) -> None:
+  """Prints one plain line on stderr, on every process."""
+  print(text, file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
   """Seconds in words.
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pfs_jax import console, errors, export
-from pfs_jax.data import images as images_lib
+from pfs_jax.data import decoding
 
 
 def read_image(
@@ -42,10 +42,12 @@ def read_image(
   try:
     content = pathlib.Path(path).read_bytes()
     if expected['centre_crop'] < 1:
-      pixels = images_lib.decode(content, height)
+      pixels = decoding.decode(content, height, formats=None)
     else:
       image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-      image = _eight_bits(image).convert('L' if channels == 1 else 'RGB')
+      image = decoding.eight_bits(image).convert(
+        'L' if channels == 1 else 'RGB'
+      )
       image = image.resize((width, height), Image.Resampling.BILINEAR)
       pixels = np.asarray(image).reshape(height, width, channels)
   except Exception as e:  # Damaged files raise many kinds.
@@ -53,14 +55,6 @@ def read_image(
     reason = 'it is no image' if 'cannot identify' in str(e) else reason
     raise errors.UserError(f'{path} cannot be read: {reason}.') from e
   return 255 - pixels if invert else pixels
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-  """16-bit grey to 8-bit, which Pillow would clip instead of scale."""
-  if not image.mode.startswith('I'):
-    return image
-  values = np.asarray(image).astype(np.float64) / 257
-  return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
 
 
 def probabilities(

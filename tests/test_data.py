@@ -26,10 +26,10 @@ import numpy as np
 import pytest
 
 from pfs_jax import data, errors
-from pfs_jax.data import files, prepare, registry
+from pfs_jax.data import prepare, specs, upstream
 
 ROOT = pathlib.Path(__file__).parents[1]
-DEBIAN = pathlib.Path(files.DEBIAN_FASHION)
+DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
 TRAIN, TEST = 60, 20
 TFDS_SETS = ('mnist', 'fashion_mnist', 'cifar10', 'cifar100')
 
@@ -38,7 +38,7 @@ TFDS_SETS = ('mnist', 'fashion_mnist', 'cifar10', 'cifar100')
 
 
 def _fake_split(name, count, seed):
-  facts = registry.SPECS[name]
+  facts = specs.SPECS[name]
   shape = (count, facts.image_size, facts.image_size, facts.channels)
   rng = np.random.default_rng(seed)
   images = rng.integers(0, 256, shape, np.uint8)
@@ -102,11 +102,11 @@ def _fake_files(name):
 
 def _install(name, contents, base_url='http://127.0.0.1:1/'):
   """Registers small counts and the fakes' checksums; for fixtures below."""
-  registry.SPECS[name] = dataclasses.replace(
-    registry.SPECS[name], train_examples=TRAIN, test_examples=TEST
+  specs.SPECS[name] = dataclasses.replace(
+    specs.SPECS[name], train_examples=TRAIN, test_examples=TEST
   )
-  files.OVERRIDES[name] = tuple(
-    files.File(k, base_url + k, len(v), hashlib.sha256(v).hexdigest())
+  upstream.OVERRIDES[name] = tuple(
+    upstream.File(k, base_url + k, len(v), hashlib.sha256(v).hexdigest())
     for k, v in contents.items()
   )
 
@@ -114,8 +114,8 @@ def _install(name, contents, base_url='http://127.0.0.1:1/'):
 @pytest.fixture
 def fakes(monkeypatch):
   """install(name, base_url) -> {file name: content}, undone afterwards."""
-  monkeypatch.setattr(registry, 'SPECS', dict(registry.SPECS))
-  monkeypatch.setattr(files, 'OVERRIDES', {})
+  monkeypatch.setattr(specs, 'SPECS', dict(specs.SPECS))
+  monkeypatch.setattr(upstream, 'OVERRIDES', {})
 
   def install(name, base_url='http://127.0.0.1:1/'):
     contents = _fake_files(name)
@@ -371,18 +371,19 @@ def test_source_dir_with_another_file(fakes, tmp_path):
 
 def test_real_checksums_are_those_of_tfds():
   # Length and sha256 from TFDS 4.9.10's url_checksums/cifar10.txt.
-  (cifar10,) = files.expected('cifar10')
+  (cifar10,) = upstream.expected('cifar10')
   assert cifar10.name == 'cifar-10-binary.tar.gz'
   assert cifar10.size == 170052171
   assert cifar10.sha256 == (
     'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
   )
-  (cifar100,) = files.expected('cifar100')
+  (cifar100,) = upstream.expected('cifar100')
   assert cifar100.name == 'cifar-100-binary.tar.gz'
   for name in ('mnist', 'fashion_mnist'):
-    assert {f.name for f in files.expected(name)} == set(_fake_files(name))
+    assert {f.name for f in upstream.expected(name)} == set(_fake_files(name))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   not DEBIAN.exists(), reason='Debian package dataset-fashion-mnist is absent'
 )
@@ -390,7 +391,7 @@ def test_debian_fashion_mnist(tmp_path):
   code = """
     import sys, time
     import numpy as np
-    from pfs_jax import data
+    from pfs_jax import data, runs
     start = time.monotonic()
     d = data.load('fashion_mnist', data_dir=sys.argv[1], source_dir=sys.argv[2])
     print(time.monotonic() - start, 'tensorflow_datasets' in sys.modules)
@@ -403,7 +404,7 @@ def test_debian_fashion_mnist(tmp_path):
     assert abs(x.mean() - d.spec.mean[0]) < 1e-3
     assert abs(x.std() - d.spec.std[0]) < 1e-3
   """
-  first = _python(code, str(tmp_path), files.DEBIAN_FASHION)
+  first = _python(code, str(tmp_path), upstream.DEBIAN_FASHION)
   assert first.returncode == 0, first.stderr
   assert first.stdout.split()[1] == 'True'
   second = _python(code, str(tmp_path), '')
@@ -466,7 +467,7 @@ def test_download(name, fakes, tmp_path, capsys):
   with _server(_fake_files(name)) as (url, asked):
     fakes(name, url)
     d = data.load(name, data_dir=str(tmp_path))
-  assert len(asked) == len(set(asked)) == len(files.expected(name))
+  assert len(asked) == len(set(asked)) == len(upstream.expected(name))
   assert _pixels(d.test_images, d.test_labels) == _pixels(
     *_fake_split(name, TEST, 1)
   )
@@ -485,7 +486,7 @@ def test_download_on_a_terminal_shows_a_bar(fakes, tmp_path, monkeypatch):
   monkeypatch.setenv('TERM', 'xterm')
   with _server(_fake_files('cifar10')) as (url, _):
     fakes('cifar10', url)
-    files.download('cifar10')
+    upstream.download('cifar10')
   assert 'cifar-10-binary.tar.gz' in sys.stderr.getvalue()
   assert '100' in sys.stderr.getvalue() or '━' in sys.stderr.getvalue()
 
@@ -552,14 +553,14 @@ def test_unknown_host(fakes, tmp_path):
   fakes('mnist', 'http://no-such-host.invalid/')
   start = time.monotonic()
   message = _refused('mnist', tmp_path)
-  assert time.monotonic() - start < files.CONNECT_SECONDS + 5
+  assert time.monotonic() - start < upstream.CONNECT_SECONDS + 5
   assert 'apt-get' not in message
 
 
 def test_no_answer(fakes, tmp_path, monkeypatch):
   release = threading.Event()
-  monkeypatch.setattr(files, 'CONNECT_SECONDS', 0.3)
-  monkeypatch.setattr(files, '_STALL_SECONDS', 2)
+  monkeypatch.setattr(upstream, 'CONNECT_SECONDS', 0.3)
+  monkeypatch.setattr(upstream, '_STALL_SECONDS', 2)
 
   with _server(_fake_files('cifar10'), lambda *_: release.wait(20)) as (url, _):
     fakes('cifar10', url)
@@ -572,7 +573,7 @@ def test_no_answer(fakes, tmp_path, monkeypatch):
 
 def test_stall_in_the_middle(fakes, tmp_path, monkeypatch):
   release = threading.Event()
-  monkeypatch.setattr(files, '_STALL_SECONDS', 0.3)
+  monkeypatch.setattr(upstream, '_STALL_SECONDS', 0.3)
 
   def stall(handler, content):
     _cut_short(handler, content)

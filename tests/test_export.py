@@ -640,13 +640,13 @@ def test_images_of_every_kind(tmp_path):
 
 
 def test_large_images_are_cropped_as_in_evaluation(tmp_path):
-  from pfs_jax.data import images
+  from pfs_jax.data import decoding
 
   pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
   Image.fromarray(pixels).save(tmp_path / 'x.png')
   expected = {'shape': ['N', 16, 16, 3], 'centre_crop': 224 / 256}
   found = predict.read_image(str(tmp_path / 'x.png'), expected)
-  wanted = images.decode((tmp_path / 'x.png').read_bytes(), 16)
+  wanted = decoding.decode((tmp_path / 'x.png').read_bytes(), 16)
   np.testing.assert_array_equal(found, wanted)
   streamed = dataclasses.replace(spec_of(16, 3), in_memory=False)
   structure = network_of('resnet20')[2]

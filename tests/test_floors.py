@@ -9,8 +9,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
   {'errors', 'fields', 'tables'},
-  {'config', 'costs', 'devices', 'runs', 'structures'},
-  {'budgets', 'console', 'data', 'layers', 'latency', 'scores'},
+  {'config', 'console', 'costs', 'devices', 'runs', 'structures'},
+  {'budgets', 'data', 'layers', 'latency', 'scores'},
   {'prune'},
   {'models', 'interop'},
   {'train'},

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,14 +19,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from pfs_jax import config, data, devices, errors
-from pfs_jax.data import registry
+from pfs_jax import config, devices, errors
+from pfs_jax.data import arrays, specs
 
 
 def normalise(
   images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
 ) -> jax.Array:
-  """uint8 [..., C] -> float (x / 255 - mean) / std."""
+  """uint8 [..., C] -> float (x / 255 - mean) / std, at least float32.
+
+  >>> white = jnp.full((1, 1, 1), 255, jnp.uint8)
+  >>> float(normalise(white, (0.5,), (0.25,), jnp.float32)[0, 0, 0])
+  2.0
+  """
   dtype = jnp.promote_types(dtype, jnp.float32)
   return standardise(images.astype(dtype) / 255, mean, std)
 
@@ -41,7 +48,7 @@ def standardise(
 def crop_and_flip(
   images: jax.Array, key: jax.Array, padding: int, flip: bool
 ) -> jax.Array:
-  """Random crop of the zero-padded image, and horizontal flip by chance 1/2.
+  """Random crop of the zero-padded images; a left-right flip of half of them.
 
   Args:
     images: [N, H, W, C] uint8. Raw zeros are padded, before normalising.
@@ -79,13 +86,13 @@ def _permutation(key: jax.Array, n: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """What is done to a training image; hashable, so static under jit.
+  """What is done to training images; hashable, so static under jit.
 
   Attributes:
     mean: Per channel, of pixels in 0..1.
     std: Per channel.
     padding: Zeros around the image before the random crop; 0 for no crop.
-    flip: Whether to flip horizontally by chance 1/2.
+    flip: Whether half of the images, at random, are flipped left-right.
     dtype: Dtype of the normalised images.
   """
 
@@ -107,15 +114,15 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDraw:
-  """One batch (x normalised, y) of an `ArraySource`, inside the program.
+  """One batch of an `ArraySource`, inside the compiled program.
 
   Equal by value, so that a second source does not compile the step again.
   """
 
   augmentation: Augmentation
 
-  def __call__(self, resident, item) -> tuple[jax.Array, jax.Array]:
-    """The batch of one step."""
+  def __call__(self, resident: Any, item: Any) -> tuple[jax.Array, jax.Array]:
+    """(x normalised, y) of one step."""
     images, labels = resident
     indices, (step, key) = item
     key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
@@ -131,7 +138,7 @@ class ArraySource:
   Attributes:
     resident: (images, labels), uint8 and int32, on every device.
     steps_per_epoch: Whole batches in an epoch; what remains of the permutation
-      is left out, other images in each epoch.
+      is left out; these are other images in each epoch.
   """
 
   def __init__(
@@ -156,11 +163,11 @@ class ArraySource:
     self._epoch, self._order = -1, None
 
   def __enter__(self) -> ArraySource:
-    """Itself; sources that are streamed have something to close."""
+    """Returns the source."""
     return self
 
-  def __exit__(self, *_) -> None:
-    """Nothing."""
+  def __exit__(self, *_: object) -> None:
+    """Does nothing; a streamed source ends its threads here."""
 
   def _indices(self, step: int) -> np.ndarray:
     epoch, position = divmod(step, self.steps_per_epoch)
@@ -204,7 +211,7 @@ class ArrayEvaluation:
     self._batch_size = -(-min(batch_size, len(images)) // n) * n
     self._images, self._labels = images, labels.astype(np.int32)
 
-  def __iter__(self):
+  def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
     """Yields (images, labels, weights) on the devices."""
     for start in range(0, self.size, self._batch_size):
       x = self._images[start : start + self._batch_size]
@@ -222,8 +229,17 @@ class Arrays:
     spec: Its facts.
   """
 
-  def __init__(self, c: ml_collections.ConfigDict):
-    self.spec = registry.configured(c.data)
+  def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
+    self._config = c
+    fields = c.data
+    self.spec = specs.configured(fields)
+    self._dataset = arrays.load(
+      fields.name,
+      data_dir=fields.data_dir,
+      source_dir=fields.source_dir,
+      download=fields.download,
+      train_examples=fields.train_examples,
+    )
     for field in ('crop_scale', 'colour_jitter', 'lighting'):
       for stage in ('search', 'train'):
         if c[stage][field]:
@@ -231,18 +247,10 @@ class Arrays:
             f'config.{stage}.{field} must be 0 for {self.spec.name}, which is '
             f'not streamed; got {c[stage][field]:g}.'
           )
-    self._config = c
-    self._dataset = data.load(
-      c.data.name,
-      data_dir=c.data.data_dir,
-      source_dir=c.data.source_dir,
-      download=c.data.download,
-      train_examples=c.data.train_examples,
-    )
 
-  def _split(self):
+  def _split(self) -> tuple[arrays.Pair, arrays.Pair]:
     d = self._dataset
-    return data.split(
+    return arrays.split(
       d.train_images, d.train_labels, self._config.data.validation_examples
     )
 
@@ -262,6 +270,9 @@ class Arrays:
     Args:
       stage: The section of the config with the batch size.
       hold_out: Whether the validation images are left out.
+
+    Raises:
+      errors.UserError: The batch is larger than the training set.
     """
     examples = (self._dataset.train_images, self._dataset.train_labels)
     if hold_out:
@@ -291,7 +302,9 @@ class Arrays:
       self._dataset.test_images, self._dataset.test_labels
     )
 
-  def _evaluation(self, images, labels) -> ArrayEvaluation:
+  def _evaluation(
+    self, images: np.ndarray, labels: np.ndarray
+  ) -> ArrayEvaluation:
     return ArrayEvaluation(
       images,
       labels,

@@ -1,7 +1,7 @@
 """A small set of JPEG files that needs no download: coloured shapes.
 
 Made for smoke runs and tests of the path that ImageNet takes: real files in
-class folders, of several sizes, with room to learn and a network soon does.
+class folders, of several sizes, which a small network learns in a minute.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import tempfile
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pfs_jax.data import registry
+from pfs_jax.data import specs
 
 _COLOURS = {'blue': (60, 90, 230), 'red': (230, 70, 60)}
 
 
-def make_folder(root: pathlib.Path, spec: registry.Spec) -> pathlib.Path:
+def make_folder(root: pathlib.Path, spec: specs.Spec) -> pathlib.Path:
   """Writes train/<class>/*.JPEG and val/<class>/*.JPEG, whole or not at all.
 
   Args:
@@ -46,7 +46,9 @@ def make_folder(root: pathlib.Path, spec: registry.Spec) -> pathlib.Path:
   return root
 
 
-def _make_split(folder, spec, split: str, per_class: int) -> None:
+def _make_split(
+  folder: pathlib.Path, spec: specs.Spec, split: str, per_class: int
+) -> None:
   for label, name in enumerate(spec.class_names):
     (folder / name).mkdir(parents=True)
     for i in range(per_class):
@@ -56,7 +58,13 @@ def _make_split(folder, spec, split: str, per_class: int) -> None:
 
 
 def draw(rng: np.random.Generator, name: str, size: int) -> Image.Image:
-  """One image of a class: a shape somewhere on a noisy, tinted ground."""
+  """One image of a class: a shape somewhere on a noisy, tinted ground.
+
+  Args:
+    rng: Draws place, size and colours.
+    name: '<colour>_<shape>'.
+    size: The image is 1 to 1.5 times as wide, and as high, in pixels.
+  """
   colour, shape = name.split('_')
   width, height = rng.integers(size, size * 3 // 2 + 1, 2).tolist()
   ground = rng.integers(60, 190, 3) + rng.normal(0, 12, (height, width, 3))

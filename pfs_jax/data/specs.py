@@ -1,10 +1,13 @@
-"""What is known of a data set before any of it is read.
+"""The facts of each data set, known before any of it is read.
 
 Imports neither JAX nor TFDS: `--mode=info` and the validation of a config need
 sizes and names only.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Any
 
 from pfs_jax import errors
 
@@ -14,21 +17,22 @@ class Spec:
   """One image classification data set.
 
   Attributes:
-    name: the value of `config.data.name`.
-    image_size: height and width in pixels; images are square.
+    name: The value of `config.data.name`.
+    image_size: Height and width in pixels; images are square.
     channels: 1 (grey) or 3 (RGB).
-    num_classes: labels are 0..num_classes-1.
-    mean: per channel, of pixels scaled to 0..1; subtracted first.
-    std: per channel, of pixels scaled to 0..1; divided by.
-    flip: whether a left-right flip keeps the meaning (of a digit it does not).
-    crop_padding: zero pixels added on each side before a random crop; 0 means
+    num_classes: Labels are 0..num_classes-1.
+    mean: For each channel, subtracted from pixels scaled to 0..1.
+    std: For each channel, the divisor after that.
+    flip: Whether a left-right flip keeps the meaning (a digit's it does not).
+    crop_padding: Zero pixels added on each side before a random crop; 0 means
       no crop.
-    class_names: one a class, in label order; empty where folders name them.
-    train_examples: images in the training split.
-    test_examples: images in the test split.
-    in_memory: whether `data.load` gives it as arrays. A set that is streamed
-      (ImageNet) is registered with False and brings its own reader.
-    crop_scale: least share of the area of a random resized crop, of sets that
+    class_names: One for each class, in label order; empty where folders give
+      the names.
+    train_examples: Images in the training split.
+    test_examples: Images in the test split.
+    in_memory: Whether all images are held in one array. Other sets (ImageNet)
+      are streamed from their files.
+    crop_scale: Least share of the area of a random resized crop, of sets that
       are streamed; 0 elsewhere.
   """
 
@@ -46,7 +50,7 @@ class Spec:
   in_memory: bool = True
   crop_scale: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     assert len(self.mean) == len(self.std) == self.channels, self.name
     assert len(self.class_names) in (0, self.num_classes), self.name
 
@@ -74,10 +78,10 @@ SPECS: dict[str, Spec] = {}
 
 
 def register(spec: Spec) -> None:
-  """Adds a data set, so that `data.spec` and the messages know its name.
+  """Adds a data set, so that `spec` and the messages know its name.
 
   Args:
-    spec: its name must be new, or equal what is there already.
+    spec: Its name must be new, or the facts equal to those that are there.
   """
   known = SPECS.setdefault(spec.name, spec)
   assert known == spec, f'{spec.name} is registered with other values'
@@ -86,6 +90,9 @@ def register(spec: Spec) -> None:
 def spec(name: str) -> Spec:
   """The facts of one data set.
 
+  >>> spec('cifar10').image_size, spec('cifar10').num_classes
+  (32, 10)
+
   Args:
     name: `config.data.name`.
 
@@ -93,7 +100,7 @@ def spec(name: str) -> Spec:
     Its `Spec`.
 
   Raises:
-    UserError: no such data set.
+    errors.UserError: There is no such data set.
   """
   if name not in SPECS:
     raise errors.UserError(
@@ -102,18 +109,18 @@ def spec(name: str) -> Spec:
   return SPECS[name]
 
 
-def configured(fields) -> Spec:
-  """The facts of the data set of a config, as the config changes them.
+def configured(fields: Any) -> Spec:
+  """The facts of a registered data set, as the config changes them.
 
   Args:
-    fields: `config.data`: `name`, and `image_size` and `num_classes`, which a
-      streamed set takes (0: its own) and a set of arrays has already.
+    fields: `config.data`. Its `image_size` and `num_classes` change a set that
+      is streamed; for a set of arrays they must be 0 or what the set has.
 
   Returns:
-    Its `Spec`.
+    The `Spec`.
 
   Raises:
-    UserError: no such data set, or a value that it cannot take.
+    errors.UserError: There is no such data set, or it cannot have that value.
   """
   facts = spec(fields.name)
   asked = {
@@ -130,9 +137,9 @@ def configured(fields) -> Spec:
   return dataclasses.replace(facts, class_names=names, **asked)
 
 
-# Mean and deviation of the training images: digits and Fashion-MNIST measured
-# (a test holds them to it), MNIST the customary ones. Crop padding is our
-# choice: a shift by one pixel is as much as 8x8 digits bear.
+# Mean and deviation of the training images. Those of digits and Fashion-MNIST
+# are measured (a test repeats it); MNIST's are the customary ones. Crop padding
+# is our choice: 8x8 digits stay readable when shifted by one pixel, not more.
 register(
   Spec(
     name='digits',
@@ -178,10 +185,10 @@ register(
     test_examples=10_000,
   )
 )
-# The customary CIFAR numbers, which the paper's code uses too. Their deviation
-# is the mean over images of each image's own (over all pixels it is .2470,
-# .2435, .2616): keep it, for the published accuracies were reached with it.
-# CIFAR-100 is given the same, so that both train alike.
+# The customary CIFAR numbers, which the paper's code uses too. This deviation
+# is the mean of each image's own deviation (over all pixels it is .2470, .2435,
+# .2616). The published accuracies were reached with it, so it stays. CIFAR-100
+# gets the same numbers, so that both are trained alike.
 _CIFAR = Spec(
   name='cifar10',
   image_size=32,
@@ -204,8 +211,8 @@ register(
     class_names=tuple(_CIFAR100.split()),
   )
 )
-# ImageNet's customary numbers. Other sizes and folders with other classes come
-# by config.data.image_size and .num_classes.
+# ImageNet's customary numbers. config.data.image_size and .num_classes change
+# the size, and the number of classes of a folder like ImageNet's.
 register(
   Spec(
     name='imagenet2012',
@@ -223,7 +230,7 @@ register(
     crop_scale=0.25,
   )
 )
-# Drawn by data/shapes.py: ImageNet's path at a size for two CPU cores.
+# Drawn by data/shapes.py: streamed like ImageNet, small enough for two cores.
 register(
   Spec(
     name='shapes',

@@ -1,32 +1,32 @@
 """The upstream files of a data set, verified, from a folder or the network.
 
 Files are held in memory (170 MB at most) until their checksum is right, so a
-broken download leaves nothing on the disk. Which files, how long and with which
-sha256 is TFDS's own list, asked at run time.
+broken download leaves nothing on the disk. TFDS's own list says which files
+there are, how long they are, and their sha256.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import http.client
 import pathlib
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
-from pfs_jax import errors
+from pfs_jax import console, errors
 
 CONNECT_SECONDS = 10.0
 _STALL_SECONDS = 10.0  # The longest silence in the middle of a download.
-_SAY_EVERY_SECONDS = 10.0
 _CHUNK = 1 << 18
 DEBIAN_FASHION = '/usr/share/datasets/fashion-mnist'
 
-# Debian's dataset-fashion-mnist holds upstream's gzip streams with a fresh
-# header (no file name, another time). With upstream's times the header can be
-# written again, and TFDS's sha256 then covers every byte.
+# Debian's dataset-fashion-mnist holds upstream's gzip streams with another
+# header (no file name, another time). With upstream's times the first header
+# can be restored, so that TFDS's sha256 covers every byte.
 _FASHION_TIMES = {'train': 1504176606, 't10k': 1504176627}
 
 
@@ -49,7 +49,7 @@ OVERRIDES: dict[str, tuple[File, ...]] = {}
 
 
 def expected(name: str) -> tuple[File, ...]:
-  """The files that TFDS has registered for a data set (or `OVERRIDES`)."""
+  """The files that TFDS has registered for a data set, or its `OVERRIDES`."""
   if name in OVERRIDES:
     return OVERRIDES[name]
   import tensorflow_datasets as tfds
@@ -59,11 +59,6 @@ def expected(name: str) -> tuple[File, ...]:
     File(info.filename, url, info.size, info.checksum)
     for url, info in urls.items()
   )
-
-
-def say(text: str) -> None:
-  """One line of progress to stderr; stdout belongs to results."""
-  print(text, file=sys.stderr, flush=True)
 
 
 def from_folder(name: str, folder: str) -> dict[str, bytes]:
@@ -78,7 +73,8 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
     File name to content, as upstream published it.
 
   Raises:
-    UserError: a file is missing, unreadable, or not the one expected.
+    errors.UserError: A file is missing, unreadable, or not the one expected.
+      (Links are followed: the checksum says what may be read.)
   """
   root = pathlib.Path(folder).expanduser()
   wanted = expected(name)
@@ -109,7 +105,7 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
 
 
 def _upstream_header(file: File, content: bytes) -> bytes:
-  """Gives a nameless gzip file the header that upstream's has, else as it is.
+  """A gzip file without a name, with upstream's header; others unchanged.
 
   RFC 1952: magic, method 8, flags (8 = a name follows), time, extra, system.
   """
@@ -134,28 +130,30 @@ def download(name: str) -> dict[str, bytes]:
     Unreachable: no connection within `CONNECT_SECONDS`, an error status, a
       stalled, short, long or altered file.
   """
-  with _progress() as progress:
-    return {file.name: _get(file, progress) for file in expected(name)}
+  return {file.name: _get(file) for file in expected(name)}
 
 
-def _get(file: File, progress: '_Lines') -> bytes:
+def _get(file: File) -> bytes:
   content = bytearray()
   try:
-    with _connect(file.url) as response:
-      progress.begin(file)
+    with (
+      _connect(file.url) as response,
+      console.Progress(file.name, file.size, unit='bytes') as progress,
+    ):
+      console.note(f'downloading {file.url} ({file.size / 1e6:.1f} MB)')
       # One byte too many is enough to know that it is another file.
       while len(content) <= file.size:
         chunk = response.read(min(_CHUNK, file.size + 1 - len(content)))
         if not chunk:
           break
         content += chunk
-        progress.show(len(content))
+        progress.update(len(content))
   except urllib.error.HTTPError as e:
     e.close()
     raise Unreachable(f'{file.url}: status {e.code} {e.reason}') from e
   except (OSError, http.client.HTTPException) as e:
     reason = getattr(e, 'reason', None) or e  # URLError wraps its cause.
-    # One line, whatever a server that is none has answered.
+    # One line, also where something other than a web server answers.
     reason = ' '.join(str(reason).split())[:100] or type(e).__name__
     raise Unreachable(f'{file.url}: {reason}') from e
   if len(content) < file.size:
@@ -168,10 +166,10 @@ def _get(file: File, progress: '_Lines') -> bytes:
 
 
 def _connect(url: str) -> http.client.HTTPResponse:
-  """Opens a URL within `CONNECT_SECONDS` all told.
+  """Opens a URL within `CONNECT_SECONDS` in all.
 
-  A socket's time-out bounds neither the name look-up nor a host of many
-  addresses; hence the thread, which is left behind when it is late.
+  A socket's time-out limits neither the name look-up nor a host with many
+  addresses. Hence the thread, which is left behind when it is late.
   """
   request = urllib.request.Request(url, headers={'User-Agent': 'pfs_jax'})
   return _within(
@@ -180,7 +178,7 @@ def _connect(url: str) -> http.client.HTTPResponse:
   )
 
 
-def _within(seconds: float, call: Callable):
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
   """The result (or error) of `call()`; `TimeoutError` when it is late."""
   outcome = {}
 
@@ -198,55 +196,3 @@ def _within(seconds: float, call: Callable):
   if 'result' not in outcome:
     raise TimeoutError(f'no answer within {seconds:g} s')
   return outcome['result']
-
-
-def _progress():
-  return _Bar() if sys.stderr.isatty() else _Lines()
-
-
-class _Lines:
-  """Progress for a log file: a line at the start, then one now and then."""
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  def begin(self, file: File) -> None:
-    self.file, self.last = file, time.monotonic()
-    say(f'downloading {file.url} ({file.size / 1e6:.1f} MB)')
-
-  def show(self, done: int) -> None:
-    if time.monotonic() - self.last > _SAY_EVERY_SECONDS:
-      self.last = time.monotonic()
-      say(f'  {done / 1e6:.1f} of {self.file.size / 1e6:.1f} MB')
-
-
-class _Bar(_Lines):
-  """Progress for a terminal: one bar a file."""
-
-  def __init__(self):
-    from rich import console, progress
-
-    self.bar = progress.Progress(
-      progress.TextColumn('{task.description}'),
-      progress.BarColumn(),
-      progress.DownloadColumn(),
-      progress.TransferSpeedColumn(),
-      progress.TimeRemainingColumn(),
-      console=console.Console(stderr=True),
-    )
-
-  def __enter__(self):
-    self.bar.start()
-    return self
-
-  def __exit__(self, *unused):
-    self.bar.stop()
-
-  def begin(self, file: File) -> None:
-    self.task = self.bar.add_task(file.name, total=file.size)
-
-  def show(self, done: int) -> None:
-    self.bar.update(self.task, completed=done)

@@ -1,0 +1,147 @@
+"""The archives of MNIST, Fashion-MNIST and CIFAR, read in memory.
+
+Nothing is unpacked to the disk, so no name, link or device in an archive can
+reach a file. Only regular members with the expected names are read, and none
+beyond `MAX_BYTES`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import tarfile
+from typing import Any
+
+import numpy as np
+
+from pfs_jax import errors
+
+MAX_BYTES = 1 << 28  # Of one unpacked file; the largest archive has 184 MB.
+
+Examples = dict[str, list[dict[str, Any]]]
+
+
+def parse(name: str, files: dict[str, bytes]) -> Examples:
+  """The examples of a data set as TFDS knows them, each image as an array.
+
+  Args:
+    name: mnist, fashion_mnist, cifar10 or cifar100.
+    files: File name to content, see `upstream`.
+
+  Returns:
+    {'train': examples, 'test': examples}; an example is {'image': uint8
+    [H, W] or [H, W, 3], 'label': int, ...}, in upstream's order.
+
+  Raises:
+    errors.UserError: An archive lacks something, or is not what it should be.
+  """
+  try:
+    return _mnist(files) if 'mnist' in name else _cifar(files)
+  except (ValueError, KeyError, EOFError, struct.error, OSError) as e:
+    raise errors.UserError(
+      f'{name}: {", ".join(files)} cannot be unpacked ({e}).'
+    ) from e
+  except tarfile.TarError as e:
+    raise errors.UserError(
+      f'{name}: {", ".join(files)} is no tar archive ({e}).'
+    ) from e
+
+
+def _mnist(files: dict[str, bytes]) -> Examples:
+  splits = {}
+  for split, prefix in (('train', 'train'), ('test', 't10k')):
+    images = idx(files[f'{prefix}-images-idx3-ubyte.gz'])
+    labels = idx(files[f'{prefix}-labels-idx1-ubyte.gz'])
+    splits[split] = [
+      {'image': image, 'label': int(label)}
+      for image, label in zip(images, labels, strict=True)
+    ]
+  return splits
+
+
+def idx(content: bytes) -> np.ndarray:
+  """A gzipped IDX file of bytes as an array.
+
+  IDX: two zero bytes, type (8 = uint8), rank; sizes big-endian; data.
+
+  >>> idx(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))).tolist()
+  [7, 9]
+  """
+  with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+    content = _limited(file)
+  rank = content[3]
+  shape = struct.unpack_from(f'>{rank}I', content, 4)
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _limited(file: Any) -> bytes:
+  content = file.read(MAX_BYTES + 1)
+  if len(content) > MAX_BYTES:
+    raise ValueError(f'unpacks to more than {MAX_BYTES >> 20} MiB')
+  return content
+
+
+def _cifar(files: dict[str, bytes]) -> Examples:
+  """The binary archive of CIFAR-10 or CIFAR-100.
+
+  A record is its labels, one byte each (CIFAR-100: coarse, fine), then 3072
+  bytes [channel, row, column].
+  """
+  ((name, content),) = files.items()
+  if name.startswith('cifar-100'):
+    prefix, keys = 'cifar-100-binary/', ('coarse_label', 'label')
+    wanted = {'train': ['train.bin'], 'test': ['test.bin']}
+  else:
+    prefix, keys = 'cifar-10-batches-bin/', ('label',)
+    batches = [f'data_batch_{i}.bin' for i in range(1, 6)]
+    wanted = {'train': batches, 'test': ['test_batch.bin']}
+  found = members(content, prefix, sum(wanted.values(), []))
+  splits = {}
+  for split, names in wanted.items():
+    data = np.frombuffer(b''.join(found[n] for n in names), np.uint8)
+    data = data.reshape(-1, len(keys) + 3072)
+    images = data[:, len(keys) :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    splits[split] = [
+      {
+        'id': f'{split}_{i:05d}',
+        'image': image,
+        **{key: int(v) for key, v in zip(keys, labels, strict=False)},
+      }
+      for i, (image, labels) in enumerate(zip(images, data, strict=True))
+    ]
+  return splits
+
+
+def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
+  """Reads named regular files of a .tar.gz, in memory.
+
+  Args:
+    content: The archive.
+    prefix: The folder that the files are in, such as 'cifar-100-binary/'.
+    names: Their names in it.
+
+  Returns:
+    Name to content.
+
+  Raises:
+    ValueError: One of them is not there, is no regular file, comes twice or is
+      too large.
+    tarfile.TarError: It is no such archive.
+  """
+  found: dict[str, bytes] = {}
+  # A limit on all that is unpacked, also to find the next member.
+  with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+    unpacked = io.BytesIO(_limited(file))
+  with tarfile.open(fileobj=unpacked, mode='r:') as archive:
+    for member in archive:
+      name = member.name.removeprefix('./').removeprefix(prefix)
+      if name not in names:
+        continue
+      if name in found or not member.isreg() or member.issparse():
+        raise ValueError(f'{member.name} is not one regular file')
+      found[name] = archive.extractfile(member).read()
+  absent = [name for name in names if name not in found]
+  if absent:
+    raise ValueError(f'{", ".join(absent)} is missing')
+  return found

@@ -1,0 +1,156 @@
+"""Data sets that fit in memory, as NumPy arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pfs_jax import errors
+from pfs_jax.data import specs
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """A data set in memory.
+
+  Attributes:
+    train_images: uint8 [N, H, W, C], 0..255.
+    train_labels: int32 [N], 0..num_classes-1.
+    test_images: uint8 [M, H, W, C].
+    test_labels: int32 [M].
+    spec: The facts. Its `train_examples` counts the whole training split, also
+      where `load` was asked for fewer.
+  """
+
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  test_images: np.ndarray
+  test_labels: np.ndarray
+  spec: specs.Spec
+
+  def first(self, count: int) -> Dataset:
+    """The data set with the first `count` training images; 0 keeps all.
+
+    Raises:
+      errors.UserError: There are not so many.
+    """
+    if not 0 <= count <= len(self.train_labels):
+      raise errors.UserError(
+        f'config.data.train_examples must be in 0..{len(self.train_labels)} '
+        f'for {self.spec.name} (0 is all); got {count}.'
+      )
+    if not count:
+      return self
+    # Copies, so that the other images can be freed.
+    return dataclasses.replace(
+      self,
+      train_images=self.train_images[:count].copy(),
+      train_labels=self.train_labels[:count].copy(),
+    )
+
+
+def load(
+  name: str,
+  *,
+  data_dir: str = '',
+  source_dir: str = '',
+  download: bool = True,
+  train_examples: int = 0,
+) -> Dataset:
+  """Loads a data set; TFDS prepares all but `digits` at the first use.
+
+  The order of the examples is fixed: scikit-learn's for digits, else that of
+  TFDS's prepared split (sorted by a hash of the upstream index), the same on
+  every machine.
+
+  >>> digits = load('digits')
+  >>> digits.train_images.shape, digits.test_images.shape
+  ((1500, 8, 8, 1), (297, 8, 8, 1))
+
+  Args:
+    name: digits, mnist, fashion_mnist, cifar10 or cifar100.
+    data_dir: Where TFDS prepares and finds data; '' is its own default,
+      $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    source_dir: A directory with upstream's files, used in place of the network
+      when `data_dir` has nothing yet. It may be read-only.
+    download: Whether to use the network: one attempt, 10 s to connect,
+      checksums verified.
+    train_examples: Keep only the first so many training images; 0 keeps all.
+      All test images are always kept.
+
+  Returns:
+    The `Dataset`.
+
+  Raises:
+    errors.UserError: The name is unknown, there are not so many examples, or
+      the data are missing or not what they should be.
+  """
+  facts = specs.spec(name)
+  if not facts.in_memory:
+    raise errors.UserError(
+      f'config.data.name must be a data set that fits in memory here; '
+      f'got {name}, which is streamed.'
+    )
+  if name == 'digits':
+    found = _digits(facts)
+  else:
+    from pfs_jax.data import prepare
+
+    found = prepare.load(facts, data_dir, source_dir, download)
+  return Dataset(**found, spec=facts).first(train_examples)
+
+
+def _digits(facts: specs.Spec) -> dict[str, np.ndarray]:
+  """scikit-learn's 8x8 digits, 0..16 scaled to 0..255 (half to even).
+
+  The images are sorted by class, keeping their order inside a class, and 297
+  evenly spaced places are the test set: the same on every machine, and the
+  share of each class is right to within one image.
+  """
+  from sklearn import datasets
+
+  digits = datasets.load_digits()
+  total, tests = len(digits.target), facts.test_examples
+  by_class = np.argsort(digits.target, kind='stable')
+  places = (2 * np.arange(tests) + 1) * total // (2 * tests)
+  is_test = np.zeros(total, bool)
+  is_test[by_class[places]] = True
+  images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+  labels = digits.target.astype(np.int32)
+  return {
+    'train_images': images[~is_test],
+    'train_labels': labels[~is_test],
+    'test_images': images[is_test],
+    'test_labels': labels[is_test],
+  }
+
+
+def split(
+  images: np.ndarray, labels: np.ndarray, holdout: int
+) -> tuple[Pair, Pair]:
+  """Holds the LAST `holdout` examples back for validation.
+
+  Args:
+    images: [N, ...].
+    labels: [N].
+    holdout: 0..N-1; 0 gives an empty validation set. (45,000 + 5,000 is usual
+      for CIFAR; the paper trains on all 50,000.)
+
+  Returns:
+    (images, labels) to train on, (images, labels) to validate on; views.
+
+  Raises:
+    errors.UserError: `holdout` is negative or leaves nothing to train on.
+  """
+  n = len(labels)
+  assert len(images) == n, (len(images), n)
+  if not 0 <= holdout < n:
+    raise errors.UserError(
+      f'config.data.validation_examples must be in 0..{n - 1}, less than the '
+      f'training images; got {holdout}.'
+    )
+  keep = n - holdout
+  return (images[:keep], labels[:keep]), (images[keep:], labels[keep:])

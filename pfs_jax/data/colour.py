@@ -1,0 +1,129 @@
+"""Colour augmentation and batches of streamed images, in the compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pfs_jax.data import pipeline
+
+# Eigenvalues and eigenvectors (columns) of the covariance of ImageNet's RGB in
+# 0..1, published with AlexNet's code and used since.
+_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+_EIGENVECTORS = (
+  (-0.5675, 0.7192, 0.4009),
+  (-0.5808, -0.0045, -0.8140),
+  (-0.5836, -0.6948, 0.4203),
+)
+_GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision have it.
+
+
+def jitter(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
+  """Random brightness, contrast and saturation, each by 1 +- `strength`.
+
+  Brightness scales towards black, contrast towards the image's mean grey,
+  saturation towards each pixel's grey. The result is clipped once. Without
+  clipping the order of the three changes nothing, so it is not random.
+
+  >>> grey = jnp.full((1, 2, 2, 3), 0.5)
+  >>> bool((jitter(grey, jax.random.key(0), 0.0) == grey).all())
+  True
+
+  Args:
+    x: [N, H, W, 3], 0..1.
+    key: A PRNG key.
+    strength: 0..1.
+
+  Returns:
+    [N, H, W, 3], 0..1.
+  """
+  low = max(0.0, 1 - strength)
+  factors = jax.random.uniform(
+    key, (3, x.shape[0], 1, 1, 1), x.dtype, low, 1 + strength
+  )
+  brightness, contrast, saturation = factors
+  x = x * brightness
+  grey = _grey(x)
+  mean = grey.mean(axis=(1, 2), keepdims=True)
+  x = mean + contrast * (x - mean)
+  grey = _grey(x)
+  return jnp.clip(grey + saturation * (x - grey), 0, 1)
+
+
+def _grey(x: jax.Array) -> jax.Array:
+  weights = jnp.asarray(_GREY, x.dtype).reshape(1, 1, 1, 3)
+  return (x * weights).sum(axis=-1, keepdims=True)
+
+
+def lighting(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
+  """AlexNet's PCA lighting: adds a random colour to each image.
+
+  The colour is sum_k a_k * eigenvalue_k * eigenvector_k, a_k from
+  N(0, strength), on the scale of pixels in 0..1. (The published code adds the
+  same number to pixels in 0..255, where it is next to nothing.)
+
+  Args:
+    x: [N, H, W, 3], 0..1.
+    key: A PRNG key.
+    strength: Standard deviation of a_k.
+
+  Returns:
+    [N, H, W, 3]; may leave 0..1.
+  """
+  a = strength * jax.random.normal(key, (x.shape[0], 3), x.dtype)
+  values = jnp.asarray(_EIGENVALUES, x.dtype).reshape(1, 3)
+  colour = (a * values) @ jnp.asarray(_EIGENVECTORS, x.dtype).T
+  return x + colour[:, None, None, :]
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourAugmentation(pipeline.Augmentation):
+  """Flip, then colour jitter, then lighting, then normalisation.
+
+  Attributes:
+    colour_jitter: Strength of brightness, contrast and saturation; 0: none.
+    lighting: Strength of PCA lighting; 0: none.
+  """
+
+  colour_jitter: float = 0.0
+  lighting: float = 0.0
+
+  def train(self, images: jax.Array, key: jax.Array) -> jax.Array:
+    """Augmented and normalised training images."""
+    flip_key, jitter_key, lighting_key = jax.random.split(key, 3)
+    images = pipeline.crop_and_flip(images, flip_key, self.padding, self.flip)
+    if not (self.colour_jitter or self.lighting):
+      return self.test(images)
+    x = images.astype(jnp.promote_types(self.dtype, jnp.float32)) / 255
+    if self.colour_jitter:
+      x = jitter(x, jitter_key, self.colour_jitter)
+    if self.lighting:
+      x = lighting(x, lighting_key, self.lighting)
+    return pipeline.standardise(x, self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamDraw:
+  """One batch (x normalised, y) of a stream, inside the compiled program.
+
+  Equal by value, so that a second source does not compile the step again.
+
+  Attributes:
+    augmentation: Of the pixels.
+    augment: Whether it is used; else images are normalised only.
+  """
+
+  augmentation: ColourAugmentation
+  augment: bool = True
+
+  def __call__(self, resident: Any, item: Any) -> tuple[jax.Array, jax.Array]:
+    """The batch of one step; `resident` is empty."""
+    del resident
+    pixels, labels, (step, key) = item
+    if not self.augment:
+      return self.augmentation.test(pixels), labels
+    key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    return self.augmentation.train(pixels, key), labels

@@ -1,0 +1,208 @@
+"""Batches of image files: which images, decoded by threads ahead of time.
+
+A batch is a pure function of (key, step): which images, and how each is
+cropped. It does not depend on the number of threads. Pillow releases Python's
+global lock while it decodes and resizes, so threads are as fast as processes
+here (measured: docs/imagenet.md).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+import warnings
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+
+from pfs_jax.data import decoding, listing
+
+_PIECE = 16  # Images decoded by one thread at a time.
+_AHEAD = 3  # Batches in the making, or made and not yet asked for.
+_TRIES = 100  # Images in a row that may be corrupt before a batch gives up.
+
+Images = listing.Folder | listing.Records
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+  """The rows of every batch that this process decodes.
+
+  Training: the order of an epoch is a permutation from (key, epoch); the crop
+  of a row comes from (key, step, row in the global batch). Images that remain
+  after the last whole batch of a permutation are left out. Evaluation (`key`
+  None): every image once, in order.
+
+  Attributes:
+    images: `listing.Folder` or `listing.Records`.
+    chosen: int [N], the images of it that belong to this set.
+    batch_size: Images in a global batch.
+    rows: int [B], the rows of the global batch that this process decodes.
+    size: Height and width.
+    key: Two 32-bit numbers, or None.
+    scale: Least share of the area of a random crop; 0: centre crops.
+    skip: Whether the next image of the set replaces a corrupt training image.
+  """
+
+  images: Images
+  chosen: np.ndarray
+  batch_size: int
+  rows: np.ndarray
+  size: int
+  key: tuple[int, int] | None = None
+  scale: float = 0.0
+  skip: bool = False
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Batches in an epoch, or in all of an evaluation."""
+    if self.key is None:
+      return -(-len(self.chosen) // self.batch_size)
+    return len(self.chosen) // self.batch_size
+
+  def __len__(self) -> int:
+    """Batches of an evaluation; a training has no end."""
+    return self.steps_per_epoch if self.key is None else 1 << 40
+
+  def places(self, step: int) -> np.ndarray:
+    """Places in `chosen` of this process's rows; -1 after the last image.
+
+    Not for several threads at once: it keeps the permutation of one epoch.
+    """
+    n = len(self.chosen)
+    if self.key is None:
+      places = step * self.batch_size + self.rows
+      return np.where(places < n, places, -1)
+    epoch, position = divmod(step, self.steps_per_epoch)
+    return self._order(epoch)[position * self.batch_size + self.rows]
+
+  def _order(self, epoch: int) -> np.ndarray:
+    if self.__dict__.get('_epoch') != epoch:  # A memory, not a state.
+      rng = np.random.default_rng([*self.key, 0, epoch])
+      self.__dict__['_permutation'] = rng.permutation(len(self.chosen))
+      self.__dict__['_epoch'] = epoch
+    return self.__dict__['_permutation']
+
+  def piece(
+    self, step: int, places: np.ndarray, rows: np.ndarray
+  ) -> dict[str, Any]:
+    """Decodes some rows of one batch.
+
+    Args:
+      step: Which batch.
+      places: int [n], from `places(step)`.
+      rows: int [n], the rows of the global batch that these are.
+
+    Returns:
+      pixels: uint8 [n, size, size, 3]; zeros where there is no image.
+      labels: int32 [n].
+      weights: float32 [n], 1, or 0 where there is no image.
+      corrupt: [(place in `images`, reason)] of those that cannot be decoded.
+    """
+    n = len(places)
+    pixels = np.zeros((n, self.size, self.size, 3), np.uint8)
+    labels, weights = np.zeros(n, np.int32), np.zeros(n, np.float32)
+    corrupt = []
+    for i, (place, row) in enumerate(zip(places, rows, strict=True)):
+      rng = None
+      if self.key is not None:
+        rng = np.random.default_rng([*self.key, 1, step, int(row)])
+      for image in self._candidates(place):
+        try:
+          content, labels[i] = self.images.read(image)
+          pixels[i] = decoding.decode(content, self.size, self.scale, rng)
+          weights[i] = 1
+          break
+        except Exception as e:  # Pillow raises many kinds.
+          corrupt.append((image, reason(e)))
+    return {
+      'pixels': pixels,
+      'labels': labels,
+      'weights': weights,
+      'corrupt': corrupt,
+    }
+
+  def _candidates(self, place: int) -> list[int]:
+    """The image at a place, then those that may replace it."""
+    if place < 0:
+      return []
+    tries = _TRIES if self.skip and self.key is not None else 1
+    n = len(self.chosen)
+    return [int(self.chosen[(place + i) % n]) for i in range(min(tries, n))]
+
+
+def reason(e: Exception) -> str:
+  """What an exception of Pillow or the file system says, in one short line."""
+  text = (e.strerror if isinstance(e, OSError) else '') or str(e)
+  if 'cannot identify image file' in text:
+    return 'neither JPEG nor PNG'
+  return ' '.join(text.split())[:100] or type(e).__name__
+
+
+def silence_pillow() -> None:
+  """Ignores Pillow's warnings (odd EXIF and the like): the pixels count."""
+  warnings.filterwarnings('ignore', module=r'PIL\.')
+
+
+class Loader:
+  """Batches in order, decoded ahead by threads; a context manager.
+
+  Args:
+    batches: What to decode.
+    start: The first step.
+    threads: Threads that decode, at least 1.
+
+  Attributes:
+    seconds_waited: How long `next` has waited.
+  """
+
+  def __init__(self, batches: Batches, start: int, threads: int):
+    silence_pillow()
+    self.seconds_waited = 0.0
+    self._batches = batches
+    self._steps = iter(range(start, len(batches)))
+    self._pool = futures.ThreadPoolExecutor(threads, 'decode')
+    self._ahead: collections.deque[list[futures.Future]] = collections.deque()
+    for _ in range(_AHEAD):
+      self._submit()
+
+  def __enter__(self) -> Loader:
+    """Returns the loader; its threads are at work already."""
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Ends the threads."""
+    self.close()
+
+  def close(self) -> None:
+    """Ends the threads, after the pieces that they are decoding."""
+    self._pool.shutdown(cancel_futures=True)
+
+  def _submit(self) -> None:
+    """Hands the pieces of the next batch to the threads, if there is one."""
+    step = next(self._steps, None)
+    if step is None:
+      return
+    places, rows = self._batches.places(step), self._batches.rows
+    pieces = [slice(i, i + _PIECE) for i in range(0, len(rows), _PIECE)]
+    self._ahead.append(
+      [
+        self._pool.submit(self._batches.piece, step, places[p], rows[p])
+        for p in pieces
+      ]
+    )
+
+  def next(self) -> dict[str, Any]:
+    """The next batch, as `Batches.piece` gives it, of all rows."""
+    begin = time.perf_counter()
+    pieces = [future.result() for future in self._ahead.popleft()]
+    self.seconds_waited += time.perf_counter() - begin
+    self._submit()
+    joined = {
+      name: np.concatenate([piece[name] for piece in pieces])
+      for name in ('pixels', 'labels', 'weights')
+    }
+    corrupt = [found for piece in pieces for found in piece['corrupt']]
+    return {**joined, 'corrupt': corrupt}

@@ -1,0 +1,398 @@
+"""Data sets that are streamed: ImageNet, and folders like it.
+
+The host decodes, crops and resizes in threads and sends uint8; flip, colour and
+normalisation are part of the compiled step. A batch is a function of (key,
+step) alone, on any number of threads, devices and processes. See
+docs/imagenet.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pfs_jax import config, console, devices, errors
+from pfs_jax.data import (
+  colour,
+  kept,
+  listing,
+  loading,
+  prepare,
+  shapes,
+  specs,
+)
+
+
+def _local_rows(n: int) -> np.ndarray:
+  """The rows of a global batch of n that lie on this process's devices."""
+  sharding = NamedSharding(devices.mesh(), PartitionSpec('data'))
+  slices = sharding.addressable_devices_indices_map((n,)).values()
+  rows = np.arange(n)
+  return np.unique(np.concatenate([rows[i] for i in slices]))
+
+
+def _global(local: np.ndarray, axis: int, n: int) -> jax.Array:
+  """One array over all devices from every process's rows along `axis`."""
+  spec = PartitionSpec(*[None] * axis, 'data')
+  shape = (*local.shape[:axis], n, *local.shape[axis + 1 :])
+  return jax.make_array_from_process_local_data(
+    NamedSharding(devices.mesh(), spec), local, shape
+  )
+
+
+class Corrupt:
+  """Raises an error for files that cannot be decoded, or counts them.
+
+  Attributes:
+    skip: Whether they are left out; else they are an error.
+    found: Places of the images that were left out so far, on this process.
+  """
+
+  def __init__(self, images: loading.Images, skip: bool):
+    self.skip = skip
+    self.found: set[int] = set()
+    self._images = images
+
+  def note(self, batch: dict[str, Any], must_fill: bool) -> None:
+    """Notes the corrupt images of a batch.
+
+    Args:
+      batch: From `loading.Loader`.
+      must_fill: Whether every row needs an image.
+
+    Raises:
+      errors.UserError: There is a corrupt image and `skip` is off, or there are
+        too many to fill a batch.
+    """
+    for i, reason in batch['corrupt']:
+      where = self._images.where(i)
+      if not self.skip:
+        raise errors.UserError(
+          f'{where} cannot be decoded ({reason}).\n'
+          "Replace it, or leave such files out: config.data.corrupt='skip'."
+        )
+      if i not in self.found:
+        self.found.add(i)
+        console.note(
+          f'skipped, cannot be decoded: {where} ({len(self.found)} so far)'
+        )
+    if must_fill and not batch['weights'].all():
+      raise errors.UserError(
+        f'{len(self.found)} images cannot be decoded, too many in a row to '
+        f'fill a batch; the last is {where}.'
+      )
+
+
+class StreamSource:
+  """Training batches from threads; the interface of `pipeline.ArraySource`.
+
+  A context manager: leaving it ends the threads.
+
+  Attributes:
+    resident: Empty: no data stay on the device.
+    steps_per_epoch: Whole batches in an epoch.
+    draw: See `colour.StreamDraw`.
+  """
+
+  def __init__(
+    self,
+    batches: loading.Batches,
+    key: jax.Array,
+    draw: colour.StreamDraw,
+    corrupt: Corrupt,
+    threads: int,
+  ):
+    self.resident = ()
+    self.steps_per_epoch = batches.steps_per_epoch
+    self.draw = draw
+    self._batches, self._corrupt, self._threads = batches, corrupt, threads
+    self._key = np.asarray(jax.random.key_data(key))
+    self._loader: loading.Loader | None = None
+    self._next, self._waited = -1, 0.0
+
+  def __enter__(self) -> StreamSource:
+    """Returns the source; its threads start with the first batch."""
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Ends the threads."""
+    self.close()
+
+  def close(self) -> None:
+    """Ends the threads; the next chunk would start new ones."""
+    if self._loader:
+      self._waited += self._loader.seconds_waited
+      self._loader.close()
+      self._loader = None
+
+  @property
+  def seconds_waited(self) -> float:
+    """Seconds that `chunk` has waited for images."""
+    return self._waited + (self._loader.seconds_waited if self._loader else 0)
+
+  def chunk(self, step: int, k: int) -> Any:
+    """What `draw` needs for steps step .. step + k - 1, leading axis k.
+
+    Raises:
+      errors.UserError: A file cannot be decoded and is not to be skipped.
+    """
+    if self._loader is None or step != self._next:
+      self.close()
+      self._loader = loading.Loader(self._batches, step, self._threads)
+    self._next = step + k
+    local = [self._loader.next() for _ in range(k)]
+    for batch in local:
+      self._corrupt.note(batch, must_fill=True)
+
+    def joined(name: str) -> jax.Array:
+      stacked = [batch[name] for batch in local]
+      stacked = stacked[0][None] if k == 1 else np.stack(stacked)
+      return _global(stacked, 1, self._batches.batch_size)
+
+    steps = np.arange(step, step + k, dtype=np.uint32)
+    keys = np.broadcast_to(self._key, (k, *self._key.shape))
+    return (
+      joined('pixels'),
+      joined('labels'),
+      devices.replicate((steps, keys)),
+    )
+
+
+class StreamEvaluation:
+  """Evaluation batches that hold every image exactly once.
+
+  Iterating gives (x, y, weight): uint8 [B, H, W, 3], int32 [B], float32 [B],
+  split over the devices; weight 0 pads the last batch and stands for images
+  that were skipped.
+
+  Attributes:
+    augmentation: Its `test` normalises.
+    size: Number of images; after a pass, of those that could be decoded.
+  """
+
+  def __init__(
+    self,
+    batches: loading.Batches,
+    augmentation: colour.ColourAugmentation,
+    corrupt: Corrupt,
+    threads: int,
+  ):
+    self.augmentation = augmentation
+    self.size = len(batches.chosen)
+    self._batches, self._corrupt, self._threads = batches, corrupt, threads
+
+  def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
+    """Yields (images, labels, weights) on the devices."""
+    skipped = 0
+    with loading.Loader(self._batches, 0, self._threads) as loader:
+      for _ in range(len(self._batches)):
+        batch = loader.next()
+        self._corrupt.note(batch, must_fill=False)
+        skipped += len(batch['corrupt'])
+        yield tuple(
+          _global(batch[name], 0, self._batches.batch_size)
+          for name in ('pixels', 'labels', 'weights')
+        )
+    if jax.process_count() > 1:
+      skipped = multihost_utils.process_allgather(np.int32(skipped)).sum()
+    self.size = len(self._batches.chosen) - int(skipped)
+
+
+class Streamed:
+  """A data set of image files under one config; see `data.open_set`.
+
+  Attributes:
+    spec: Its facts, with the image size and classes of the config. The names of
+      the classes are those of the folders, where there are folders.
+  """
+
+  def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
+    self.spec = specs.configured(c.data)
+    if c.data.train_examples:
+      raise errors.UserError(
+        'config.data.train_examples must be 0 for a data set that is streamed; '
+        f'got {c.data.train_examples}.'
+      )
+    per_class, rest = divmod(c.data.validation_examples, self.spec.num_classes)
+    if rest:
+      raise errors.UserError(
+        'config.data.validation_examples must be a multiple of the '
+        f'{self.spec.num_classes} classes, since as many of each are held out; '
+        f'got {c.data.validation_examples}.'
+      )
+    self._config, self._per_class = c, per_class
+    self._train, self._test = _splits(c, self.spec, workdir)
+    if isinstance(self._train, listing.Folder):
+      self.spec = dataclasses.replace(
+        self.spec, class_names=self._train.classes
+      )
+    self._held_out = np.zeros(len(self._train), bool)
+    if per_class:
+      names, labels = _names_and_labels(self._train, workdir)
+      self._held_out = listing.held_out(names, labels, per_class)
+    skip = c.data.corrupt == 'skip'
+    self._corrupt = Corrupt(self._train, skip)
+    self._corrupt_test = Corrupt(self._test, skip)
+    self._threads = threads(c.data.workers)
+
+  def train_source(self, stage: str, hold_out: bool) -> StreamSource:
+    """Training batches of a stage ('search' or 'train').
+
+    Args:
+      stage: The section of the config with batch size and augmentation.
+      hold_out: Whether the validation images are left out.
+
+    Raises:
+      errors.UserError: The batch is larger than the training set.
+    """
+    c, recipe = self._config, self._config[stage]
+    chosen = np.arange(len(self._train))
+    if hold_out:
+      chosen = np.flatnonzero(~self._held_out)
+    devices.check_batch(f'{stage}.batch_size', recipe.batch_size)
+    if recipe.batch_size > len(chosen):
+      raise errors.UserError(
+        f'config.{stage}.batch_size must be in [1, {len(chosen)}], the number '
+        f'of training images; got {recipe.batch_size}.'
+      )
+    host_key, device_key = jax.random.split(config.key(c.seed, f'{stage} data'))
+    augment = c.data.augment
+    batches = loading.Batches(
+      self._train,
+      chosen,
+      recipe.batch_size,
+      _local_rows(recipe.batch_size),
+      self.spec.image_size,
+      key=tuple(jax.random.key_data(host_key).tolist()),
+      scale=(recipe.crop_scale or self.spec.crop_scale) if augment else 0.0,
+      skip=self._corrupt.skip,
+    )
+    draw = colour.StreamDraw(self._augmentation(stage), augment)
+    return StreamSource(batches, device_key, draw, self._corrupt, self._threads)
+
+  def validation(self) -> StreamEvaluation | None:
+    """The images held out from training, or None."""
+    if not self._per_class:
+      return None
+    chosen = np.flatnonzero(self._held_out)
+    return self._evaluation(self._train, chosen, self._corrupt)
+
+  def test(self) -> StreamEvaluation:
+    """The test images: ImageNet's validation images."""
+    chosen = np.arange(len(self._test))
+    return self._evaluation(self._test, chosen, self._corrupt_test)
+
+  def _evaluation(
+    self, images: loading.Images, chosen: np.ndarray, corrupt: Corrupt
+  ) -> StreamEvaluation:
+    n = jax.device_count()
+    size = min(self._config.data.eval_batch_size, len(chosen))
+    size = -(-size // n) * n
+    batches = loading.Batches(
+      images, chosen, size, _local_rows(size), self.spec.image_size
+    )
+    augmentation = self._augmentation(None)
+    return StreamEvaluation(batches, augmentation, corrupt, self._threads)
+
+  def _augmentation(self, stage: str | None) -> colour.ColourAugmentation:
+    recipe = self._config[stage] if stage else None
+    return colour.ColourAugmentation(
+      mean=self.spec.mean,
+      std=self.spec.std,
+      flip=self.spec.flip,
+      dtype=config.DTYPES[self._config.dtype],
+      colour_jitter=recipe.colour_jitter if recipe else 0.0,
+      lighting=recipe.lighting if recipe else 0.0,
+    )
+
+
+def threads(workers: int) -> int:
+  """Threads that decode, by `config.data.workers`: 0 and -1 are one a core."""
+  return workers if workers > 0 else len(os.sched_getaffinity(0))
+
+
+def _splits(
+  c: ml_collections.ConfigDict, spec: specs.Spec, workdir: pathlib.Path
+) -> tuple[loading.Images, loading.Images]:
+  """(training images, test images) of the config."""
+  source_dir = c.data.source_dir
+  if spec.name == 'shapes' and not source_dir:
+    source_dir = shapes.make_folder(workdir / 'shapes', spec)
+  if source_dir:
+    return _folders(pathlib.Path(source_dir).expanduser(), spec)
+  return _prepared(c.data.data_dir, spec)
+
+
+def _folders(
+  root: pathlib.Path, spec: specs.Spec
+) -> tuple[listing.Folder, listing.Folder]:
+  train, test = (listing.scan(root / split) for split in ('train', 'val'))
+  if len(train.classes) != spec.num_classes:
+    raise errors.UserError(
+      f'config.data.source_dir must hold {spec.num_classes} class folders '
+      f'(config.data.num_classes); {root / "train"} has {len(train.classes)}.'
+    )
+  listing.check_same_classes(train, test)
+  return train, test
+
+
+def _prepared(
+  data_dir: str, spec: specs.Spec
+) -> tuple[listing.Records, listing.Records]:
+  """The splits that TFDS has prepared as array_record."""
+  root, builder = prepare.prepared(spec.name, data_dir)
+  if builder is None:
+    raise errors.UserError(
+      f'{spec.name} is not prepared in {root}. Supply it by '
+      'config.data.source_dir (a folder with\ntrain/<class>/*.JPEG and '
+      'val/<class>/*.JPEG) or by config.data.data_dir (prepared by TFDS as '
+      'array_record);\nsee docs/imagenet.md.'
+    )
+  info = builder.info
+  classes = info.features['label'].num_classes
+  written = info.file_format.value
+  if written != 'array_record' or classes != spec.num_classes:
+    raise errors.UserError(
+      f'config.data.data_dir must hold {spec.name} as array_record with '
+      f'{spec.num_classes} classes; got {written} with {classes} in {root}.\n'
+      'TFDS can convert: see docs/imagenet.md.'
+    )
+  train, test = (
+    listing.Records(
+      spec.name, str(root.absolute()), split, info.splits[split].num_examples
+    )
+    for split in ('train', 'validation')
+  )
+  return train, test
+
+
+def _names_and_labels(
+  images: loading.Images, workdir: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray]:
+  """File names and labels of all images.
+
+  TFDS keeps them in the records: all are read once, and the result is kept in
+  the workdir.
+  """
+  if isinstance(images, listing.Folder):
+    return images.names, images.labels
+  path = workdir / 'data' / f'{images.name}-{images.split}-names.npz'
+  found = kept.read(path)
+  if found is None or len(found['labels']) != len(images):
+    console.note(
+      f'{images.name}: reading {len(images):,} names for the held-out split '
+      '(once a workdir)'
+    )
+    names, labels = images.names_and_labels()
+    found = {'names': names, 'labels': labels}
+    kept.write(path, found)
+  return found['names'], found['labels']
