@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from pfs_jax import data, errors
-from pfs_jax.data import prepare, specs, upstream
+from pfs_jax.data import kept, prepare, specs, upstream
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
@@ -700,10 +700,20 @@ def test_cache_that_cannot_be_kept(prepared, monkeypatch, capsys):
   def refuse(*args, **kwargs):
     raise PermissionError(13, 'Permission denied')
 
-  monkeypatch.setattr(prepare.tempfile, 'TemporaryDirectory', refuse)
+  monkeypatch.setattr(kept, 'write', refuse)
   _equal(first, _again(root))
   assert 'not kept' in capsys.readouterr().err
   assert _tree(root) == before
+
+
+def _frame(record):
+  """A TFRecord, with the checksums of tensorboardX's writer."""
+  from tensorboardX import record_writer
+
+  length = struct.pack('<Q', len(record))
+  checks = (record_writer.masked_crc32c(v) for v in (length, record))
+  first, second = (struct.pack('<I', c) for c in checks)
+  return length + first + record + second
 
 
 def test_tfrecord_prepared_by_others(prepared):
@@ -716,8 +726,7 @@ def test_tfrecord_prepared_by_others(prepared):
     records = list(prepare._records(builder, split))
     (old,) = folder.glob(f'*-{split}.*')
     new = old.with_name(old.name.replace('array_record', 'tfrecord'))
-    frames = [struct.pack('<QI', len(r), 0) + r + bytes(4) for r in records]
-    new.write_bytes(b''.join(frames))
+    new.write_bytes(b''.join(map(_frame, records)))
     old.unlink()
   info = folder / 'dataset_info.json'
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
@@ -726,9 +735,14 @@ def test_tfrecord_prepared_by_others(prepared):
   )
   _equal(first, _again(root))
   (root / 'cifar10' / 'pfs_jax_uint8.npz').unlink()
-  new.write_bytes(new.read_bytes()[:-5])
-  with pytest.raises(errors.UserError, match='middle of a record'):
-    _again(root)
+  good = new.read_bytes()
+  for bad, message in (
+    (good[:-5], 'middle of a record'),
+    (good[:1000] + bytes([good[1000] ^ 4]) + good[1001:], 'its checksum'),
+  ):
+    new.write_bytes(bad)
+    with pytest.raises(errors.UserError, match=message):
+      _again(root)
 
 
 @pytest.mark.parametrize('what', ['train.array_record', 'dataset_info.json'])

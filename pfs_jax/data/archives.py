@@ -68,15 +68,15 @@ def idx(content: bytes) -> np.ndarray:
   >>> idx(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))).tolist()
   [7, 9]
   """
-  with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-    content = _limited(file)
+  content = _unpacked(content)
   rank = content[3]
   shape = struct.unpack_from(f'>{rank}I', content, 4)
   return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def _limited(file: Any) -> bytes:
-  content = file.read(MAX_BYTES + 1)
+def _unpacked(content: bytes) -> bytes:
+  with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+    content = file.read(MAX_BYTES + 1)
   if len(content) > MAX_BYTES:
     raise ValueError(f'unpacks to more than {MAX_BYTES >> 20} MiB')
   return content
@@ -89,6 +89,7 @@ def _cifar(files: dict[str, bytes]) -> Examples:
   bytes [channel, row, column].
   """
   ((name, content),) = files.items()
+  keys: tuple[str, ...]
   if name.startswith('cifar-100'):
     prefix, keys = 'cifar-100-binary/', ('coarse_label', 'label')
     wanted = {'train': ['train.bin'], 'test': ['test.bin']}
@@ -131,8 +132,7 @@ def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
   """
   found: dict[str, bytes] = {}
   # A limit on all that is unpacked, also to find the next member.
-  with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-    unpacked = io.BytesIO(_limited(file))
+  unpacked = io.BytesIO(_unpacked(content))
   with tarfile.open(fileobj=unpacked, mode='r:') as archive:
     for member in archive:
       name = member.name.removeprefix('./').removeprefix(prefix)
@@ -140,7 +140,9 @@ def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
         continue
       if name in found or not member.isreg() or member.issparse():
         raise ValueError(f'{member.name} is not one regular file')
-      found[name] = archive.extractfile(member).read()
+      file = archive.extractfile(member)
+      assert file is not None, 'it is a regular file'
+      found[name] = file.read()
   absent = [name for name in names if name not in found]
   if absent:
     raise ValueError(f'{", ".join(absent)} is missing')

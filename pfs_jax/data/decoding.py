@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -61,7 +60,7 @@ def decode(
   rng: np.random.Generator | None = None,
   *,
   keep: float = EVALUATION_CROP,
-  formats: Sequence[str] | None = FORMATS,
+  formats: tuple[str, ...] | None = FORMATS,
 ) -> np.ndarray:
   """Decodes one image: upright, RGB, cropped, resized (bilinear, antialiased).
 
@@ -73,7 +72,7 @@ def decode(
     content: The file.
     size: Height and width of the result.
     scale: Least share of the area of a random crop; 0 takes the centre square.
-    rng: Draws the random crop.
+    rng: Draws the random crop; without it, the centre square.
     keep: Share of the shorter side that the centre square keeps. Crop and
       resize are one operation, without rounding in between; a square image of
       `size` with `keep` 1 is returned as it is.
@@ -86,21 +85,21 @@ def decode(
     Exception: Of many kinds, where the content is no image, is damaged, or has
       more pixels than Pillow's limit against decompression bombs.
   """
-  image = Image.open(io.BytesIO(content), formats=formats)
+  image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
   turned = image.getexif().get(_ORIENTATION, 1) != 1
   if turned:  # Rare.
     image = ImageOps.exif_transpose(image)
   width, height = image.size
-  if scale:
-    box = crop_box(rng, width, height, scale)
+  if rng is None or not scale:
+    left, top, right, bottom = _centre(width, height, keep)
   else:
-    box = _centre(width, height, keep)
+    left, top, right, bottom = crop_box(rng, width, height, scale)
   if not turned:
-    _halve(image, min(box[2] - box[0], box[3] - box[1]) / size)
+    _halve(image, min(right - left, bottom - top) / size)
   image = eight_bits(image).convert('RGB')
   x, y = image.width / width, image.height / height
-  right, bottom = min(box[2] * x, image.width), min(box[3] * y, image.height)
-  box = (box[0] * x, box[1] * y, right, bottom)
+  right, bottom = min(right * x, image.width), min(bottom * y, image.height)
+  box = (left * x, top * y, right, bottom)
   return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
 
 

@@ -228,7 +228,7 @@ def held_out(
 
   >>> names = np.array([b'a.png', b'b.png', b'c.png', b'd.png'])
   >>> held_out(names, np.array([0, 0, 1, 1]), 1)
-  array([ True, False,  True, False])
+  array([False,  True,  True, False])
 
   Args:
     names: bytes [N].

@@ -79,6 +79,7 @@ class Batches:
     return self._order(epoch)[position * self.batch_size + self.rows]
 
   def _order(self, epoch: int) -> np.ndarray:
+    assert self.key is not None, 'an evaluation has no order'
     if self.__dict__.get('_epoch') != epoch:  # A memory, not a state.
       rng = np.random.default_rng([*self.key, 0, epoch])
       self.__dict__['_permutation'] = rng.permutation(len(self.chosen))

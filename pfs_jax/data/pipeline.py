@@ -41,8 +41,8 @@ def standardise(
 ) -> jax.Array:
   """float [..., C] of 0..1 -> (x - mean) / std."""
   shape = (1,) * (x.ndim - 1) + (-1,)
-  mean, std = (jnp.asarray(v, x.dtype).reshape(shape) for v in (mean, std))
-  return (x - mean) / std
+  shift, scale = (jnp.asarray(v, x.dtype).reshape(shape) for v in (mean, std))
+  return (x - shift) / scale
 
 
 def crop_and_flip(
@@ -160,7 +160,7 @@ class ArraySource:
     self.draw = ArrayDraw(augmentation)
     self._batch_size, self._n = batch_size, len(images)
     self._order_key, self._augment_key = jax.random.split(key)
-    self._epoch, self._order = -1, None
+    self._epoch, self._order = -1, np.empty(0, int)
 
   def __enter__(self) -> ArraySource:
     """Returns the source."""

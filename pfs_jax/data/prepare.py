@@ -293,7 +293,7 @@ def _builder(
   from PIL import Image
   from tensorflow_datasets.core import registered
 
-  stock = tfds.builder_cls(spec.name)
+  stock: Any = tfds.builder_cls(spec.name)
 
   def encode(examples):
     for i, example in enumerate(examples):

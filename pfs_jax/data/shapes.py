@@ -73,8 +73,8 @@ def draw(rng: np.random.Generator, name: str, size: int) -> Image.Image:
   radius = int(rng.uniform(0.28, 0.4) * min(width, height))
   x = int(rng.integers(radius, width - radius + 1))
   y = int(rng.integers(radius, height - radius + 1))
-  fill = np.array(_COLOURS[colour]) + rng.integers(-25, 26, 3)
-  fill = tuple(fill.clip(0, 255).tolist())
+  tint = np.array(_COLOURS[colour]) + rng.integers(-25, 26, 3)
+  fill: tuple[int, ...] = tuple(tint.clip(0, 255).tolist())
   box = (x - radius, y - radius, x + radius, y + radius)
   if shape == 'circle':
     pen.ellipse(box, fill=fill)

@@ -123,7 +123,7 @@ def configured(fields: Any) -> Spec:
     errors.UserError: There is no such data set, or it cannot have that value.
   """
   facts = spec(fields.name)
-  asked = {
+  asked: dict[str, Any] = {
     'image_size': fields.image_size or facts.image_size,
     'num_classes': fields.num_classes or facts.num_classes,
   }

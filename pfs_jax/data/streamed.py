@@ -154,8 +154,8 @@ class StreamSource:
       self._corrupt.note(batch, must_fill=True)
 
     def joined(name: str) -> jax.Array:
-      stacked = [batch[name] for batch in local]
-      stacked = stacked[0][None] if k == 1 else np.stack(stacked)
+      parts = [batch[name] for batch in local]
+      stacked = parts[0][None] if k == 1 else np.stack(parts)
       return _global(stacked, 1, self._batches.batch_size)
 
     steps = np.arange(step, step + k, dtype=np.uint32)
