@@ -25,7 +25,7 @@ def read_image(
   """An image file as the network was trained on them.
 
   Upright, grey or RGB; the whole image is resized, or, for networks of large
-  images, the centre crop of the evaluation (`data.images.decode`).
+  images, the centre crop of the evaluation (`data.decoding.decode`).
 
   Args:
     path: Any file that Pillow reads.

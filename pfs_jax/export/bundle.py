@@ -42,7 +42,7 @@ BATCH_SIZES = (1, 5)  # Of the random images that are compared.
 SEED = 0
 _TIMEOUT = 1800  # Seconds until the fresh process is given up.
 
-# Centre crop of evaluation on sets that are streamed (`data.images.decode`).
+# Centre crop of evaluation on sets that are streamed (`data.decoding.decode`).
 _CROP = 224 / 256
 
 
