@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import costs, runs
+from pfs_jax import costs, storage
 
 # Share of a layer's width at which it is timed.
 _GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -109,7 +109,7 @@ class Cache:
 
   def save(self) -> None:
     """Writes the file."""
-    runs.write_json(self._path, self._times)
+    storage.write_json(self._path, self._times)
 
 
 def _points(width: int) -> list[int]:

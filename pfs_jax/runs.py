@@ -1,24 +1,17 @@
-"""A run's folder: JSON files, checkpoints (all Orbax is here), metrics log.
+"""A run's folder: whose it is, its metrics, its time, and signals.
 
-    workdir/  config.json versions.json structure.json kept.json result.json
-              search/ config.json checkpoints/ gates/ gates.npz metrics.jsonl
-              train/  config.json checkpoints/ metrics.jsonl
-              (both with TensorBoard events)
-
-Files are written to a temporary name and renamed, so that a reader never sees
-half of one. With several processes the first one writes; Orbax coordinates the
-checkpoints itself.
+workdir/  config.json versions.json structure.json kept.json result.json
+          search/ config.json checkpoints/ gates/ gates.npz metrics.jsonl
+          train/  config.json checkpoints/ metrics.jsonl
+          (both with TensorBoard events)
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import pathlib
 import platform
@@ -29,77 +22,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from pfs_jax import errors
+from pfs_jax import errors, storage
 
 # What a result depends on, of the checkout.
 _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-
-
-def is_first_process() -> bool:
-  """Whether this process is the one that writes files."""
-  return jax.process_index() == 0
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all; only on the first process."""
-  if not is_first_process():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all."""
-  write_text(path, json.dumps(value, indent=2) + '\n')
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file; a missing or broken one is the user's to mend."""
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError as e:
-    raise errors.UserError(f'{path} does not exist.') from e
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-    raise errors.UserError(f'{path} cannot be read: {e}.') from e
-
-
-def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  """Writes a .npz whole or not at all; names may hold '/'."""
-  if not is_first_process():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  with temporary.open('wb') as f:
-    np.savez(f, **{k: np.asarray(v) for k, v in arrays.items()})
-  os.replace(temporary, path)
-
-
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads a .npz in the order in which it was written; no pickle."""
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as f:
-      return {name: f[name] for name in f.files}
-  except FileNotFoundError as e:
-    raise errors.UserError(f'{path} does not exist.') from e
-  except Exception as e:  # numpy and zipfile raise many kinds.
-    raise errors.UserError(f'{path} cannot be read: {e}.') from e
-
-
-def checksum(arrays: Any) -> str:
-  """SHA-256 of the bytes of a tree of arrays, in the tree's order."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(arrays):
-    digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-  return digest.hexdigest()
 
 
 @functools.cache  # What runs is what was there when it started.
@@ -145,30 +77,10 @@ def hardware() -> str:
   return f'{len(devices)} x {kind}'
 
 
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the run's folder; a second process on it is refused."""
-  if not is_first_process():
-    yield
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / '.lock').open('a+')
-  except OSError as e:
-    raise errors.UserError(f'--workdir={workdir} cannot be used: {e}.') from e
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise errors.UserError(
-        f'{workdir} is in use by another process; wait for it, or give another '
-        '--workdir.'
-      ) from e
-    yield
-
-
 def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   """Makes a folder belong to one identity: a flat map of fields to values.
+
+  A folder that belongs to it already is only read.
 
   Raises:
     errors.UserError: If the folder holds the work of another identity; the
@@ -177,9 +89,9 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   path = folder / 'config.json'
   identity = json.loads(json.dumps(dict(identity)))  # Tuples become lists.
   if not path.exists():
-    write_json(path, identity)
+    storage.write_json(path, identity)
     return
-  there = read_json(path)
+  there = storage.read_json(path, dict[str, Any])
   names = [*identity, *(k for k in there if k not in identity)]
   differ = [k for k in names if there.get(k) != identity.get(k)]
   if differ:
@@ -194,127 +106,94 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     )
 
 
-class Checkpoints:
-  """Orbax checkpoints of one stage; the newest is never deleted for a better.
-
-  A checksum of the arrays lies beside them, since Orbax restores a flipped byte
-  silently; a checkpoint that cannot be read or does not match is passed over
-  for the one before it, and makes room when the run that went on from there
-  saves.
-  """
-
-  def __init__(self, folder: pathlib.Path):
-    self._folder = folder.absolute() / 'checkpoints'
-    options = ocp.CheckpointManagerOptions(
-      cleanup_tmp_directories=True,
-      preservation_policy=checkpoint_managers.LatestN(2),
-    )
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
-    self._passed_over: list[int] = []
-
-  def __enter__(self) -> Checkpoints:
-    """Itself."""
-    return self
-
-  def __exit__(self, *_) -> None:
-    """Waits for what is being written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
-
-  @property
-  def latest(self) -> int | None:
-    """The newest step there is, None if there is none."""
-    return self._manager.latest_step()
-
-  def save(self, step: int, state: Any) -> None:
-    """Saves a tree of arrays; writes in the background."""
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
-      check=ocp.args.JsonSave({'sha256': checksum(state)}),
-    )
-    while self._passed_over:  # Orbax would refuse to write over them.
-      self._manager.delete(self._passed_over.pop())
-    if self._manager.latest_step() != step:
-      self._manager.save(step, args=args, force=True)
-
-  def restore(self, target: Any) -> tuple[int, Any] | None:
-    """(step, state) of the newest good checkpoint on the target's shardings.
-
-    None if there is none at all.
-
-    Raises:
-      errors.UserError: If there are checkpoints and none is good.
-    """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
-      try:
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(target),
-            check=ocp.args.JsonRestore(),
-          ),
-        )
-      except Exception as e:  # Truncated files raise many kinds.
-        logging.warning('checkpoint %d is unusable: %s', step, type(e).__name__)
-        continue
-      if checksum(restored.state) == restored.check['sha256']:
-        self._passed_over = [s for s in steps if s > step]
-        return step, restored.state
-      logging.warning('checkpoint %d fails its checksum', step)
-    if steps:
-      raise errors.UserError(
-        f'no checkpoint under {self._folder} can be read (steps '
-        f'{", ".join(map(str, steps))}); delete that folder to start over.'
-      )
-    return None
-
-  def reached_preemption(self, step: int) -> bool:
-    """Whether some process of several was told to stop."""
-    return self._manager.reached_preemption(step)
-
-
 class MetricsLog:
   """metrics.jsonl, one JSON line a record, and TensorBoard events.
 
-  Records after `resume_step` are dropped: the run will write them again.
+  Args:
+    folder: Receives both.
+    resume_step: Records after it are dropped: the run will write them again.
   """
 
   def __init__(self, folder: pathlib.Path, resume_step: int):
     self._path = folder / 'metrics.jsonl'
-    self._file = self._writer = None
-    if not is_first_process():
+    self._writes = storage.is_first_process()
+    if not self._writes:
       return
     kept = [r for r in read_metrics(folder) if r['step'] <= resume_step]
-    write_text(self._path, ''.join(json.dumps(r) + '\n' for r in kept))
-    self._file = self._path.open('a')
-    self._writer = SummaryWriter(
-      str(folder / 'events'), purge_step=resume_step + 1
-    )
+    lines = ''.join(json.dumps(r) + '\n' for r in kept)
+    storage.write_text(self._path, lines)
+    events = folder / 'events'
+    with _reporting(self._path):
+      events.mkdir(exist_ok=True)
+      self._file = self._path.open('a')
+      # Not SummaryWriter: a full disk ends its thread, and then `add_scalar`
+      # waits for ever.
+      self._events = EventsWriter(str(events / 'events'), f'.{os.getpid()}')
+      self._event(resume_step + 1, session_log=SessionLog(status=1))  # START
+
+  def _event(self, step: int, **content: Any) -> None:
+    event = Event(step=step, wall_time=time.time(), **content)
+    self._events.write_event(event)
 
   def write(self, step: int, **scalars: float) -> None:
     """Appends one record and flushes it."""
-    if self._file is None:
+    if not self._writes:
       return
-    self._file.write(json.dumps({'step': step, **scalars}) + '\n')
-    self._file.flush()
-    for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+    with _reporting(self._path):
+      self._file.write(json.dumps({'step': step, **scalars}) + '\n')
+      self._file.flush()
+      for name, value in scalars.items():
+        self._event(step, summary=scalar(name, value))
+      self._events.flush()
 
   def close(self) -> None:
     """Closes both files."""
-    if self._file is not None:
-      self._file.close()
-      self._writer.close()
+    if not self._writes:
+      return
+    for file in (self._file, self._events):
+      with contextlib.suppress(OSError):  # `write` reported it.
+        file.close()
+
+  def __enter__(self) -> MetricsLog:
+    """Returns itself."""
+    return self
+
+  def __exit__(self, kind: type | None, *_: object) -> None:
+    """Closes the log; one that is complete is sealed."""
+    self.close()
+    if kind is None:
+      storage.seal(self._path)
+
+
+@contextlib.contextmanager
+def _reporting(path: pathlib.Path) -> Iterator[None]:
+  """Turns a write that fails into an error of one line."""
+  try:
+    yield
+  except OSError as e:
+    storage.refuse_write(path, e, 0)
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl; a torn last line is left out."""
-  path, records = folder / 'metrics.jsonl', []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      with contextlib.suppress(json.JSONDecodeError):
-        records.append(json.loads(line))
+  """The records of metrics.jsonl; [] if there is none.
+
+  A last line that was not finished, because the process was killed, is left
+  out.
+
+  Raises:
+    errors.UserError: Another line is not a record of numbers with a step.
+  """
+  path = folder / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  content = storage.read_bytes(path)
+  records = []
+  whole = content[: content.rfind(b'\n') + 1]
+  for number, line in enumerate(whole.splitlines(), 1):
+    where = f'{path}, line {number}'
+    records.append(storage.decode(line, dict[str, int | float], where))
+    if type(records[-1].get('step')) is not int:
+      raise errors.UserError(f'{where}: step must be an integer.')
   return records
 
 
@@ -349,9 +228,9 @@ class StopSignal:
 
   def __enter__(self) -> StopSignal:
     """Installs the handlers."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
     if jax.process_count() > 1:
-      numbers = ()
+      numbers = []
     self._before = {s: signal.signal(s, self._handle) for s in numbers}
     return self
 

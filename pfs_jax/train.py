@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from pfs_jax import console, devices, errors, runs
+from pfs_jax import checkpointing, console, devices, errors, runs
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -329,14 +329,14 @@ def loop(
   state = devices.replicate(state)
   call = compiled_call(step_fn, source.draw)
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(runs.Checkpoints(folder))
-    done, state = checkpoints.restore(state) or (0, state)
-    log = stack.enter_context(contextlib.closing(runs.MetricsLog(folder, done)))
+    checkpoints = stack.enter_context(checkpointing.Checkpoints(folder))
+    done, state, values = checkpoints.restore(state) or (0, state, {})
+    log = stack.enter_context(runs.MetricsLog(folder, done))
     stop = stack.enter_context(runs.StopSignal())
     progress = stack.enter_context(
       console.Progress(label, plan.total_steps, done)
     )
-    recent, clock = [], runs.Clock(folder)
+    recent, clock = [values] if values else [], runs.Clock(folder)
     while done < plan.total_steps:
       k = plan.next_stop(done) - done
       before = recent[-1] if recent else ()
@@ -358,21 +358,26 @@ def loop(
       interrupted = stop.number or checkpoints.reached_preemption(done)
       if done % plan.checkpoint_steps == 0 or last or interrupted:
         _check_finite(_means(recent), label, done)  # Never saved over a good.
-        checkpoints.save(done, state)
+        checkpoints.save(done, state, _values(recent))
       if interrupted:
         number = stop.number or int(runs.signal.SIGTERM)
         raise errors.Interrupted(number, f'{label} step {done}')
   return state
 
 
+def _values(recent) -> dict[str, list[float]]:
+  """The metrics of each step since the last record; {} right after one."""
+  host = jax.device_get(recent)
+  return {
+    name: [float(v) for metrics in host for v in metrics[name]]
+    for name in (host[0] if host else ())
+  }
+
+
 def _means(recent) -> dict[str, float]:
   """Means of the metrics since the last record; {} right after one."""
-  host = jax.device_get(recent)
-  means = {}
-  for name in host[0] if host else ():
-    values = [float(v) for metrics in host for v in metrics[name]]
-    means[name] = math.fsum(values) / len(values)
-  return means
+  values = _values(recent)
+  return {name: math.fsum(v) / len(v) for name, v in values.items()}
 
 
 def _check_finite(record: Mapping[str, float], label: str, done: int) -> None:

@@ -12,14 +12,15 @@ import pytest
 from configs import digits
 from pfs_jax import (
   budgets,
+  checkpointing,
   config,
   errors,
   latency,
   models,
   prune,
-  runs,
   scores,
   stages,
+  storage,
 )
 from tests import processes
 
@@ -204,8 +205,8 @@ def test_rankings(searched, tmp_path, fields, name, expected):
   workdir = shutil.copytree(searched, tmp_path / 'copy')
   path = workdir / 'search' / 'gates.npz'
   rng = np.random.default_rng(0)  # Of so short a search they hardly differ.
-  gates = {k: rng.random(len(v)) for k, v in runs.read_arrays(path).items()}
-  runs.write_arrays(path, gates)
+  gates = {k: rng.random(len(v)) for k, v in storage.read_arrays(path).items()}
+  storage.write_arrays(path, gates)
   fields = {f'budget__{k}': v for k, v in fields.items()}
   one = job(workdir, budget__keep=(0.5,), **fields)
   stages.execute('prune', one)
@@ -271,11 +272,11 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   stages.execute('train', one)
   kept = json.loads((workdir / 'kept.json').read_text())['stage1_block0/conv1']
   if init == 'inherit':
-    with runs.Checkpoints(workdir / 'wide') as checkpoints:
+    with checkpointing.Checkpoints(workdir / 'wide') as checkpoints:
       target = original(
         one, one.network.narrow(one.network.cost_model.widths), 1, 'wide'
       )
-      _, state = checkpoints.restore(target)
+      _, state, _ = checkpoints.restore(target)
     wide = state.params
     assert set(firsts) == {'wide', 'train'}
     np.testing.assert_array_equal(

@@ -9,7 +9,16 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
   {'errors', 'fields', 'tables'},
-  {'config', 'console', 'costs', 'devices', 'runs', 'structures'},
+  {'storage'},
+  {
+    'checkpointing',
+    'config',
+    'console',
+    'costs',
+    'devices',
+    'runs',
+    'structures',
+  },
   {'budgets', 'data', 'layers', 'latency', 'scores'},
   {'prune'},
   {'models', 'interop'},

@@ -15,7 +15,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from pfs_jax import config, errors, models, report, runs, stages
+from pfs_jax import config, errors, models, report, runs, stages, storage
 from pfs_jax.report import figures, page, run_page, study_page
 from pfs_jax.stages import cutting
 from pfs_jax.studies import plan, results
@@ -35,7 +35,7 @@ def tiny(**fields):
 
 
 def log(folder, records):
-  runs.write_text(
+  storage.write_text(
     folder / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in records)
   )
 
@@ -53,7 +53,9 @@ def searching(workdir, **fields):
       layer: np.clip(rng.normal(1 - step / 50, 0.4, width), 0, 1)
       for layer, width in zip(model.layers, model.widths, strict=True)
     }
-    runs.write_arrays(workdir / 'search' / 'gates' / f'{step:08d}.npz', gates)
+    storage.write_arrays(
+      workdir / 'search' / 'gates' / f'{step:08d}.npz', gates
+    )
     numbers = {'gates_mean': 0.5, 'gates_density': 0.9, 'ce': 2.0 - step / 50}
     records.append({'step': step, **numbers, 'seconds': step / 10})
   log(workdir / 'search', records)
@@ -63,7 +65,7 @@ def searching(workdir, **fields):
 def searched(workdir, **fields):
   """A job that is searched and cut, not trained."""
   job, gates = searching(workdir, **fields)
-  runs.write_arrays(workdir / 'search' / 'gates.npz', gates)
+  storage.write_arrays(workdir / 'search' / 'gates.npz', gates)
   cutting.cut(job)
   return job
 
@@ -93,7 +95,7 @@ def trained(workdir, accuracy=0.8, reference=0.85):
     'budget': name,
     'versions': {'jax': '0.0.1', 'commit': 'abc', 'hardware': '1 x abacus'},
   }
-  runs.write_json(workdir / 'result.json', result)
+  storage.write_json(workdir / 'result.json', result)
   return job, structure
 
 
@@ -316,7 +318,7 @@ def cell_records(study):
 def finished(workdir, study, left_out=0):
   records = list(cell_records(study))
   records = records[: len(records) - left_out]
-  runs.write_json(results.path(study, workdir), records)
+  storage.write_json(results.path(study, workdir), records)
   return records
 
 
@@ -365,7 +367,7 @@ def test_cells_that_are_in_no_results_file_count(tmp_path):
   results.path(study, tmp_path).unlink()
   for record in records:
     folder = tmp_path / 'cells' / record['config_hash']
-    runs.write_json(folder / 'cell.json', record)
+    storage.write_json(folder / 'cell.json', record)
   report.study(study, tmp_path)
   assert '11 of 12 cells are finished; the rest may change' in (
     read(tmp_path).text

@@ -190,8 +190,8 @@ def test_a_second_process_is_refused(untouched):
   holder = processes.command(
     f"""
     import pathlib, sys
-    from pfs_jax import runs
-    with runs.locked(pathlib.Path({str(untouched)!r})):
+    from pfs_jax import storage
+    with storage.locked(pathlib.Path({str(untouched)!r})):
       print('held', flush=True)
       sys.stdin.read()
     """

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from pfs_jax import devices, errors, runs
+from pfs_jax import checkpointing, devices, errors, runs, storage
 from tests import processes
 
 
@@ -54,15 +54,16 @@ def assert_equal_states(a, b):
 
 def save(folder, *steps):
   """Checkpoints whose numbers follow from the step."""
-  with runs.Checkpoints(folder) as checkpoints:
+  with checkpointing.Checkpoints(folder) as checkpoints:
     for step in steps:
       checkpoints.save(step, make_state(step))
 
 
 def restore(folder):
   """(step, state) or None, into a target of other numbers."""
-  with runs.Checkpoints(folder) as checkpoints:
-    return checkpoints.restore(make_state(99))
+  with checkpointing.Checkpoints(folder) as checkpoints:
+    found = checkpoints.restore(make_state(99))
+    return found and found[:2]
 
 
 def kept_steps(folder):
@@ -96,7 +97,7 @@ def test_the_two_newest_are_kept(tmp_path):
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):
-  with runs.Checkpoints(tmp_path) as checkpoints:
+  with checkpointing.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(5, make_state(5))
     checkpoints.save(5, make_state(6))
     assert checkpoints.latest == 5
@@ -107,7 +108,7 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):
   state = make_state(1)
-  with runs.Checkpoints(tmp_path) as checkpoints:
+  with checkpointing.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state)  # Written in the background,
     for leaf in jax.tree.leaves(state):
       leaf.delete()  # while the loop goes on.
@@ -184,7 +185,7 @@ def test_a_flipped_bit_of_a_weight_is_caught_by_the_checksum(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     step, state = restore(tmp_path)
   # Not an error of Orbax: it restored wrong numbers.
-  assert 'checkpoint 2 fails its checksum' in caplog.text
+  assert 'checkpoint 2 does not match its checksum' in caplog.text
   assert step == 1
   assert_equal_states(state, make_state(1))
 
@@ -202,7 +203,7 @@ def test_no_good_checkpoint_is_a_user_error(tmp_path):
 def test_going_on_after_damage_replaces_what_is_bad(tmp_path, steps):
   save(tmp_path, 1, 3)
   _damage(_largest_file(tmp_path / 'checkpoints' / '3'), 'one bit flipped')
-  with runs.Checkpoints(tmp_path) as checkpoints:
+  with checkpointing.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.restore(make_state(99))[0] == 1
     for step in steps:
       checkpoints.save(step, make_state(step))
@@ -258,12 +259,14 @@ def test_checkpoints_move_between_device_counts(tmp_path):
 
 def test_checksum_sees_every_leaf_and_their_order():
   a, b = np.arange(3.0), np.arange(3.0) + 1
-  sums = [runs.checksum(t) for t in ([a, b], [b, a], [a], [a, b + 1e-9])]
+  sums = [storage.checksum(t) for t in ([a, b], [b, a], [a], [a, b + 1e-9])]
   assert len(set(sums)) == 4
   single = np.arange(3, dtype=np.float32)
-  assert runs.checksum({'x': single}) == runs.checksum([jnp.asarray(single)])
+  assert storage.checksum({'x': single}) == storage.checksum(
+    [jnp.asarray(single)]
+  )
   # As `sha256sum` says of the file of these bytes.
-  assert runs.checksum(np.zeros(0)) == (
+  assert storage.checksum(np.zeros(0)) == (
     'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
   )
 
@@ -273,39 +276,142 @@ def test_checksum_sees_every_leaf_and_their_order():
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
   path = tmp_path / 'new' / 'x.json'
-  runs.write_json(path, {'a': [1, 2]})
-  assert runs.read_json(path) == {'a': [1, 2]}
+  storage.write_json(path, {'a': [1, 2]})
+  assert storage.read_json(path) == {'a': [1, 2]}
   with pytest.raises(TypeError):
-    runs.write_json(path, {'a': object()})
-  assert runs.read_json(path) == {'a': [1, 2]}
+    storage.write_json(path, {'a': object()})
+  assert storage.read_json(path) == {'a': [1, 2]}
   assert [p.name for p in path.parent.iterdir()] == ['x.json']
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
   path = tmp_path / 'x.json'
-  runs.write_json(path, 'old')
+  storage.write_json(path, 'old')
   seen = []
-  replace = runs.os.replace
+  replace = storage.os.replace
 
   def watched(source, target):
-    seen.append((runs.read_json(path), json.loads(source.read_text())))
+    seen.append((storage.read_json(path), json.loads(source.read_text())))
     replace(source, target)
 
-  monkeypatch.setattr(runs.os, 'replace', watched)
-  runs.write_json(path, 'new')
-  assert seen == [('old', 'new')] and runs.read_json(path) == 'new'
+  monkeypatch.setattr(storage.os, 'replace', watched)
+  storage.write_json(path, 'new')
+  assert seen == [('old', 'new')] and storage.read_json(path) == 'new'
 
 
-@pytest.mark.parametrize('content', ['', '{"a": 1', '\xff'])
-def test_broken_json_is_a_user_error(tmp_path, content):
+@pytest.mark.parametrize(
+  'content, reason',
+  [
+    (b'', 'truncated'),
+    (b'{"a": 1', 'truncated'),
+    (b'\xff', 'malformed'),
+    (b'"\xff"', 'not UTF-8'),
+    (b'[' * 100_000, 'nested too deeply'),
+    (b'{"a": ' + b'9' * 5000 + b'}', 'out of range'),
+    (b'{"a": NaN}', 'malformed'),
+  ],
+)
+def test_broken_json_is_a_user_error(tmp_path, content, reason):
   path = tmp_path / 'x.json'
-  path.write_text(content, encoding='latin-1')
-  with pytest.raises(errors.UserError, match=r'x\.json cannot be read'):
-    runs.read_json(path)
+  path.write_bytes(content)
+  with pytest.raises(errors.UserError, match=rf'x\.json: .*{reason}') as e:
+    storage.read_json(path)
+  assert '\n' not in str(e.value)
+
+
+def test_only_files_are_read(tmp_path):
+  with pytest.raises(errors.UserError, match='it is no file'):
+    storage.read_json(tmp_path)
+  storage.os.mkfifo(tmp_path / 'pipe')  # Reading one would wait for ever.
+  with pytest.raises(errors.UserError, match='it is no file'):
+    storage.read_json(tmp_path / 'pipe')
+  (tmp_path / 'x').write_text('12345')
+  with pytest.raises(errors.UserError, match='5 bytes; at most 4'):
+    storage.read_bytes(tmp_path / 'x', largest=4)
+
+
+# Seals.
+
+
+def test_a_sealed_file_that_was_changed_is_refused(tmp_path):
+  path = tmp_path / 'x.json'
+  storage.write_json(path, 1, sealed=True)
+  storage.write_json(tmp_path / 'y.json', 2, sealed=True)
+  assert storage.read_json(path) == 1
+  path.write_text('3\n')
+  with pytest.raises(errors.UserError, match='x.json is damaged or was chan'):
+    storage.read_json(path)
+  assert storage.read_json(tmp_path / 'y.json') == 2
+  path.write_text('1\n')
+  assert storage.read_json(path) == 1
+  (tmp_path / 'checksums.json').write_text('{"x.json": 1}')
+  with pytest.raises(
+    errors.UserError, match=r'checksums\.json: Expected `str`'
+  ):
+    storage.read_json(path)
+
+
+def test_a_crash_leaves_no_seal_that_is_wrong(tmp_path, monkeypatch):
+  """Whichever rename is the last one, the file can be read."""
+  path, replace = tmp_path / 'x.json', storage.os.replace
+  seen = set()
+  for last in range(5):
+    storage.write_json(path, 'old', sealed=True)
+    left = [last]
+
+    def crash(source, target, left=left):
+      if not left[0]:
+        raise KeyboardInterrupt
+      left[0] -= 1
+      replace(source, target)
+
+    monkeypatch.setattr(storage.os, 'replace', crash)
+    try:
+      storage.write_json(path, 'new', sealed=True)
+    except KeyboardInterrupt:
+      pass
+    monkeypatch.setattr(storage.os, 'replace', replace)
+    seen.add(storage.read_json(path))
+  assert seen == {'old', 'new'}
+
+
+def test_what_is_there_already_is_not_written(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise AssertionError
+
+  path = tmp_path / 'x.npz'
+  storage.write_arrays(path, {'a': np.arange(3.0)}, sealed=True)
+  monkeypatch.setattr(storage.os, 'replace', refuse)
+  storage.write_arrays(path, {'a': np.arange(3.0)}, sealed=True)
+  with pytest.raises(AssertionError):
+    storage.write_arrays(path, {'a': np.arange(4.0)}, sealed=True)
+
+
+ARRAYS = {'a': np.ones(2), 'b': np.ones(3)}
+
+
+@pytest.mark.parametrize(
+  'arrays, message',
+  [
+    ({'a': np.ones(2)}, 'b differ'),
+    ({**ARRAYS, 'c': np.ones(1)}, 'c differ'),
+    (dict(reversed(ARRAYS.items())), 'in this order'),
+    ({**ARRAYS, 'b': np.ones((3, 1))}, r'b must be .* got float64 \[3, 1\]'),
+    ({**ARRAYS, 'b': np.array(['x'] * 3)}, 'b must be finite floats'),
+    ({**ARRAYS, 'b': np.full(3, np.nan)}, 'not all finite'),
+  ],
+)
+def test_arrays_must_be_what_is_expected(tmp_path, arrays, message):
+  shapes = {'a': (2,), 'b': (3,)}
+  storage.write_arrays(tmp_path / 'x.npz', ARRAYS)
+  assert list(storage.read_arrays(tmp_path / 'x.npz', shapes)) == ['a', 'b']
+  storage.write_arrays(tmp_path / 'x.npz', arrays)
+  with pytest.raises(errors.UserError, match=message):
+    storage.read_arrays(tmp_path / 'x.npz', shapes)
 
 
 def test_missing_files_are_user_errors(tmp_path):
-  for read in (runs.read_json, runs.read_arrays):
+  for read in (storage.read_json, storage.read_arrays):
     with pytest.raises(errors.UserError, match=r'none does not exist\.$'):
       read(tmp_path / 'none')
 
@@ -313,8 +419,8 @@ def test_missing_files_are_user_errors(tmp_path):
 def test_arrays_come_back_in_order(tmp_path):
   path = tmp_path / 'new' / 'gates.npz'
   arrays = {'stem/conv': np.arange(3.0), 'a': np.ones(2, np.float32)}
-  runs.write_arrays(path, arrays)
-  found = runs.read_arrays(path)
+  storage.write_arrays(path, arrays)
+  found = storage.read_arrays(path)
   assert list(found) == list(arrays)
   for name, value in arrays.items():
     np.testing.assert_array_equal(found[name], value, strict=True)
@@ -323,17 +429,17 @@ def test_arrays_come_back_in_order(tmp_path):
 
 def test_broken_arrays_are_a_user_error(tmp_path):
   path = tmp_path / 'gates.npz'
-  runs.write_arrays(path, {'a': np.arange(100.0)})
+  storage.write_arrays(path, {'a': np.arange(100.0)})
   path.write_bytes(path.read_bytes()[:300])
   with pytest.raises(errors.UserError, match='cannot be read'):
-    runs.read_arrays(path)
+    storage.read_arrays(path)
 
 
 def test_arrays_with_pickles_are_refused(tmp_path):
   path = tmp_path / 'gates.npz'
   np.savez(path, a=np.array([{}], object))
   with pytest.raises(errors.UserError, match='cannot be read'):
-    runs.read_arrays(path)
+    storage.read_arrays(path)
 
 
 def test_versions_name_what_a_run_ran_with():
@@ -381,13 +487,11 @@ def test_many_differences_are_counted_not_listed(tmp_path):
 
 HOLD = """
   import pathlib, sys
-  from pfs_jax import errors, runs
-  try:
-    with runs.locked(pathlib.Path({folder!r})):
-      print('held', flush=True)
+  from pfs_jax import storage
+  with storage.locked(pathlib.Path({folder!r})) as held:
+    print('held' if held else 'refused', flush=True)
+    if held:
       sys.stdin.readline()
-  except errors.UserError as e:
-    print('refused:', e, flush=True)
   """
 
 
@@ -409,24 +513,24 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path):
   with _start(HOLD.format(folder=str(folder))) as first:
     try:
       assert first.stdout.readline() == 'held\n', first.stderr.read()
-      with pytest.raises(errors.UserError, match='in use by another process'):
-        with runs.locked(folder):
-          pass
+      with storage.locked(folder) as held:
+        assert not held
       first.kill()  # A crash frees the folder.
       first.wait(30)
-      with runs.locked(folder):
+      with storage.locked(folder) as held:
+        assert held
         second = processes.output(HOLD.format(folder=str(folder)))
-      assert second.startswith('refused:') and 'in use' in second
+      assert second == 'refused'
     finally:
       first.kill()
-  with runs.locked(folder):
-    pass
+  with storage.locked(folder) as held:
+    assert held
 
 
 def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be used'):
-    with runs.locked(tmp_path / 'file' / 'run'):
+    with storage.locked(tmp_path / 'file' / 'run'):
       pass
 
 
@@ -520,6 +624,8 @@ def test_a_second_signal_ends_the_process(second):
     from pfs_jax import runs
     with runs.StopSignal() as stop:
       os.kill(os.getpid(), signal.SIGTERM)
+      while stop.number is None:  # Another thread may have got it.
+        time.sleep(0.001)
       print('caught', stop.number, flush=True)
       os.kill(os.getpid(), {int(second)})
       time.sleep(20)

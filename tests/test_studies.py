@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import study_results
-from pfs_jax import errors, models, prune, scores, studies
+from pfs_jax import errors, models, prune, scores, storage, studies
 from pfs_jax.report import figures
-from pfs_jax.studies import arms, engine, locks, plan, products, results
+from pfs_jax.studies import arms, engine, plan, products, results
 from pfs_jax.studies import statistics as stats
 from tests import processes
 
@@ -723,7 +723,7 @@ def test_one_study_over_several_hosts_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-  with locks.attempt(tmp_path) as first, locks.attempt(tmp_path) as second:
+  with storage.locked(tmp_path) as first, storage.locked(tmp_path) as second:
     assert first and not second
-  with locks.attempt(tmp_path) as third:
+  with storage.locked(tmp_path) as third:
     assert third

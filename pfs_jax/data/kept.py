@@ -36,7 +36,7 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   Raises:
     OSError: The disk is full, or the folder cannot be written.
   """
-  runs.write_arrays(path, {**arrays, _CHECK: np.array(digest(arrays))})
+  storage.write_arrays(path, {**arrays, _CHECK: np.array(digest(arrays))})
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
@@ -47,7 +47,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
   if not path.exists():
     return None
   try:
-    arrays = runs.read_arrays(path)
+    arrays = storage.read_arrays(path)
     if str(arrays.pop(_CHECK, '')) == digest(arrays):
       return arrays
     reason = 'fails its checksum'

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pfs_jax import data, errors, runs
+from pfs_jax import data, errors, runs, storage
 from pfs_jax.export import onnx, stablehlo, weights
 from pfs_jax.structures import Structure
 
@@ -407,7 +407,7 @@ _FIELDS = {
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
   """manifest.json of an export; raises UserError where it is none."""
   path = pathlib.Path(directory) / MANIFEST
-  manifest = runs.read_json(path)
+  manifest = storage.read_json(path)
   schema = manifest.get('schema') if isinstance(manifest, dict) else None
   if schema != SCHEMA:
     raise errors.UserError(f'{path}: schema must be {SCHEMA}; got {schema!r}.')

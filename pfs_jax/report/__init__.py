@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import ml_collections
 
-from pfs_jax import console, runs, stages
+from pfs_jax import console, stages, storage
 
 if TYPE_CHECKING:
   from pfs_jax.report import figures
@@ -58,7 +58,7 @@ def _save(
   pictures: list[figures.Picture],
 ) -> None:
   """Writes the pictures, in place of those of an earlier report; the page."""
-  if not runs.is_first_process():
+  if not storage.is_first_process():
     return
   folder, page = workdir / stem, workdir / f'{stem}.html'
   folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _save(
       old.unlink()
   for name, content in files.items():
     (folder / name).write_bytes(content)
-  runs.write_text(page, html)
+  storage.write_text(page, html)
   console.say(
     f'{page} is written, and its {len(pictures)} pictures (SVG, PNG) in '
     f'{folder}.'

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import config, console, errors, models, runs, structures
+from pfs_jax import config, console, errors, models, runs, storage, structures
 from pfs_jax.report import figures, page
 from pfs_jax.stages import Job
 
@@ -74,7 +74,7 @@ def _cuts(job: Job) -> list[Cut]:
     counts = dict(zip(s.layers, s.counts, strict=True))
     found[name] = Cut(name, counts, s.macs, s.params, None)
   for path in _plain_first(job.workdir, 'result'):
-    r = runs.read_json(path)
+    r = storage.read_json(path)
     name = r['budget']
     found[name] = Cut(name, r['counts'], r['macs'], r['params'], r)
   for cut in found.values():
@@ -275,7 +275,7 @@ def _counts_table(job: Job, cut: Cut, means: Mapping[str, float]) -> str:
 def _chosen_gates(job: Job) -> dict[str, np.ndarray]:
   """The gates that the selection rule took, {} before."""
   path = job.workdir / 'search' / 'gates.npz'
-  return runs.read_arrays(path) if path.exists() else {}
+  return storage.read_arrays(path) if path.exists() else {}
 
 
 def _gates(job: Job, cuts: Sequence[Cut]):
@@ -283,7 +283,7 @@ def _gates(job: Job, cuts: Sequence[Cut]):
   chosen = _chosen_gates(job)
   kept_path = job.workdir / 'kept.json'
   if chosen and kept_path.exists() and cuts:
-    picture, table = _histogram(chosen, runs.read_json(kept_path))
+    picture, table = _histogram(chosen, storage.read_json(kept_path))
     pictures.append(picture)
     caption = (
       'The gates that were taken: channels kept '
@@ -340,7 +340,7 @@ def _course_rows(job: Job) -> list[tuple[int, np.ndarray, float | None]]:
   found = []
   for i in thinned(len(paths), 8):
     step = int(paths[i].stem)
-    arrays = runs.read_arrays(paths[i]).values()
+    arrays = storage.read_arrays(paths[i]).values()
     gates = np.concatenate([g.ravel() for g in arrays])
     found.append((step, gates, records.get(step)))
   return found
@@ -488,7 +488,7 @@ def _times(job: Job, cuts: Sequence[Cut]) -> tuple[str, str]:
   found = {}
   path = job.workdir / 'versions.json'
   if path.exists():
-    found = runs.read_json(path)
+    found = storage.read_json(path)
   for cut in cuts:
     if cut.result:
       found = cut.result['versions']
@@ -502,7 +502,7 @@ def _times(job: Job, cuts: Sequence[Cut]) -> tuple[str, str]:
 
 def _config(job: Job) -> tuple[str, str]:
   path = job.workdir / 'config.json'
-  found = runs.read_json(path) if path.exists() else job.config.to_dict()
+  found = storage.read_json(path) if path.exists() else job.config.to_dict()
   text = json.dumps(found, indent=2, sort_keys=True)
   rows = changed_rows(found)
   return page.section(

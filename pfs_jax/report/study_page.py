@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import console, errors, runs
+from pfs_jax import console, errors, storage
 from pfs_jax.report import figures, page, run_page
 from pfs_jax.studies import plan, results, statistics
 
@@ -43,7 +43,7 @@ def _records(study, workdir: pathlib.Path) -> tuple[list[Any], int]:
   for cell in cells:  # What no results file has yet.
     path = workdir / 'cells' / cell.hash / 'cell.json'
     if cell.hash not in there and path.exists():
-      there[cell.hash] = {**runs.read_json(path), 'label': cell.label}
+      there[cell.hash] = {**storage.read_json(path), 'label': cell.label}
   if not there:
     raise errors.UserError(
       f'{results.path(study, workdir)} and {workdir} hold no finished cell of '

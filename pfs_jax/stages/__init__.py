@@ -6,7 +6,7 @@ another machine. All that passes from search to train is a structure file.
 
 from __future__ import annotations
 
-from pfs_jax import runs
+from pfs_jax import errors, storage
 from pfs_jax.stages import cutting, exporting, searching, showing, training
 from pfs_jax.stages.job import Job
 
@@ -30,7 +30,12 @@ def execute(mode: str, job: Job) -> None:
   if mode == 'info':
     info(job)
     return
-  with runs.locked(job.workdir):
+  with storage.locked(job.workdir) as held:
+    if not held:
+      raise errors.UserError(
+        f'{job.workdir} is in use by another process; wait for it, or give '
+        'another --workdir.'
+      )
     MODES[mode](job)
 
 

@@ -6,7 +6,16 @@ import dataclasses
 import json
 import pathlib
 
-from pfs_jax import config, console, errors, latency, models, prune, runs
+from pfs_jax import (
+  config,
+  console,
+  errors,
+  latency,
+  models,
+  prune,
+  runs,
+  storage,
+)
 from pfs_jax.stages.job import Job
 
 
@@ -18,7 +27,7 @@ def cut(job: Job) -> None:
       f'{path} does not exist: run --mode=search in this workdir first.'
     )
   runs.claim(path.parent, config.identity(job.config, 'search'))
-  gates = runs.read_arrays(path)
+  gates = storage.read_arrays(path)
   rows = []
   for budget in job.budgets:
     check_budget(job, budget)
@@ -26,9 +35,9 @@ def cut(job: Job) -> None:
     path = job.file('structure', budget.name, '.json')
     edited = _edited(job, path, structure)
     if edited is None:
-      runs.write_text(path, structure.to_json() + '\n')
+      storage.write_text(path, structure.to_json() + '\n')
       kept = prune.kept(gates, structure)
-      runs.write_json(
+      storage.write_json(
         job.file('kept', budget.name, '.json'),
         {layer: indices.tolist() for layer, indices in kept.items()},
       )
@@ -68,7 +77,7 @@ def _fit(job: Job, budget: prune.Budget, gates) -> prune.Structure:
       'budget': budget.name,
       'seed': job.config.seed,
       'search': config.digest(config.identity(job.config, 'search')),
-      'gates_sha256': runs.checksum(gates),
+      'gates_sha256': storage.checksum(gates),
     },
   )
 

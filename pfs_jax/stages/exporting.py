@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pfs_jax import console, data, runs
+from pfs_jax import console, data, runs, storage
 from pfs_jax import export as export_lib
 from pfs_jax.stages import cutting, training
 from pfs_jax.stages.job import Job
@@ -18,7 +18,7 @@ def export(job: Job) -> None:
   name, structure = cutting.read(job)
   state = training.restore(job, name, structure)[-1]
   folder = job.file('export', name)
-  if runs.is_first_process():
+  if storage.is_first_process():
     manifest = export_lib.save(
       folder,
       _float32(job).network.narrow(structure.counts),
@@ -36,7 +36,7 @@ def _spec(job: Job, name: str) -> data.Spec:
   result = job.file('result', name, '.json')
   if not result.exists():
     return job.spec
-  names = runs.read_json(result).get('class_names', job.spec.class_names)
+  names = storage.read_json(result).get('class_names', job.spec.class_names)
   return dataclasses.replace(job.spec, class_names=tuple(names))
 
 

@@ -19,6 +19,7 @@ from pfs_jax import (
   models,
   prune,
   runs,
+  storage,
   surgery,
 )
 from pfs_jax import train as train_lib
@@ -125,5 +126,5 @@ class Job:
 
   def note_config(self) -> None:
     """Writes the whole config and the versions beside what they produce."""
-    runs.write_json(self.workdir / 'config.json', self.config.to_dict())
-    runs.write_json(self.workdir / 'versions.json', runs.versions())
+    storage.write_json(self.workdir / 'config.json', self.config.to_dict())
+    storage.write_json(self.workdir / 'versions.json', runs.versions())

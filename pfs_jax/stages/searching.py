@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from pfs_jax import config, runs
+from pfs_jax import config, runs, storage
 from pfs_jax import search as search_lib
 from pfs_jax import train as train_lib
 from pfs_jax.stages import cutting
@@ -40,7 +40,7 @@ def _search(job: Job, folder: pathlib.Path) -> None:
 
   def evaluate(state, step):
     gates = network.by_layer(jax.device_get(state.gates))
-    runs.write_arrays(folder / 'gates' / f'{step:08d}.npz', gates)
+    storage.write_arrays(folder / 'gates' / f'{step:08d}.npz', gates)
     numbers = {
       'gates_mean': float(search_lib.mean_gate(gates)),
       'gates_density': float(search_lib.density(gates)),
@@ -74,6 +74,6 @@ def _select(job: Job, folder: pathlib.Path, last) -> None:
     last,
   )
   if step is not None:
-    gates = runs.read_arrays(folder / 'gates' / f'{step:08d}.npz')
-  runs.write_arrays(folder / 'gates.npz', gates)
+    gates = storage.read_arrays(folder / 'gates' / f'{step:08d}.npz')
+  storage.write_arrays(folder / 'gates.npz', gates)
   runs.barrier('gates')

@@ -10,7 +10,17 @@ from typing import Any
 import jax
 import optax
 
-from pfs_jax import config, console, devices, errors, models, prune, runs
+from pfs_jax import (
+  checkpointing,
+  config,
+  console,
+  devices,
+  errors,
+  models,
+  prune,
+  runs,
+  storage,
+)
 from pfs_jax import train as train_lib
 from pfs_jax.stages import cutting, showing
 from pfs_jax.stages.job import Job
@@ -26,7 +36,7 @@ def _train_identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
 def _kept(job: Job, name: str, structure: prune.Structure) -> dict[str, Any]:
   """Which channels the cut kept; read only where weights come along."""
   path = job.file('kept', name, '.json')
-  kept = runs.read_json(path)
+  kept = storage.read_json(path)
   lengths = {layer: len(indices) for layer, indices in kept.items()}
   expected = dict(zip(structure.layers, structure.counts, strict=True))
   if lengths != expected:
@@ -171,9 +181,9 @@ def _reference_accuracy(job: Job) -> float | None:
     module = job.network.reference
     state = fit(job, module, folder, 'reference', job.config.train.epochs)
     accuracy, _ = _test(job, module, state)
-    runs.write_json(result, {'test_accuracy': accuracy})
+    storage.write_json(result, {'test_accuracy': accuracy})
     runs.barrier('reference')
-  return runs.read_json(result)['test_accuracy']
+  return storage.read_json(result)['test_accuracy']
 
 
 def _write_result(job, name, structure, module, state, folder, reference):
@@ -200,7 +210,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'versions': runs.versions(),
     'config': c.to_dict(),
   }
-  runs.write_json(job.file('result', name, '.json'), result)
+  storage.write_json(job.file('result', name, '.json'), result)
   runs.barrier('result')
 
 
@@ -214,7 +224,7 @@ def restore(job: Job, name: str, structure: prune.Structure):
   runs.claim(folder, _train_identity(job, structure))
   module = job.network.narrow(structure.counts)
   state = devices.replicate(_initial(job, module, 1, 'train'))
-  with runs.Checkpoints(folder) as checkpoints:
+  with checkpointing.Checkpoints(folder) as checkpoints:
     found = checkpoints.restore(state)
   if found is None:
     raise errors.UserError(f'{folder} holds no checkpoint yet.')

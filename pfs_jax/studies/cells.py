@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pfs_jax import models, prune, runs, scores, stages
+from pfs_jax import models, prune, runs, scores, stages, storage
 from pfs_jax import train as train_lib
 from pfs_jax.studies import arms, plan, products, results
 
@@ -36,7 +36,7 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
     record = {**_record(cell, folder), **found}
     if cell.arm.training != 'none':
       record |= _trained(cell, folder, root, found)
-  runs.write_json(folder / 'cell.json', record)
+  storage.write_json(folder / 'cell.json', record)
   _forget_programs()
   return record
 
@@ -92,7 +92,7 @@ def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
     model=job.network.description,
     source={'budget': budget.name, 'seed': cell.seed, 'arm': cell.name},
   )
-  runs.write_text(folder / 'structure.json', structure.to_json() + '\n')
+  storage.write_text(folder / 'structure.json', structure.to_json() + '\n')
   if cell.arm.scores != 'full':
     kept = prune.kept(found, structure)
     facts['kept'] = {name: results.bits(kept[name]) for name in kept}
@@ -149,7 +149,7 @@ def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
     job.train_weights = _weights(cell, root, found['kept'])
   products.renew_claim(folder / 'train')
   stages.train(job)
-  result: Mapping[str, Any] = runs.read_json(folder / 'result.json')
+  result: Mapping[str, Any] = storage.read_json(folder / 'result.json')
   epochs = c.train.epochs
   if c.train.scratch == 'B':
     epochs *= result['reference_macs'] / result['macs']

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from pfs_jax import console, errors, runs
-from pfs_jax.studies import cells, locks, plan, products, results
+from pfs_jax import console, errors, runs, storage
+from pfs_jax.studies import cells, plan, products, results
 
 _POLL_SECONDS = 1.0
 
@@ -87,7 +87,7 @@ class _Run:
     """The record of a finished cell, from its folder or any results."""
     path = self.workdir / 'cells' / cell.hash / 'cell.json'
     if path.exists():
-      return runs.read_json(path)
+      return storage.read_json(path)
     return results.known(self.study, self.workdir).get(cell.hash)
 
   def finish(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ def _work(study, workdir: pathlib.Path, planned: list[plan.Cell]) -> None:
 
 def _attempt(run_: _Run, cell: plan.Cell) -> bool:
   """Does a cell unless another process is at it; whether it was settled."""
-  with locks.attempt(run_.workdir / 'cells' / cell.hash) as held:
+  with storage.locked(run_.workdir / 'cells' / cell.hash) as held:
     if not held:
       return False
     record = run_.record(cell)  # Another process may have finished it.

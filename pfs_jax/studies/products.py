@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import config, runs, stages
-from pfs_jax.studies import locks, plan
+from pfs_jax import config, runs, stages, storage
+from pfs_jax.studies import plan
 
 
 class Busy(Exception):
@@ -75,7 +75,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _read_weights(path: pathlib.Path) -> dict[str, Any]:
-  flat = runs.read_arrays(path)
+  flat = storage.read_arrays(path)
   return flax.traverse_util.unflatten_dict(
     {tuple(name.split('/')): value for name, value in flat.items()}
   )
@@ -104,7 +104,7 @@ def trained(cell: plan.Cell, root: pathlib.Path, epochs: float):
   name = 'all' if epochs >= cell.wide.train.epochs else f'{epochs:g}'
   path = folder / 'weights' / f'{name}.npz'
   if not (folder / 'weights' / 'all.npz').exists():
-    with locks.attempt(folder) as held:
+    with storage.locked(folder) as held:
       if not held:
         raise Busy(folder.name)
       _train(cell, folder)
@@ -117,7 +117,7 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
   def keep(state, epochs):
     if epochs == int(epochs):
       path = folder / 'weights' / f'{int(epochs)}.npz'
-      runs.write_arrays(path, _flatten(state.variables))
+      storage.write_arrays(path, _flatten(state.variables))
 
   penalty = cell.arm.penalty
   state = stages.fit(
@@ -131,7 +131,9 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
     penalty=scale_penalty(penalty) if penalty else None,
     watch=keep,
   )
-  runs.write_arrays(folder / 'weights' / 'all.npz', _flatten(state.variables))
+  storage.write_arrays(
+    folder / 'weights' / 'all.npz', _flatten(state.variables)
+  )
 
 
 # Gates.
@@ -152,7 +154,7 @@ def searched(cell: plan.Cell, root: pathlib.Path):
   folder = _folder(root, 'search', fields)
   path = folder / 'search' / 'gates.npz'
   if not path.exists():
-    with locks.attempt(folder) as held:
+    with storage.locked(folder) as held:
       if not held:
         raise Busy(folder.name)
       job = stages.Job(cell.wide, folder)
@@ -160,7 +162,7 @@ def searched(cell: plan.Cell, root: pathlib.Path):
         job.search_weights = variables
       renew_claim(folder / 'search')
       stages.search(job)
-  return runs.read_arrays(path), folder
+  return storage.read_arrays(path), folder
 
 
 def seconds(folder: pathlib.Path) -> float:

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import console, runs
-from pfs_jax.studies import arms, locks, plan, statistics
+from pfs_jax import console, storage
+from pfs_jax.studies import arms, plan, statistics
 
 Record = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def path(study, workdir: pathlib.Path) -> pathlib.Path:
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
   """The records of a file, [] if there is none."""
-  return runs.read_json(file) if file.exists() else []
+  return storage.read_json(file) if file.exists() else []
 
 
 def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
@@ -46,13 +46,13 @@ def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
   Records stand in the study's order of cells (`order`, hashes); those of cells
   that the study no longer has come last.
   """
-  with locks.alone(file.parent):
+  with storage.locked(file.parent, wait=lambda: None):
     found = {r['config_hash']: r for r in read(file)}
     found[record['config_hash']] = record
     place = {h: i for i, h in enumerate(order)}
     ordered = sorted(found, key=lambda h: place.get(h, len(place)))
     lines = ',\n'.join(json.dumps(found[h]) for h in ordered)
-    runs.write_text(file, f'[\n{lines}\n]\n')
+    storage.write_text(file, f'[\n{lines}\n]\n')
 
 
 def known(study, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
