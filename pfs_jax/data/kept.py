@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pfs_jax import console, errors, runs
+from pfs_jax import console, errors, storage
 
 _CHECK = 'sha256'
 
@@ -34,7 +34,7 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Keeps arrays, whole or not at all.
 
   Raises:
-    OSError: The disk is full, or the folder cannot be written.
+    errors.UserError: The disk is full, or the folder cannot be written.
   """
   storage.write_arrays(path, {**arrays, _CHECK: np.array(digest(arrays))})
 

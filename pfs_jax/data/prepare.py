@@ -145,9 +145,9 @@ def _decode_once(
   arrays = _decode(_stock_builder(spec.name, root), spec)
   try:
     kept.write(root / spec.name / _CACHE, arrays)
-  except OSError as e:
+  except errors.UserError as e:
     # Prepared data may well lie in a shared directory that is read-only.
-    console.note(f'{spec.name}: decoded, but not kept in {root} ({e.strerror})')
+    console.note(f'{spec.name}: decoded, but not kept: {e}')
   return arrays
 
 
