@@ -1,7 +1,9 @@
 """Strictness, a shared compilation cache, and the fixtures of all tests."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 import tempfile
 
 import pytest
@@ -81,3 +83,27 @@ def pytest_collection_modifyitems(items):
 def golden():
   """The folder of values measured on the published implementation."""
   return ROOT / 'tests' / 'golden'
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+  """The workdir of tests/small_run.py after --mode=run; only to be read.
+
+  The first worker that asks makes it for all workers.
+  """
+  from tests import processes, small_run
+
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+  workdir = base / 'finished'
+  with (base / 'finished.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (workdir / 'result.json').exists():
+      processes.output(small_run.arguments('run', workdir))
+  return workdir
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path):
+  """A copy of `finished_run` of one's own."""
+  return shutil.copytree(finished_run, tmp_path / 'finished')

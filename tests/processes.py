@@ -1,4 +1,4 @@
-"""Python in a fresh process: other device counts, float64, signals, crashes.
+"""Python in a process of its own: devices, float64, signals, crashes.
 
 A process of its own is needed because JAX fixes its devices at first use.
 
@@ -11,16 +11,31 @@ A process of its own is needed because JAX fixes its devices at first use.
 Or, where only the output of a script that must succeed matters:
 
   assert processes.output('print(1 + 1)') == '2'
+
+A process is a fork of a server that has imported JAX and pfs_jax and used
+neither, which takes milliseconds where a new interpreter takes seconds. A test
+of what is imported, or of two hosts, asks for a new interpreter: `fresh=True`.
 """
 
+import multiprocessing
 import os
 import pathlib
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 
+import jax
+
 ROOT = pathlib.Path(__file__).parents[1]
+
+_server = multiprocessing.get_context('forkserver')
+_server.set_forkserver_preload(
+  ['pfs_jax.stages', 'pfs_jax.studies', 'pfs_jax.report', 'tests.processes']
+)
 
 
 def environment(
@@ -55,6 +70,85 @@ def command(code_or_args: str | Sequence[str]) -> list[str]:
   return [sys.executable, *map(str, code_or_args)]
 
 
+def _set_environment(env: Mapping[str, str]) -> None:
+  """Sets the environment, and JAX's options, which the server has read."""
+  os.environ.clear()
+  os.environ.update(env)
+  for name, value in env.items():
+    option = name.lower()
+    if name.startswith('JAX_') and hasattr(jax.config, option):
+      now = getattr(jax.config, option)
+      parse = type(now) if isinstance(now, int | float) else str
+      jax.config.update(option, parse(int(value) if parse is bool else value))
+
+
+def _child(arguments, env, cwd, out, err) -> None:
+  """Does in a fork what `python ARGUMENTS` does in a new interpreter."""
+  for path, number in ((out, 1), (err, 2)):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  _set_environment(env)
+  os.chdir(cwd)
+  first, *rest = arguments
+  sys.argv = arguments
+  if first == '-c':
+    sys.argv = ['-c', *rest[1:]]
+    exec(compile(rest[0], '<string>', 'exec'), {'__name__': '__main__'})
+  elif first == '-m':
+    sys.argv = rest
+    runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
+  else:
+    runpy.run_path(first, run_name='__main__')
+
+
+class Started:
+  """A process that runs: the part of subprocess.Popen that tests need."""
+
+  def __init__(self, code_or_args, env, cwd):
+    self._folder = tempfile.TemporaryDirectory()
+    self._files = [pathlib.Path(self._folder.name) / n for n in ('out', 'err')]
+    for file in self._files:
+      file.touch()
+    self._process = _server.Process(
+      target=_child,
+      args=(command(code_or_args)[1:], env, str(cwd), *map(str, self._files)),
+    )
+    self._process.start()
+    self.pid = self._process.pid
+
+  def poll(self) -> int | None:
+    """The exit code, or None while it runs."""
+    return self._process.exitcode
+
+  def send_signal(self, number: int) -> None:
+    """Sends a signal to the process, which must still run."""
+    os.kill(self.pid, number)
+
+  def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Waits; after `timeout` seconds kills it and raises TimeoutExpired."""
+    self._process.join(timeout)
+    if self._process.exitcode is None:
+      self._process.kill()
+      self._process.join()
+      texts = [file.read_text() for file in self._files]
+      raise subprocess.TimeoutExpired('python', timeout, *texts)
+    texts = [file.read_text() for file in self._files]
+    self._folder.cleanup()
+    return subprocess.CompletedProcess('python', self._process.exitcode, *texts)
+
+
+def start(
+  code_or_args: str | Sequence[str],
+  *,
+  devices: int = 1,
+  x64: bool = False,
+  env: Mapping[str, str] | None = None,
+  cwd: str | os.PathLike = ROOT,
+) -> Started:
+  """Starts Python in a fork of the server; the arguments are those of run."""
+  return Started(code_or_args, environment(devices, x64, **(env or {})), cwd)
+
+
 def run(
   code_or_args: str | Sequence[str],
   *,
@@ -63,8 +157,9 @@ def run(
   timeout: float = 300,
   env: Mapping[str, str] | None = None,
   cwd: str | os.PathLike = ROOT,
+  fresh: bool = False,
 ) -> subprocess.CompletedProcess:
-  """Runs Python in a fresh process; look at `.returncode` yourself.
+  """Runs Python in another process; look at `.returncode` yourself.
 
   Args:
     code_or_args: Source text, dedented here, or the arguments after `python`,
@@ -74,10 +169,14 @@ def run(
     timeout: Seconds until it is killed and TimeoutExpired raised.
     env: Variables besides.
     cwd: Where; the default is the root of the repository.
+    fresh: Whether it is a new interpreter, not a fork of the server.
 
   Returns:
     The finished process with text in `.stdout` and `.stderr`.
   """
+  if not fresh:
+    options = {'devices': devices, 'x64': x64, 'env': env, 'cwd': cwd}
+    return start(code_or_args, **options).finish(timeout)
   return subprocess.run(
     command(code_or_args),
     env=environment(devices, x64, **(env or {})),

@@ -451,5 +451,5 @@ def test_cuts_are_the_same_in_another_process(searched, tmp_path):
   args = ['main.py', '--config=configs/digits.py:smoke', '--mode=prune']
   args += ['--config.model.base_width=4', '--config.model.width=5']
   args += [f'--workdir={searched}']
-  processes.output(args, env={'PYTHONHASHSEED': '3'})
+  processes.output(args, env={'PYTHONHASHSEED': '3'}, fresh=True)
   assert structure(searched) == before

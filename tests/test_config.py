@@ -492,7 +492,8 @@ def test_the_digest_is_the_same_in_every_process():
     print(config.digest(config.identity(config.default(), 'search')))
     """
   found = {
-    processes.output(code, env={'PYTHONHASHSEED': seed}) for seed in '12'
+    processes.output(code, env={'PYTHONHASHSEED': seed}, fresh=True)
+    for seed in '12'
   }
   here = config.digest(config.identity(config.default(), 'search'))
   assert found == {here}

@@ -1,0 +1,40 @@
+"""The run that many tests share: a ResNet-20 of tiny widths on digits.
+
+The fixtures `finished_run` and `finished` (conftest.py) hold its workdir.
+"""
+
+import pathlib
+
+import ml_collections
+
+from configs import digits
+
+FIELDS = {
+  'model.base_width': 2,
+  'model.width': 3,
+  'search.epochs': 2,
+  'train.epochs': 2,
+  'train.reference': False,
+  'checkpoint_steps': 8,
+  'log_steps': 4,
+}
+
+
+def config(**more) -> ml_collections.ConfigDict:
+  """Its config; more fields with `__` for the dot, as in train__epochs=1."""
+  c = digits.get_config()
+  changes = {name.replace('__', '.'): value for name, value in more.items()}
+  c.update_from_flattened_dict({**FIELDS, **changes})
+  return c
+
+
+def arguments(mode: str, workdir: pathlib.Path, *more: str) -> list[str]:
+  """Its command line after `python`; more arguments win."""
+  return [
+    'main.py',
+    '--config=configs/digits.py',
+    f'--mode={mode}',
+    f'--workdir={workdir}',
+    *(f'--config.{name}={value}' for name, value in FIELDS.items()),
+    *more,
+  ]
