@@ -43,7 +43,7 @@ BAD = {
   ),
   'whole sub-dict': (
     [DIGITS, INFO, '--config.train={"epochs": 1}'],
-    'config.train.batch_size is missing',
+    'config.train.init is missing',
   ),
   'bad bool': ([DIGITS, INFO, '--config.train.reference=maybe'], 'maybe'),
   'bad dtype': ([DIGITS, INFO, '--config.dtype=int8'], 'float32, bfloat16'),

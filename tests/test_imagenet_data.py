@@ -705,11 +705,12 @@ def test_threads_end_with_their_source(folder):
 
 
 def test_decoding_imports_no_jax():
-  out = processes.output("""
+  code = """
     import sys
     from pfs_jax.data import loading
     print({'jax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))
-  """)
+  """
+  out = processes.output(code, fresh=True)
   assert out == 'set()'
 
 
