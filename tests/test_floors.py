@@ -18,6 +18,7 @@ FLOORS = [
     'devices',
     'runs',
     'structures',
+    'user_code',
   },
   {'budgets', 'data', 'layers', 'latency', 'scores'},
   {'prune'},

@@ -40,6 +40,10 @@ def configured(fields: Any) -> Spec:
   Raises:
     errors.UserError: There is no such data set, or it cannot have that value.
   """
+  if fields.factory or fields.name in specs.OWN:
+    from pfs_jax.data import own
+
+    return own.configured(fields)
   return specs.configured(fields)
 
 

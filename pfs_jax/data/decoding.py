@@ -103,6 +103,11 @@ def decode(
   return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
+def size(content: bytes) -> tuple[int, int]:
+  """(width, height) of an image, without decoding its pixels."""
+  return Image.open(io.BytesIO(content), formats=FORMATS).size
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
   """16-bit grey to 8-bit, which Pillow would clip instead of scale."""
   if not image.mode.startswith('I'):

@@ -77,11 +77,12 @@ def scan(root: pathlib.Path) -> Folder:
   """
   try:
     inside = os.path.realpath(root)
-    classes = sorted(
-      entry.name
-      for entry in os.scandir(root)
-      if entry.is_dir() and _is_wanted(entry, inside)
-    )
+    with os.scandir(root) as entries:
+      classes = sorted(
+        entry.name
+        for entry in entries
+        if entry.is_dir() and _is_wanted(entry, inside)
+      )
     found = [_file_names(root / name, inside) for name in classes]
   except OSError as e:
     raise errors.UserError(
@@ -116,16 +117,18 @@ def check_same_classes(train: Folder, test: Folder) -> None:
 
 
 def _file_names(folder: pathlib.Path, inside: str) -> list[str]:
-  names = []
-  for entry in os.scandir(folder):
-    if entry.name.lower().endswith(SUFFIXES) and _is_wanted(entry, inside):
-      if not entry.is_file():
-        raise errors.UserError(
-          f'config.data.source_dir must hold regular files; {entry.path} is '
-          'none.'
-        )
-      names.append(entry.name)
-  return sorted(names)
+  with os.scandir(folder) as entries:
+    wanted = [
+      entry
+      for entry in entries
+      if entry.name.lower().endswith(SUFFIXES) and _is_wanted(entry, inside)
+    ]
+  for entry in wanted:
+    if not entry.is_file():
+      raise errors.UserError(
+        f'config.data.source_dir must hold regular files; {entry.path} is none.'
+      )
+  return sorted(entry.name for entry in wanted)
 
 
 def _is_wanted(entry: os.DirEntry, inside: str) -> bool:

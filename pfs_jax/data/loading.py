@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import time
 import warnings
 from concurrent import futures
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pfs_jax import console, errors
 from pfs_jax.data import decoding, listing
 
 _PIECE = 16  # Images decoded by one thread at a time.
@@ -44,6 +46,7 @@ class Batches:
     key: Two 32-bit numbers, or None.
     scale: Least share of the area of a random crop; 0: centre crops.
     skip: Whether the next image of the set replaces a corrupt training image.
+    keep: Share of the shorter side that a centre crop keeps.
   """
 
   images: Images
@@ -54,6 +57,7 @@ class Batches:
   key: tuple[int, int] | None = None
   scale: float = 0.0
   skip: bool = False
+  keep: float = decoding.EVALUATION_CROP
 
   @property
   def steps_per_epoch(self) -> int:
@@ -113,7 +117,9 @@ class Batches:
       for image in self._candidates(place):
         try:
           content, labels[i] = self.images.read(image)
-          pixels[i] = decoding.decode(content, self.size, self.scale, rng)
+          pixels[i] = decoding.decode(
+            content, self.size, self.scale, rng, keep=self.keep
+          )
           weights[i] = 1
           break
         except Exception as e:  # Pillow raises many kinds.
@@ -207,3 +213,51 @@ class Loader:
     }
     corrupt = [found for piece in pieces for found in piece['corrupt']]
     return {**joined, 'corrupt': corrupt}
+
+
+def threads(workers: int) -> int:
+  """Threads that decode, by `config.data.workers`: 0 and -1 are one a core."""
+  return workers if workers > 0 else len(os.sched_getaffinity(0))
+
+
+class Corrupt:
+  """Raises an error for files that cannot be decoded, or counts them.
+
+  Attributes:
+    skip: Whether they are left out; else they are an error.
+    found: Places of the images that were left out so far, on this process.
+  """
+
+  def __init__(self, images: Images, skip: bool):
+    self.skip = skip
+    self.found: set[int] = set()
+    self._images = images
+
+  def note(self, batch: dict[str, Any], must_fill: bool) -> None:
+    """Notes the corrupt images of a batch.
+
+    Args:
+      batch: From `Loader`.
+      must_fill: Whether every row needs an image.
+
+    Raises:
+      errors.UserError: There is a corrupt image and `skip` is off, or there are
+        too many to fill a batch.
+    """
+    for i, reason in batch['corrupt']:
+      where = self._images.where(i)
+      if not self.skip:
+        raise errors.UserError(
+          f'{where} cannot be decoded ({reason}).\n'
+          "Replace it, or leave such files out: config.data.corrupt='skip'."
+        )
+      if i not in self.found:
+        self.found.add(i)
+        console.note(
+          f'skipped, cannot be decoded: {where} ({len(self.found)} so far)'
+        )
+    if must_fill and not batch['weights'].all():
+      raise errors.UserError(
+        f'{len(self.found)} images cannot be decoded, too many in a row to '
+        f'fill a batch; the last is {where}.'
+      )

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from pfs_jax import config, devices, errors
-from pfs_jax.data import arrays, specs
+from pfs_jax.data import arrays, own, specs
 
 
 def normalise(
@@ -232,14 +232,20 @@ class Arrays:
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
     self._config = c
     fields = c.data
-    self.spec = specs.configured(fields)
-    self._dataset = arrays.load(
-      fields.name,
-      data_dir=fields.data_dir,
-      source_dir=fields.source_dir,
-      download=fields.download,
-      train_examples=fields.train_examples,
-    )
+    if own.is_own(fields):
+      every = own.load(fields)
+      own.claim(workdir, every)
+      self._dataset = every.first(fields.train_examples)
+    else:
+      specs.configured(fields)  # Refuses what the set cannot have.
+      self._dataset = arrays.load(
+        fields.name,
+        data_dir=fields.data_dir,
+        source_dir=fields.source_dir,
+        download=fields.download,
+        train_examples=fields.train_examples,
+      )
+    self.spec = self._dataset.spec
     for field in ('crop_scale', 'colour_jitter', 'lighting'):
       for stage in ('search', 'train'):
         if c[stage][field]:
@@ -260,7 +266,7 @@ class Arrays:
       mean=self.spec.mean,
       std=self.spec.std,
       padding=self.spec.crop_padding if augment else 0,
-      flip=self.spec.flip and augment,
+      flip=self.spec.flip and self._config.data.flip and augment,
       dtype=config.DTYPES[self._config.dtype],
     )
 

@@ -75,6 +75,7 @@ willow_tree wolf woman worm
 """
 
 SPECS: dict[str, Spec] = {}
+OWN = ('folder', 'npz')  # Read by `own`, from files of the user.
 
 
 def register(spec: Spec) -> None:
@@ -103,8 +104,9 @@ def spec(name: str) -> Spec:
     errors.UserError: There is no such data set.
   """
   if name not in SPECS:
+    known = ', '.join([*SPECS, *OWN])
     raise errors.UserError(
-      f'config.data.name must be one of {", ".join(SPECS)}; got {name}.'
+      f'config.data.name must be one of {known}; got {name}.'
     )
   return SPECS[name]
 

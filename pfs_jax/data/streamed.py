@@ -9,7 +9,6 @@ docs/imagenet.md.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -49,49 +48,6 @@ def _global(local: np.ndarray, axis: int, n: int) -> jax.Array:
   )
 
 
-class Corrupt:
-  """Raises an error for files that cannot be decoded, or counts them.
-
-  Attributes:
-    skip: Whether they are left out; else they are an error.
-    found: Places of the images that were left out so far, on this process.
-  """
-
-  def __init__(self, images: loading.Images, skip: bool):
-    self.skip = skip
-    self.found: set[int] = set()
-    self._images = images
-
-  def note(self, batch: dict[str, Any], must_fill: bool) -> None:
-    """Notes the corrupt images of a batch.
-
-    Args:
-      batch: From `loading.Loader`.
-      must_fill: Whether every row needs an image.
-
-    Raises:
-      errors.UserError: There is a corrupt image and `skip` is off, or there are
-        too many to fill a batch.
-    """
-    for i, reason in batch['corrupt']:
-      where = self._images.where(i)
-      if not self.skip:
-        raise errors.UserError(
-          f'{where} cannot be decoded ({reason}).\n'
-          "Replace it, or leave such files out: config.data.corrupt='skip'."
-        )
-      if i not in self.found:
-        self.found.add(i)
-        console.note(
-          f'skipped, cannot be decoded: {where} ({len(self.found)} so far)'
-        )
-    if must_fill and not batch['weights'].all():
-      raise errors.UserError(
-        f'{len(self.found)} images cannot be decoded, too many in a row to '
-        f'fill a batch; the last is {where}.'
-      )
-
-
 class StreamSource:
   """Training batches from threads; the interface of `pipeline.ArraySource`.
 
@@ -108,7 +64,7 @@ class StreamSource:
     batches: loading.Batches,
     key: jax.Array,
     draw: colour.StreamDraw,
-    corrupt: Corrupt,
+    corrupt: loading.Corrupt,
     threads: int,
   ):
     self.resident = ()
@@ -183,7 +139,7 @@ class StreamEvaluation:
     self,
     batches: loading.Batches,
     augmentation: colour.ColourAugmentation,
-    corrupt: Corrupt,
+    corrupt: loading.Corrupt,
     threads: int,
   ):
     self.augmentation = augmentation
@@ -240,9 +196,9 @@ class Streamed:
       names, labels = _names_and_labels(self._train, workdir)
       self._held_out = listing.held_out(names, labels, per_class)
     skip = c.data.corrupt == 'skip'
-    self._corrupt = Corrupt(self._train, skip)
-    self._corrupt_test = Corrupt(self._test, skip)
-    self._threads = threads(c.data.workers)
+    self._corrupt = loading.Corrupt(self._train, skip)
+    self._corrupt_test = loading.Corrupt(self._test, skip)
+    self._threads = loading.threads(c.data.workers)
 
   def train_source(self, stage: str, hold_out: bool) -> StreamSource:
     """Training batches of a stage ('search' or 'train').
@@ -292,7 +248,7 @@ class Streamed:
     return self._evaluation(self._test, chosen, self._corrupt_test)
 
   def _evaluation(
-    self, images: loading.Images, chosen: np.ndarray, corrupt: Corrupt
+    self, images: loading.Images, chosen: np.ndarray, corrupt: loading.Corrupt
   ) -> StreamEvaluation:
     n = jax.device_count()
     size = min(self._config.data.eval_batch_size, len(chosen))
@@ -308,16 +264,11 @@ class Streamed:
     return colour.ColourAugmentation(
       mean=self.spec.mean,
       std=self.spec.std,
-      flip=self.spec.flip,
+      flip=self.spec.flip and self._config.data.flip,
       dtype=config.DTYPES[self._config.dtype],
       colour_jitter=recipe.colour_jitter if recipe else 0.0,
       lighting=recipe.lighting if recipe else 0.0,
     )
-
-
-def threads(workers: int) -> int:
-  """Threads that decode, by `config.data.workers`: 0 and -1 are one a core."""
-  return workers if workers > 0 else len(os.sched_getaffinity(0))
 
 
 def _splits(

@@ -1,0 +1,86 @@
+"""Code of the user that a config names: importing it, and blaming it.
+
+A config is code: what `config.model.factory` and `config.data.factory` name is
+imported and called. Data files (manifests, structures, checkpoints) never are:
+nothing that they name comes here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pfs_jax import errors
+
+_PACKAGE = str(pathlib.Path(__file__).parent)
+
+
+def imported(field: str, spec: str) -> Callable[..., Any]:
+  """Imports what a field of the config names.
+
+  >>> imported('data.factory', 'math:sqrt')(9.0)
+  3.0
+
+  Args:
+    field: Such as 'data.factory', for messages.
+    spec: 'package.module:callable'; the present folder is searched too.
+
+  Returns:
+    The callable.
+
+  Raises:
+    errors.UserError: It cannot be imported, or is not callable.
+  """
+  module_name, colon, attribute = spec.partition(':')
+  if not (module_name and colon and attribute):
+    raise errors.UserError(
+      f'config.{field} must be package.module:callable; got {spec!r}.'
+    )
+  here = os.getcwd()  # As `python -m` does.
+  if here not in sys.path:
+    sys.path.append(here)
+  with blamed(field, spec):
+    target: Any = importlib.import_module(module_name)
+    for name in attribute.split('.'):
+      target = getattr(target, name)
+  if not callable(target):
+    raise errors.UserError(f'config.{field}={spec}: is not callable.')
+  return target
+
+
+@contextlib.contextmanager
+def blamed(field: str, spec: str) -> Iterator[None]:
+  """Turns an exception inside the user's code into one line that names it.
+
+  The line says what was raised, and where: the last place in the traceback
+  that is neither this package nor an installed one.
+
+  Raises:
+    errors.UserError: In place of any other exception.
+  """
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:
+    frames = traceback.extract_tb(e.__traceback__)
+    own = [
+      f
+      for f in frames
+      if not f.filename.startswith((_PACKAGE, '<frozen', sys.prefix))
+      and 'site-packages' not in f.filename
+      and os.sep + 'importlib' + os.sep not in f.filename
+    ]
+    where = ''
+    if own:
+      where = f' ({own[-1].filename}:{own[-1].lineno} in {own[-1].name})'
+    text = ' '.join(str(e).split())[:200]
+    raise errors.UserError(
+      f'config.{field}={spec}: {type(e).__name__}: {text}{where}.'
+    ) from e

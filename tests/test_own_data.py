@@ -1,0 +1,464 @@
+"""Data of one's own, as users have them: folders, .npz files, functions.
+
+Costs about 10 s; the whole run from the command line is slow.
+"""
+
+import os
+import pathlib
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn import datasets
+
+from pfs_jax import config, data, errors, user_code
+from pfs_jax.data import arrays, kept, loading, own
+from tests import processes
+
+KEYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
+
+
+def _config(**fields):
+  c = config.default()
+  c.data.validation_examples = 10
+  c.train.batch_size = 16
+  for name, value in fields.items():
+    c.data[name] = value
+  config.validate(c)
+  return c
+
+
+def _arrays(n=60, tests=12, size=8, channels=1, classes=3):
+  rng = np.random.default_rng(0)
+  shape = (size, size, channels)
+  return {
+    'images': rng.integers(0, 256, (n, *shape), np.uint8),
+    'labels': np.arange(n) % classes,
+    'test_images': rng.integers(0, 256, (tests, *shape), np.uint8),
+    'test_labels': np.arange(tests) % classes,
+  }
+
+
+def _npz(path, **changes):
+  found = {k: v for k, v in {**_arrays(), **changes}.items() if v is not None}
+  np.savez(path, **found)
+  return path
+
+
+def _folder(root, sizes=((8, 8),), classes=('cat', 'dog'), n=10, suffix='png'):
+  """Images of one colour each, so that a pixel tells which image it is."""
+  for label, name in enumerate(classes):
+    (root / name).mkdir(parents=True)
+    for i in range(n):
+      colour = (20 * i, 100 * label, 50)
+      image = Image.new('RGB', sizes[i % len(sizes)], colour)
+      image.save(root / name / f'{i}.{suffix}', quality=95)
+  return root
+
+
+def _examples(images, labels):
+  return sorted((i.tobytes(), int(k)) for i, k in zip(images, labels, strict=True))
+
+
+# What comes out.
+
+
+def test_an_npz_file_becomes_arrays(tmp_path):
+  path = _npz(tmp_path / 'mine.npz', class_names=['a', 'b', 'c'])
+  c = _config(name='npz', source_dir=str(path))
+  facts = data.configured(c.data)
+  assert (facts.image_size, facts.channels, facts.num_classes) == (8, 1, 3)
+  assert facts.class_names == ('a', 'b', 'c')
+  assert (facts.train_examples, facts.test_examples) == (60, 12)
+  raw = _arrays()
+  np.testing.assert_allclose(facts.mean, raw['images'].mean() / 255, atol=1e-4)
+  np.testing.assert_allclose(facts.std, raw['images'].std() / 255, atol=1e-4)
+  found = own.load(c.data)
+  # The order is fixed and not that of the file; the test images keep theirs.
+  assert _examples(found.train_images, found.train_labels) == _examples(
+    raw['images'], raw['labels']
+  )
+  assert (found.train_labels != raw['labels']).any()
+  np.testing.assert_array_equal(found.test_images, raw['test_images'])
+  again = own.load(c.data)
+  np.testing.assert_array_equal(found.train_images, again.train_images)
+
+
+def test_grey_images_need_no_channel(tmp_path):
+  raw = _arrays()
+  path = _npz(
+    tmp_path / 'x.npz',
+    images=raw['images'][..., 0],
+    test_images=raw['test_images'][..., 0],
+  )
+  found = own.load(_config(name='npz', source_dir=str(path)).data)
+  assert found.train_images.shape == (60, 8, 8, 1)
+
+
+def test_an_opened_set_trains_holds_out_and_tests(tmp_path):
+  path = _npz(tmp_path / 'x.npz')
+  opened = data.open_set(_config(name='npz', source_dir=str(path)), tmp_path)
+  assert opened.validation().size == 10 and opened.test().size == 12
+  with opened.train_source('train', hold_out=True) as source:
+    assert source.steps_per_epoch == 50 // 16
+    item = jax.tree.map(lambda v: v[0], source.chunk(0, 1))
+    x, _ = source.draw(source.resident, item)
+  assert x.shape == (16, 8, 8, 1)
+  assert source.draw.augmentation.flip and source.draw.augmentation.padding == 1
+  c = _config(name='npz', source_dir=str(path), flip=False)
+  source = data.open_set(c, tmp_path).train_source('train', False)
+  assert not source.draw.augmentation.flip
+  few = data.open_set(
+    _config(name='npz', source_dir=str(path), train_examples=40), tmp_path
+  )
+  assert few.train_source('train', False).steps_per_epoch == 40 // 16
+
+
+@pytest.mark.parametrize('split', ['test', 'val'])
+def test_folders_of_train_and_test(split, tmp_path):
+  _folder(tmp_path / 'train')
+  _folder(tmp_path / split, n=4, suffix='jpg')
+  c = _config(name='folder', source_dir=str(tmp_path))
+  facts = data.configured(c.data)
+  assert facts.class_names == ('cat', 'dog') and facts.image_size == 8
+  assert (facts.train_examples, facts.test_examples) == (20, 8)
+  found = own.load(c.data)
+  # PNG at its own size: the pixels are those of the files.
+  colours = {tuple(v) for v in found.train_images[:, 0, 0].tolist()}
+  assert colours == {(20 * i, 100 * k, 50) for i in range(10) for k in (0, 1)}
+  assert (found.train_images[:, 0, 0, 1] == 100 * found.train_labels).all()
+  assert (found.train_images == found.train_images[:, :1, :1]).all()
+
+
+def test_one_folder_is_split_by_name(tmp_path):
+  root = _folder(tmp_path / 'pets')
+  found = own.load(_config(name='folder', source_dir=str(root)).data)
+  assert np.bincount(found.test_labels).tolist() == [2, 2]  # A fifth of each.
+  assert np.bincount(found.train_labels).tolist() == [8, 8]
+  first = {v[0] for v in found.test_images[:2, 0, 0].tolist()}
+  assert len(first) == 2
+  # More images of other classes change nothing for these.
+  _folder(tmp_path / 'more', classes=('bee',)).joinpath('bee').rename(root / 'bee')
+  again = own.load(_config(name='folder', source_dir=str(root)).data)
+  assert np.bincount(again.test_labels).tolist() == [2, 2, 2]
+  of_cats = again.test_images[again.test_labels == 1]
+  assert {v[0] for v in of_cats[:, 0, 0].tolist()} == first
+
+
+def test_images_of_any_size_become_squares(tmp_path):
+  root = _folder(tmp_path, sizes=((30, 20), (17, 64), (9, 9)))
+  c = _config(name='folder', source_dir=str(root))
+  assert data.configured(c.data).image_size == 20  # Of the first image.
+  c.data.image_size = 12
+  found = own.load(c.data)
+  assert found.train_images.shape[1:] == (12, 12, 3)
+  # The centre square, whole: an image with coloured borders loses them.
+  stripes = np.zeros((10, 30, 3), np.uint8)
+  stripes[:, :10] = stripes[:, 20:] = 255
+  Image.fromarray(stripes).save(root / 'cat' / '0.png')
+  c.data.image_size = 10
+  found = own.load(c.data)
+  every = np.concatenate([found.train_images, found.test_images])
+  assert (every == 0).all((1, 2, 3)).sum() == 1
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+  root = _folder(tmp_path)
+  values = np.full((8, 8), 0x8080, np.uint16)
+  Image.fromarray(values).save(root / 'dog' / '3.png')
+  found = own.load(_config(name='folder', source_dir=str(root)).data)
+  every = np.concatenate([found.train_images, found.test_images])
+  assert (every == 128).all((1, 2, 3)).sum() == 1
+
+
+MODULE = """
+import numpy as np
+from sklearn import datasets
+
+def digits():
+  d = datasets.load_digits()
+  images = (d.images * 15).astype(np.uint8)
+  return dict(images=images[:1500], labels=d.target[:1500],
+              test_images=images[1500:], test_labels=d.target[1500:])
+
+def torch_habit():
+  return 1, 2
+
+def careless():
+  return {}['images']
+
+not_callable = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+  (tmp_path / 'their_data.py').write_text(MODULE)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+  yield 'their_data'
+  sys.modules.pop('their_data', None)
+
+
+def test_a_function_gives_arrays(module, tmp_path):
+  c = _config(factory=f'{module}:digits')
+  facts = data.configured(c.data)
+  assert (facts.image_size, facts.num_classes) == (8, 10)
+  opened = data.open_set(c, tmp_path)
+  assert opened.test().size == 297 and opened.spec == facts
+
+
+# One line for what is wrong.
+
+
+def _refusal(c):
+  with pytest.raises(errors.UserError) as e:
+    data.configured(c.data)
+    data.open_set(c, pathlib.Path('/nonexistent'))
+  message = str(e.value)
+  assert len(message.splitlines()) <= 3, message
+  return message
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('torch_habit', 'must return a dict of arrays'),
+    ('careless', r"KeyError: 'images' \(.*their_data.py:14 in careless\)"),
+    ('not_callable', 'is not callable'),
+    ('absent', "has no attribute 'absent'"),
+  ],
+)
+def test_a_function_that_fails_is_named(name, message, module):
+  found = _refusal(_config(factory=f'{module}:{name}'))
+  pytest.raises(AssertionError, match=message) if not found else None
+  assert found.startswith(f'config.data.factory={module}:{name}: ')
+  import re
+
+  assert re.search(message, found), found
+
+
+def test_a_function_that_cannot_be_imported_is_named(module, tmp_path):
+  (tmp_path / 'broken.py').write_text('import numpy\n1 / 0\n')
+  for spec, message in {
+    'broken:f': 'ZeroDivisionError: division by zero',
+    'nowhere:f': "No module named 'nowhere'",
+    'broken': 'must be package.module:callable',
+  }.items():
+    assert message in _refusal(_config(factory=spec))
+  with pytest.raises(errors.UserError, match='broken.py:2'):
+    user_code.imported('data.factory', 'broken:f')
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'labels': None}, 'the arrays must be images, labels, test_images'),
+    ({'label': np.zeros(3)}, 'must be images, labels'),
+    ({'images': np.zeros((60, 8, 8, 1))}, 'must be uint8 .*; got float64'),
+    ({'images': np.zeros((60, 64), np.uint8)}, r'uint8 \[N, H, W\]'),
+    ({'images': np.zeros((0, 8, 8), np.uint8)}, r'got uint8 \(0, 8, 8\)'),
+    ({'images': np.zeros((60, 8, 9, 1), np.uint8)}, 'must be squares'),
+    ({'test_images': np.zeros((12, 9, 9, 1), np.uint8)}, r'\[8, 8, 1\] as'),
+    ({'labels': np.zeros(59, int)}, 'must be 60 integers, one for each'),
+    ({'labels': np.zeros(60)}, 'must be 60 integers.*; got float64'),
+    ({'labels': np.eye(3)[np.zeros(60, int)]}, 'must be 60 integers'),
+    ({'labels': np.arange(60) % 3 - 1}, r'labels must be in 0..1; got -1..1'),
+    ({'labels': np.arange(60) % 3 + 1}, 'none of class 0'),
+    ({'test_labels': np.full(12, 3)}, r'test_labels must be in 0..2; got 3..3'),
+    ({'class_names': ['a', 'b']}, 'class_names must be 3; got 2'),
+    ({'images': np.array([{}] * 60)}, 'cannot be read'),  # Pickled objects.
+  ],
+)
+def test_arrays_that_are_wrong_are_named(changes, message, tmp_path):
+  import re
+
+  path = _npz(tmp_path / 'x.npz', **changes)
+  found = _refusal(_config(name='npz', source_dir=str(path)))
+  assert str(path) in found and re.search(message, found), found
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'image_size': 9}, 'image_size must be 0 or 8; got 9'),
+    ({'num_classes': 2}, r'labels must be in 0..1; got 0..2'),
+    ({'train_examples': 61}, r'must be in 0..60 for npz'),
+  ],
+)
+def test_fields_that_do_not_fit_are_named(fields, message, tmp_path):
+  path = _npz(tmp_path / 'x.npz')
+  assert message in _refusal(
+    _config(name='npz', source_dir=str(path), **fields)
+  ).replace('\\', '')
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  good = _npz(tmp_path / 'good.npz').read_bytes()
+  bad = tmp_path / 'bad.npz'
+  c = _config(name='npz', source_dir=str(bad))
+  assert 'must be a .npz file (No such file' in _refusal(c)
+  for content in (b'', b'hello', good[: len(good) // 2]):
+    bad.write_bytes(content)
+    assert 'must be a .npz file' in _refusal(c)
+  spoilt = bytearray(good)
+  spoilt[len(good) // 3] ^= 1  # zip's CRC notices.
+  bad.write_bytes(bytes(spoilt))
+  assert 'cannot be read' in _refusal(c)
+  assert 'must be a .npz file' in _refusal(_config(name='npz'))
+  monkeypatch.setattr(own, 'MAX_BYTES', 1000)
+  assert 'must hold at most' in _refusal(
+    _config(name='npz', source_dir=str(_npz(tmp_path / 'y.npz')))
+  )
+
+
+def test_folders_that_are_wrong_are_named(tmp_path, monkeypatch):
+  c = _config(name='folder', source_dir=str(tmp_path / 'pets'))
+  assert 'must be a folder of class' in _refusal(_config(name='folder'))
+  assert 'cannot read' in _refusal(c)
+  root = _folder(tmp_path / 'pets')
+  for field, value, message in (
+    ('num_classes', 3, 'num_classes must be 0 or 2'),
+    ('image_size', 100_000, 'streams large folders'),
+  ):
+    wrong = _config(name='folder', source_dir=str(root))
+    wrong.data[field] = value
+    assert message in _refusal(wrong)
+  (root / 'empty').mkdir()
+  assert 'pets/empty has none' in _refusal(c)
+  Image.new('L', (8, 8)).save(root / 'empty' / 'one.png')
+  assert 'at least 2 images of every class' in _refusal(c)
+  (root / 'empty' / 'one.png').rename(root / 'dog' / 'one.png')
+  (root / 'empty').rmdir()
+  (root / 'dog' / '5.png').write_bytes(b'no image')
+  found = _refusal(c)
+  assert 'dog/5.png cannot be decoded (neither JPEG nor PNG)' in found
+  assert 'Replace it' in found
+  (root / 'cat' / '0.png').write_bytes(b'')
+  assert 'image_size is 0' in _refusal(c)
+
+
+def test_corrupt_images_are_left_out_when_asked(tmp_path, capsys):
+  root = _folder(tmp_path / 'pets')
+  (root / 'dog' / '5.png').write_bytes(b'no image')
+  c = _config(
+    name='folder', source_dir=str(root), corrupt='skip', validation_examples=0
+  )
+  opened = data.open_set(c, tmp_path)
+  assert len(opened._dataset.train_labels) + opened.test().size == 19
+  assert 'skipped' in capsys.readouterr().err
+  for path in root.glob('dog/*.png'):
+    path.write_bytes(b'')
+  monkey = own.load(c.data)
+  assert (monkey.train_labels == 0).all()
+
+
+# What must not be read, or not taken for the same.
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path):
+  root = _folder(tmp_path / 'pets')
+  secret = tmp_path / 'secret.png'
+  Image.new('RGB', (8, 8)).save(secret)
+  c = _config(name='folder', source_dir=str(root))
+  (root / 'dog' / 'link.png').symlink_to(root / 'dog' / '1.png')
+  assert data.configured(c.data).num_classes == 2  # Inside: no harm.
+  for place, target in (
+    (root / 'dog' / 'out.png', secret),
+    (root / 'elsewhere', tmp_path),
+  ):
+    place.symlink_to(target)
+    found = _refusal(c)
+    assert f'{place} leads to {target}' in found and 'cp -rL' in found
+    place.unlink()
+  os.mkfifo(root / 'dog' / 'pipe.png')  # Reading it would wait for ever.
+  assert 'must hold regular files' in _refusal(c)
+
+
+def test_programs_are_not_started_to_decode(tmp_path):
+  """Pillow would start Ghostscript for EPS, whatever the file's name."""
+  root = _folder(tmp_path / 'pets')
+  Image.new('RGB', (8, 8)).save(root / 'dog' / '5.png', 'EPS')
+  c = _config(name='folder', source_dir=str(root))
+  assert 'neither JPEG nor PNG' in _refusal(c)
+
+
+def test_files_beyond_a_size_are_not_read(tmp_path, monkeypatch):
+  root = _folder(tmp_path / 'pets')
+  monkeypatch.setattr('pfs_jax.data.listing.MAX_BYTES', 1 << 10)
+  (root / 'dog' / '5.png').write_bytes(bytes(2000))
+  c = _config(name='folder', source_dir=str(root))
+  assert 'larger than' in _refusal(c)
+  monkeypatch.undo()
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 20)  # A bomb is over twice.
+  assert 'exceeds limit' in _refusal(c)
+
+
+def test_a_workdir_keeps_to_its_data(tmp_path):
+  path = _npz(tmp_path / 'x.npz')
+  c = _config(name='npz', source_dir=str(path))
+  workdir = tmp_path / 'run'
+  data.open_set(c, workdir)
+  path.rename(tmp_path / 'y.npz')
+  c.data.source_dir = str(tmp_path / 'y.npz')  # Where it lies does not matter.
+  data.open_set(c, workdir)
+  for name, index in (('labels', 5), ('test_images', (3, 1, 1, 0))):
+    raw = _arrays()
+    raw[name][index] ^= 1
+    np.savez(tmp_path / 'y.npz', **raw)
+    os.utime(tmp_path / 'y.npz', (1, hash(name) % 10**6))
+    with pytest.raises(errors.UserError, match='an image or a label differs'):
+      data.open_set(c, workdir)
+
+
+def test_kept_arrays_are_what_was_written_or_nothing(tmp_path, capsys):
+  path = tmp_path / 'x.npz'
+  assert kept.read(path) is None
+  wanted = {'a': np.arange(400), 'b': np.array(['x', 'yz'])}
+  kept.write(path, wanted)
+  good = path.read_bytes()
+  found = kept.read(path)
+  assert list(found) == ['a', 'b']
+  np.testing.assert_array_equal(found['a'], wanted['a'])
+  assert capsys.readouterr().err == ''
+  rng = np.random.default_rng(0)
+  for place in rng.integers(0, len(good), 60).tolist():
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    found = kept.read(path)  # Nothing, or (a time stamp of zip) the same.
+    if found is not None:
+      np.testing.assert_array_equal(found['a'], wanted['a'])
+      np.testing.assert_array_equal(found['b'], wanted['b'])
+  np.savez(path, **{**wanted, 'a': wanted['a'][::-1]})
+  assert kept.read(path) is None
+  assert 'fails its checksum' in capsys.readouterr().err
+
+
+@pytest.mark.slow  # A whole run.
+def test_a_folder_from_the_command_line(tmp_path):
+  source = datasets.load_digits()
+  for i, (image, label) in enumerate(
+    zip(source.images, source.target, strict=True)
+  ):
+    path = tmp_path / 'digits' / f'digit_{label}' / f'scan{i}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((image * 15).astype(np.uint8)).save(path)
+  command = [
+    *('main.py', '--config', 'configs/digits.py:smoke', '--mode=run'),
+    *(f'--workdir={tmp_path / "run"}', '--config.data.name=folder'),
+    f'--config.data.source_dir={tmp_path / "digits"}',
+  ]
+  out = processes.output(command)
+  assert 'keep0.5' in out or 'accuracy' in out
+  found = arrays.load('digits')
+  assert len(found.test_labels) == 297
+
+
+def test_threads_are_one_a_core_unless_told():
+  cores = len(os.sched_getaffinity(0))
+  assert [loading.threads(n) for n in (-1, 0, 1, 5)] == [cores, cores, 1, 5]
+
+
+del textwrap
