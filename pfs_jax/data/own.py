@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pfs_jax import errors, storage, user_code
-from pfs_jax.data import arrays, decoding, kept, listing, loading, specs
+from pfs_jax.data import arrays, decoding, listing, loading, specs
 
 MAX_BYTES = 4 << 30  # Of all arrays in memory; larger folders can be streamed.
 _NAMES = ('images', 'labels', 'test_images', 'test_labels')
@@ -79,7 +79,7 @@ def claim(workdir: pathlib.Path, dataset: arrays.Dataset) -> None:
   """Binds a workdir to these data: other pixels or labels are refused.
 
   Args:
-    workdir: Keeps their SHA-256, in data/sha256.json.
+    workdir: Keeps their SHA-256, in data/identity.json.
     dataset: All of the data.
 
   Raises:
@@ -89,15 +89,19 @@ def claim(workdir: pathlib.Path, dataset: arrays.Dataset) -> None:
     name: getattr(dataset, name)
     for name in ('train_images', 'train_labels', 'test_images', 'test_labels')
   }
-  names = np.array(dataset.spec.class_names, str)
-  digest = kept.digest({**found, 'class_names': names})
-  path = workdir / 'data' / 'sha256.json'
+  # The values and their order; shapes follow from the spec.
+  known = {
+    'sha256': storage.checksum(found),
+    'image_size': dataset.spec.image_size,
+    'class_names': list(dataset.spec.class_names),
+  }
+  path = workdir / 'data' / 'identity.json'
   if not path.exists():
-    storage.write_json(path, digest)
-  elif storage.read_json(path) != digest:
+    storage.write_json(path, known)
+  elif storage.read_json(path) != known:
     raise errors.UserError(
       f'the data ({dataset.spec.name}) are not those that {workdir} was begun '
-      'with: an image or a label differs.\n'
+      'with: an image, a label or a class differs.\n'
       'Put the former data back, or give another --workdir.'
     )
 

@@ -14,7 +14,6 @@ upstream index, the same on every machine, classes well mixed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import pathlib
@@ -25,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import console, errors
-from pfs_jax.data import archives, kept, specs, tfrecord, upstream
+from pfs_jax import console, errors, storage
+from pfs_jax.data import archives, specs, tfrecord, upstream
 
 _CACHE = 'pfs_jax_uint8.npz'
 _CHUNK = 1000  # Records asked of TFDS at a time.
@@ -59,7 +58,12 @@ def load(
   if arrays is not None:
     return arrays
   _make_root(root)
-  with _one_at_a_time(root, spec.name):
+  busy = f'{spec.name}: another process prepares data in {root}; waiting'
+  # Some network file systems have no locks: there two processes may both do the
+  # work, and the renames still keep it whole.
+  with storage.locked(root, wait=lambda: console.note(busy)):
+    for left in root.glob(f'.pfs_jax_{spec.name}_*'):  # Of a killed process.
+      shutil.rmtree(left, ignore_errors=True)
     arrays = _read_cache(cache, spec)  # Another process may have been first.
     if arrays is None:
       arrays = _decode_once(spec, root, source_dir, download)
@@ -103,38 +107,6 @@ def _make_root(root: pathlib.Path) -> None:
     ) from e
 
 
-@contextlib.contextmanager
-def _one_at_a_time(root: pathlib.Path, name: str) -> Iterator[None]:
-  """One process prepares; others wait here and then find the work done.
-
-  The lock is on the directory itself, so that no lock file stays behind; it
-  ends with the process. Some network file systems have no locks: there two
-  processes may both do the work, and the renames still keep it whole.
-  """
-  handle = os.open(root, os.O_RDONLY)
-  try:
-    locked = _lock(handle, f'{name}: another process prepares data in {root}')
-    if locked:
-      # Whoever has the lock knows that these belong to a killed process.
-      for left in root.glob(f'.pfs_jax_{name}_*'):
-        shutil.rmtree(left, ignore_errors=True)
-    yield
-  finally:
-    os.close(handle)
-
-
-def _lock(handle: int, why: str) -> bool:
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      console.note(f'{why}; waiting')
-      fcntl.flock(handle, fcntl.LOCK_EX)
-  except OSError:
-    return False
-  return True
-
-
 def _decode_once(
   spec: specs.Spec, root: pathlib.Path, source_dir: str, download: bool
 ) -> Arrays:
@@ -144,7 +116,7 @@ def _decode_once(
     _prepare(spec, root, raw)
   arrays = _decode(_stock_builder(spec.name, root), spec)
   try:
-    kept.write(root / spec.name / _CACHE, arrays)
+    storage.write_arrays(root / spec.name / _CACHE, arrays, sealed=True)
   except errors.UserError as e:
     # Prepared data may well lie in a shared directory that is read-only.
     console.note(f'{spec.name}: decoded, but not kept: {e}')
@@ -153,14 +125,28 @@ def _decode_once(
 
 def _read_cache(path: pathlib.Path, spec: specs.Spec) -> Arrays | None:
   """The cache if it is there and whole, else None."""
-  arrays = kept.read(path)
-  if arrays is not None:
-    try:
+  arrays = read_cached(path)
+  try:
+    if arrays is not None:
       _check(arrays, spec)
-    except (KeyError, ValueError) as e:
-      console.note(f'{path} is damaged ({e}); making it again')
-      return None
+  except (KeyError, ValueError) as e:
+    console.note(f'{path} is damaged ({e}); making it again.')
+    return None
   return arrays
+
+
+def read_cached(path: pathlib.Path) -> Arrays | None:
+  """Sealed arrays that can be made again; None where there are none.
+
+  What was damaged or changed since is named on stderr and counts as none.
+  """
+  if not path.exists():
+    return None
+  try:
+    return storage.read_arrays(path)
+  except errors.UserError as e:
+    console.note(f'{str(e).splitlines()[0]} Making it again.')
+    return None
 
 
 def _check(arrays: Arrays, spec: specs.Spec) -> None:

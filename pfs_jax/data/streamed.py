@@ -19,10 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pfs_jax import config, console, devices, errors
+from pfs_jax import config, console, devices, errors, storage
 from pfs_jax.data import (
   colour,
-  kept,
   listing,
   loading,
   prepare,
@@ -337,7 +336,7 @@ def _names_and_labels(
   if isinstance(images, listing.Folder):
     return images.names, images.labels
   path = workdir / 'data' / f'{images.name}-{images.split}-names.npz'
-  found = kept.read(path)
+  found = prepare.read_cached(path)
   if found is None or len(found['labels']) != len(images):
     console.note(
       f'{images.name}: reading {len(images):,} names for the held-out split '
@@ -345,5 +344,5 @@ def _names_and_labels(
     )
     names, labels = images.names_and_labels()
     found = {'names': names, 'labels': labels}
-    kept.write(path, found)
+    storage.write_arrays(path, found, sealed=True)
   return found['names'], found['labels']
