@@ -6,7 +6,6 @@ Nothing here uses the network: archives are small fakes, served by this process.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import gzip
 import hashlib
 import http.server
@@ -15,7 +14,6 @@ import os
 import pathlib
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import textwrap
@@ -25,13 +23,15 @@ import time
 import numpy as np
 import pytest
 
-from pfs_jax import data, errors
-from pfs_jax.data import kept, prepare, specs, upstream
+from pfs_jax import data, errors, storage
+from pfs_jax.data import archives, prepare, specs, tfrecord, upstream
+from tests import processes
 
-ROOT = pathlib.Path(__file__).parents[1]
 DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
+KEYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 TRAIN, TEST = 60, 20
 TFDS_SETS = ('mnist', 'fashion_mnist', 'cifar10', 'cifar100')
+NOWHERE = 'http://127.0.0.1:1/'
 
 # Fake upstream archives. Pixel 0 of an image repeats its label and the rest is
 # noise, so that an image that lost its label shows.
@@ -63,14 +63,16 @@ def _cifar_bytes(name, images, labels):
   return np.concatenate(columns, axis=1).tobytes()
 
 
-def _tar_gz(prefix, members):
+def _tar_gz(members):
+  """An archive of {name or TarInfo: content}, the same bytes at any time."""
   stream = io.BytesIO()
   with tarfile.open(fileobj=stream, mode='w') as archive:
-    for name, content in members.items():
-      info = tarfile.TarInfo(prefix + name)
-      info.size = len(content)
+    for info, content in members.items():
+      info = (
+        info if isinstance(info, tarfile.TarInfo) else tarfile.TarInfo(info)
+      )
+      info.size = info.size or len(content)
       archive.addfile(info, io.BytesIO(content))
-  # The same bytes in every process, whatever the time.
   return gzip.compress(stream.getvalue(), mtime=1)
 
 
@@ -85,7 +87,6 @@ def _fake_files(name):
         ('labels', 1, pair[1]),
       )
     }
-  stray = {'../evil.txt': b'must not be extracted'}
   if name == 'cifar100':
     parts = {'train.bin': train, 'test.bin': test}
     prefix = 'cifar-100-binary/'
@@ -95,12 +96,12 @@ def _fake_files(name):
       for i in range(5)
     } | {'test_batch.bin': test}
     prefix = 'cifar-10-batches-bin/'
-  members = {k: _cifar_bytes(name, *v) for k, v in parts.items()}
+  members = {prefix + k: _cifar_bytes(name, *v) for k, v in parts.items()}
   number = '100' if name == 'cifar100' else '10'
-  return {f'cifar-{number}-binary.tar.gz': _tar_gz(prefix, members | stray)}
+  return {f'cifar-{number}-binary.tar.gz': _tar_gz(members)}
 
 
-def _install(name, contents, base_url='http://127.0.0.1:1/'):
+def _install(name, contents, base_url=NOWHERE):
   """Registers small counts and the fakes' checksums; for fixtures below."""
   specs.SPECS[name] = dataclasses.replace(
     specs.SPECS[name], train_examples=TRAIN, test_examples=TEST
@@ -117,7 +118,7 @@ def fakes(monkeypatch):
   monkeypatch.setattr(specs, 'SPECS', dict(specs.SPECS))
   monkeypatch.setattr(upstream, 'OVERRIDES', {})
 
-  def install(name, base_url='http://127.0.0.1:1/'):
+  def install(name, base_url=NOWHERE):
     contents = _fake_files(name)
     _install(name, contents, base_url)
     return contents
@@ -133,13 +134,20 @@ def _folder(path, contents):
 
 
 def _tree(path):
-  return sorted(str(p.relative_to(path)) for p in path.rglob('*'))
+  """Files and folders below, but for the lock."""
+  found = (str(p.relative_to(path)) for p in path.rglob('*'))
+  return sorted(p for p in found if p != '.lock')
 
 
 def _pixels(images, labels):
   """A multiset of examples."""
   pairs = zip(images, labels, strict=True)
   return collections.Counter((i.tobytes(), int(k)) for i, k in pairs)
+
+
+def _assert_equal(a, b):
+  for key in KEYS:
+    np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
 
 
 # Facts.
@@ -178,7 +186,7 @@ def test_unknown_name_lists_the_known():
     data.load('cifar')
   assert str(e.value) == (
     'config.data.name must be one of digits, mnist, fashion_mnist, cifar10, '
-    'cifar100, imagenet2012, shapes; got cifar.'
+    'cifar100, imagenet2012, shapes, folder, npz; got cifar.'
   )
 
 
@@ -200,19 +208,9 @@ def test_facts_import_no_heavy_library():
     from pfs_jax import data
     data.spec('cifar10')
     heavy = {'jax', 'flax', 'tensorflow_datasets', 'sklearn', 'tensorflow'}
-    assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    print(heavy & set(sys.modules))
   """
-  _python(code).check_returncode()
-
-
-def _python(code, *args):
-  return subprocess.run(
-    [sys.executable, '-W', 'error', '-c', textwrap.dedent(code), *args],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  assert processes.output(code, fresh=True) == 'set()'
 
 
 # Digits.
@@ -235,13 +233,8 @@ def test_digits_split_is_disjoint_stratified_and_fixed():
   assert scaled.max() == 255
   share = np.bincount(source.target) * 297 / 1797
   assert np.all(np.abs(np.bincount(a.test_labels) - share) < 1)
-  for key in ('train_images', 'train_labels', 'test_images', 'test_labels'):
-    np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
-
-
-def test_digits_normalise_to_zero_mean_and_unit_deviation():
-  d = data.load('digits')
-  x = (d.train_images / 255 - d.spec.mean[0]) / d.spec.std[0]
+  _assert_equal(a, b)
+  x = (a.train_images / 255 - a.spec.mean[0]) / a.spec.std[0]
   assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
 
 
@@ -251,15 +244,9 @@ def test_train_examples_keeps_the_first():
   np.testing.assert_array_equal(few.train_labels, every.train_labels[:10])
   assert len(few.test_labels) == 297
   assert len(data.load('digits', train_examples=1500).train_labels) == 1500
-
-
-@pytest.mark.parametrize('count', [-1, 1501])
-def test_train_examples_out_of_range(count):
-  with pytest.raises(errors.UserError, match=r'config\.data\.train_examples'):
-    data.load('digits', train_examples=count)
-
-
-# Holdout.
+  for count in (-1, 1501):
+    with pytest.raises(errors.UserError, match=r'config\.data\.train_examples'):
+      data.load('digits', train_examples=count)
 
 
 def test_split_holds_the_last_back():
@@ -271,101 +258,78 @@ def test_split_holds_the_last_back():
   np.testing.assert_array_equal(vx, x[7:])
   (tx, ty), (vx, vy) = data.split(x, y, 0)
   assert len(ty) == len(tx) == 10 and len(vx) == len(vy) == 0
-
-
-@pytest.mark.parametrize('holdout', [-1, 10, 11])
-def test_split_out_of_range(holdout):
   message = r'config\.data\.validation_examples must be in 0\.\.9'
-  with pytest.raises(errors.UserError, match=message):
-    data.split(np.zeros((10, 2)), np.zeros(10), holdout)
+  for holdout in (-1, 10, 11):
+    with pytest.raises(errors.UserError, match=message):
+      data.split(x, y, holdout)
 
 
 # Files that the user has.
 
 
 @pytest.mark.parametrize('name', TFDS_SETS)
-def test_source_dir(name, fakes, tmp_path):
+def test_source_dir_is_prepared_as_tfds_does(name, fakes, tmp_path):
+  import tensorflow_datasets as tfds
+
   contents = fakes(name)
   source = _folder(tmp_path / 'source', contents)
   os.chmod(source, 0o555)
-  d = data.load(name, data_dir=str(tmp_path / 'data'), source_dir=source)
+  root = tmp_path / 'data'
+  d = data.load(name, data_dir=str(root), source_dir=source)
   assert d.train_images.dtype == np.uint8 and d.train_labels.dtype == np.int32
-  assert _pixels(d.train_images, d.train_labels) == _pixels(
-    *_fake_split(name, TRAIN, 0)
-  )
-  assert _pixels(d.test_images, d.test_labels) == _pixels(
-    *_fake_split(name, TEST, 1)
-  )
+  raw = {
+    'train': _fake_split(name, TRAIN, 0),
+    'test': _fake_split(name, TEST, 1),
+  }
+  assert _pixels(d.train_images, d.train_labels) == _pixels(*raw['train'])
+  assert _pixels(d.test_images, d.test_labels) == _pixels(*raw['test'])
   np.testing.assert_array_equal(d.train_images[:, 0, 0, 0], d.train_labels)
   assert _tree(tmp_path / 'source') == sorted(contents)
-  assert not (tmp_path / 'evil.txt').exists()
-  left = [p for p in os.listdir(tmp_path / 'data') if p != name]
-  assert not left
+  assert [p for p in _tree(root) if '/' not in p] == [name]
 
-
-@pytest.mark.parametrize('name', TFDS_SETS)
-def test_stock_builder_reads_what_was_prepared(name, fakes, tmp_path):
-  import tensorflow_datasets as tfds
-
-  source = _folder(tmp_path / 'source', fakes(name))
-  d = data.load(name, data_dir=str(tmp_path / 'data'), source_dir=source)
-  builder = tfds.builder(
-    name, data_dir=tmp_path / 'data', file_format='array_record'
-  )
+  # TFDS's own builder reads it, in the same order.
+  builder = tfds.builder(name, data_dir=root, file_format='array_record')
   assert builder.is_prepared()
   features = builder.info.features
   if name != 'mnist':
     assert tuple(features['label'].names) == d.spec.class_names
-  for split in ('train', 'test'):
+  for split, (images, labels) in raw.items():
     examples = builder.as_data_source(split)
-    raw_images, raw_labels = _fake_split(
-      name, *((TRAIN, 0) if split == 'train' else (TEST, 1))
-    )
-    # The same order as ours, and (where there are ids) upstream's numbers.
-    for i, example in enumerate(_quietly(examples)):
+    assert len(examples) == len(labels)
+    for i in range(len(examples)):
+      example = examples[i]
       np.testing.assert_array_equal(
         example['image'], getattr(d, f'{split}_images')[i]
       )
       assert example['label'] == getattr(d, f'{split}_labels')[i]
-      if 'id' in example:
+      if 'id' in example:  # Upstream's number.
         kind, number = example['id'].decode().split('_')
         assert kind == split
-        np.testing.assert_array_equal(example['image'], raw_images[int(number)])
-        assert example['label'] == raw_labels[int(number)]
+        np.testing.assert_array_equal(example['image'], images[int(number)])
+        assert example['label'] == labels[int(number)]
       if 'coarse_label' in example:
         assert example['coarse_label'] == example['label'] // 5
-    assert i + 1 == len(raw_labels)
 
 
-def _quietly(examples):
-  return (examples[i] for i in range(len(examples)))
-
-
-def test_source_dir_with_a_file_missing(fakes, tmp_path):
+@pytest.mark.parametrize('wrong', ['missing', 'other'])
+def test_source_dir_with_a_wrong_file(wrong, fakes, tmp_path):
   contents = fakes('mnist')
-  del contents['t10k-labels-idx1-ubyte.gz']
+  name = 't10k-labels-idx1-ubyte.gz'
+  wanted = hashlib.sha256(contents[name]).hexdigest()
+  contents[name] += b'x'
+  if wrong == 'missing':
+    del contents[name]
   source = _folder(tmp_path / 'source', contents)
   with pytest.raises(errors.UserError) as e:
     data.load('mnist', data_dir=str(tmp_path / 'data'), source_dir=source)
   message = str(e.value)
   assert len(message.splitlines()) <= 3
   assert 'config.data.source_dir' in message and source in message
-  assert 'cannot read t10k-labels-idx1-ubyte.gz' in message
-  assert 'train-images-idx3-ubyte.gz' in message  # What else is expected.
-  assert _tree(tmp_path / 'data') == []
-
-
-def test_source_dir_with_another_file(fakes, tmp_path):
-  contents = fakes('cifar10')
-  wanted = hashlib.sha256(contents['cifar-10-binary.tar.gz']).hexdigest()
-  contents['cifar-10-binary.tar.gz'] += b'x'
-  source = _folder(tmp_path / 'source', contents)
-  with pytest.raises(errors.UserError) as e:
-    data.load('cifar10', data_dir=str(tmp_path / 'data'), source_dir=source)
-  message = str(e.value)
-  assert len(message.splitlines()) <= 3
-  assert 'cifar-10-binary.tar.gz' in message and source in message
-  assert wanted in message
+  if wrong == 'missing':
+    assert f'cannot read {name}' in message
+    assert 'train-images-idx3-ubyte.gz' in message  # What else is expected.
+  else:
+    assert name in message and wanted in message
   assert _tree(tmp_path / 'data') == []
 
 
@@ -381,6 +345,8 @@ def test_real_checksums_are_those_of_tfds():
   assert cifar100.name == 'cifar-100-binary.tar.gz'
   for name in ('mnist', 'fashion_mnist'):
     assert {f.name for f in upstream.expected(name)} == set(_fake_files(name))
+  for name in TFDS_SETS:  # Nothing is used without a checksum.
+    assert all(len(f.sha256) == 64 for f in upstream.expected(name))
 
 
 @pytest.mark.slow
@@ -391,7 +357,7 @@ def test_debian_fashion_mnist(tmp_path):
   code = """
     import sys, time
     import numpy as np
-    from pfs_jax import data, runs
+    from pfs_jax import data, storage
     start = time.monotonic()
     d = data.load('fashion_mnist', data_dir=sys.argv[1], source_dir=sys.argv[2])
     print(time.monotonic() - start, 'tensorflow_datasets' in sys.modules)
@@ -404,15 +370,59 @@ def test_debian_fashion_mnist(tmp_path):
     assert abs(x.mean() - d.spec.mean[0]) < 1e-3
     assert abs(x.std() - d.spec.std[0]) < 1e-3
   """
-  first = _python(code, str(tmp_path), upstream.DEBIAN_FASHION)
-  assert first.returncode == 0, first.stderr
-  assert first.stdout.split()[1] == 'True'
-  second = _python(code, str(tmp_path), '')
-  assert second.returncode == 0, second.stderr
-  seconds, imported = second.stdout.split()
-  assert imported == 'False' and second.stderr == ''
+  for source, imports in ((upstream.DEBIAN_FASHION, 'True'), ('', 'False')):
+    command = ['-c', textwrap.dedent(code), tmp_path, source]
+    seconds, imported = processes.output(command, fresh=True).split()
+    assert imported == imports
   assert float(seconds) < 1
   assert _tree(tmp_path)[:2] == ['fashion_mnist', 'fashion_mnist/3.0.1']
+
+
+# Archives are read in memory: nothing that they name is ever opened.
+
+
+def _evil(kind):
+  """A member that would be read as a batch, but is no plain file."""
+  info = tarfile.TarInfo('cifar-100-binary/train.bin')
+  if kind == 'device':
+    info.type, info.devmajor, info.devminor = tarfile.CHRTYPE, 1, 5
+  elif kind == 'sym':
+    info.type, info.linkname = tarfile.SYMTYPE, '/etc/hostname'
+  else:
+    info.type, info.linkname = tarfile.LNKTYPE, '../../etc/hostname'
+  return info
+
+
+def test_evil_archives_are_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (good,) = _fake_files('cifar100').values()
+  names = ['train.bin', 'test.bin']
+
+  def read(content):
+    return archives.members(content, 'cifar-100-binary/', names)
+
+  parts = {f'cifar-100-binary/{k}': v for k, v in read(good).items()}
+  assert list(parts) == [f'cifar-100-binary/{n}' for n in names]
+  # Names that lead out of a folder are passed over; nothing is written.
+  stray = {'../evil.txt': b'x', '/tmp/evil': b'x', **parts}
+  assert read(_tar_gz(stray)) == read(good)
+  for kind in ('device', 'sym', 'link'):
+    with pytest.raises(ValueError, match='is not one regular file'):
+      read(_tar_gz({_evil(kind): b'', **parts}))
+  with pytest.raises(ValueError, match='test.bin is missing'):
+    read(_tar_gz({'cifar-100-binary/train.bin': b''}))
+  for broken in (b'', b'hello', good[:-40], gzip.compress(b'no archive')):
+    with pytest.raises(errors.UserError) as e:
+      archives.parse('cifar100', {'cifar-100-binary.tar.gz': broken})
+    assert len(str(e.value).splitlines()) == 1
+  monkeypatch.setattr(archives, 'MAX_BYTES', 1 << 16)  # A bomb unpacks to more.
+  bomb = {'train.bin': bytes(1 << 20)}
+  for content in (_tar_gz(bomb), _tar_gz({'unknown': bytes(1 << 20)})):
+    with pytest.raises(ValueError, match='unpacks to more than'):
+      read(content)
+  with pytest.raises(ValueError, match='unpacks to more than'):
+    archives.idx(gzip.compress(bytes(1 << 20)))
+  assert list(tmp_path.rglob('*')) == []
 
 
 # The network.
@@ -429,11 +439,8 @@ def _server(contents, spoil=None):
       content = contents[self.path[1:]]
       if spoil:
         spoil(self, content)
-        return
-      self.send_response(200)
-      self.send_header('Content-Length', str(len(content)))
-      self.end_headers()
-      self.wfile.write(content)
+      else:
+        _answer(self, content, len(content))
 
     def log_message(self, *args):
       pass
@@ -447,6 +454,14 @@ def _server(contents, spoil=None):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def _answer(handler, content, length=None):
+  handler.send_response(200)
+  if length is not None:
+    handler.send_header('Content-Length', str(length))
+  handler.end_headers()
+  handler.wfile.write(content)
 
 
 def _refused(name, tmp_path, **kwargs):
@@ -472,60 +487,26 @@ def test_download(name, fakes, tmp_path, capsys):
     *_fake_split(name, TEST, 1)
   )
   out, err = capsys.readouterr()
-  assert out == ''
-  assert f'downloading {url}' in err
+  assert out == '' and f'downloading {url}' in err
   assert _tree(tmp_path)[0] == name
 
 
-def test_download_on_a_terminal_shows_a_bar(fakes, tmp_path, monkeypatch):
-  class Terminal(io.StringIO):
-    def isatty(self):
-      return True
-
-  monkeypatch.setattr(sys, 'stderr', Terminal())
-  monkeypatch.setenv('TERM', 'xterm')
-  with _server(_fake_files('cifar10')) as (url, _):
-    fakes('cifar10', url)
-    upstream.download('cifar10')
-  assert 'cifar-10-binary.tar.gz' in sys.stderr.getvalue()
-  assert '100' in sys.stderr.getvalue() or '━' in sys.stderr.getvalue()
-
-
-def _same_length(handler, content):
-  handler.send_response(200)
-  handler.end_headers()
-  handler.wfile.write(content[:-1] + bytes([content[-1] ^ 1]))
-
-
-def _too_long(handler, content):
-  handler.send_response(200)
-  handler.end_headers()
-  handler.wfile.write(content + b'x' * 100)
+def _altered(handler, content):
+  _answer(handler, content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def _cut_short(handler, content):
-  handler.send_response(200)
-  handler.send_header('Content-Length', str(len(content)))
-  handler.end_headers()
-  handler.wfile.write(content[: len(content) // 2])
-
-
-def _not_found(handler, content):
-  handler.send_error(404)
-
-
-def _not_http(handler, content):
-  handler.wfile.write(b'hello\r\n\r\n')
+  _answer(handler, content[: len(content) // 2], len(content))
 
 
 @pytest.mark.parametrize(
   'spoil, reason',
   [
-    (_same_length, 'not the expected file (sha256 differs)'),
-    (_too_long, 'not the expected file (sha256 differs)'),
+    (_altered, 'not the expected file (sha256 differs)'),
+    (lambda h, content: _answer(h, content + b'x' * 100), 'sha256 differs'),
     (_cut_short, 'ended after'),
-    (_not_found, 'status 404'),
-    (_not_http, 'hello'),
+    (lambda h, _: h.send_error(404), 'status 404'),
+    (lambda h, _: h.wfile.write(b'hello\r\n\r\n'), 'hello'),
   ],
 )
 def test_spoilt_download_is_refused_at_once(spoil, reason, fakes, tmp_path):
@@ -537,7 +518,7 @@ def test_spoilt_download_is_refused_at_once(spoil, reason, fakes, tmp_path):
   assert len(asked) == 1  # One attempt.
 
 
-def test_connection_refused(fakes, tmp_path):
+def test_nobody_answers(fakes, tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
@@ -547,9 +528,6 @@ def test_connection_refused(fakes, tmp_path):
   assert time.monotonic() - start < 5
   assert 'Connection refused' in message
   assert 'apt-get install dataset-fashion-mnist' in message
-
-
-def test_unknown_host(fakes, tmp_path):
   fakes('mnist', 'http://no-such-host.invalid/')
   start = time.monotonic()
   message = _refused('mnist', tmp_path)
@@ -557,11 +535,10 @@ def test_unknown_host(fakes, tmp_path):
   assert 'apt-get' not in message
 
 
-def test_no_answer(fakes, tmp_path, monkeypatch):
+def test_slow_answers(fakes, tmp_path, monkeypatch):
   release = threading.Event()
   monkeypatch.setattr(upstream, 'CONNECT_SECONDS', 0.3)
   monkeypatch.setattr(upstream, '_STALL_SECONDS', 2)
-
   with _server(_fake_files('cifar10'), lambda *_: release.wait(20)) as (url, _):
     fakes('cifar10', url)
     start = time.monotonic()
@@ -570,9 +547,8 @@ def test_no_answer(fakes, tmp_path, monkeypatch):
     release.set()
   assert 'no answer within 0.3 s' in message
 
-
-def test_stall_in_the_middle(fakes, tmp_path, monkeypatch):
-  release = threading.Event()
+  release.clear()
+  monkeypatch.setattr(upstream, 'CONNECT_SECONDS', 5)
   monkeypatch.setattr(upstream, '_STALL_SECONDS', 0.3)
 
   def stall(handler, content):
@@ -612,84 +588,53 @@ def _again(root):
   return data.load('cifar10', data_dir=str(root), download=False)
 
 
-def _equal(a, b):
-  for key in ('train_images', 'train_labels', 'test_images', 'test_labels'):
-    np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
-
-
 def test_second_load_reads_the_cache_only(prepared, monkeypatch):
   root, first = prepared
-  monkeypatch.setattr(prepare, '_one_at_a_time', None)  # No waiting either.
+  monkeypatch.setattr(storage, 'locked', None)  # No waiting either.
   monkeypatch.setattr(prepare, '_decode_once', None)
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)  # No import.
   second = _again(root)
-  _equal(first, second)
+  _assert_equal(first, second)
   assert second.train_labels.dtype == np.int32
 
 
-def _truncate(path):
-  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _flip_a_bit(path):
-  content = bytearray(path.read_bytes())
-  content[len(content) // 3] ^= 1
-  path.write_bytes(content)
-
-
-def _empty(path):
-  path.write_bytes(b'')
-
-
-def _other_type(path):
+def _changed(path, **changes):
   with np.load(path) as f:
-    arrays = dict(f)
-  arrays['train_labels'] = arrays['train_labels'].astype(np.int64)
-  np.savez(path, **arrays)
+    arrays = {**f, **changes}
+  with open(path, 'wb') as f:
+    np.savez(f, **{k: v for k, v in arrays.items() if v is not None})
 
 
-def _other_shape(path):
-  with np.load(path) as f:
-    arrays = dict(f)
-  arrays['test_images'] = arrays['test_images'][:-1]
-  np.savez(path, **arrays)
-
-
-def _bad_labels(path):
-  with np.load(path) as f:
-    arrays = dict(f)
-  arrays['test_labels'][3] = 10
-  np.savez(path, **arrays)
-
-
-def _lacks_a_key(path):
-  np.savez(path, train_images=np.zeros(3))
-
-
-@pytest.mark.parametrize(
-  'damage',
-  [
-    _truncate,
-    _flip_a_bit,
-    _empty,
-    _other_type,
-    _other_shape,
-    _bad_labels,
-    _lacks_a_key,
-  ],
-)
-def test_damaged_cache_is_made_again(damage, prepared, capsys):
+def test_a_damaged_cache_is_made_again(prepared, capsys):
+  """Cut off, flipped, or well-formed with other contents: never used."""
   root, first = prepared
   cache = root / 'cifar10' / 'pfs_jax_uint8.npz'
-  good = cache.read_bytes()
-  damage(cache)
-  assert cache.read_bytes() != good
-  _equal(first, _again(root))
-  assert 'is damaged' in capsys.readouterr().err
-  with np.load(cache) as stored:
-    np.testing.assert_array_equal(stored['test_labels'], first.test_labels)
-  _equal(first, _again(root))
+  good, rng = cache.read_bytes(), np.random.default_rng(0)
+  spoilt = [b'', good[: len(good) // 2]]
+  for place in rng.integers(0, len(good), 8).tolist():
+    spoilt.append(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+  for changes in (
+    {'train_labels': first.train_labels[::-1]},  # In range, but wrong.
+    {'train_labels': first.train_labels.astype(np.int64)},
+    {'test_images': first.test_images[:-1]},
+    {'test_labels': None},
+  ):
+    cache.write_bytes(good)
+    _changed(cache, **changes)
+    spoilt.append(cache.read_bytes())
+  for content in spoilt:
+    cache.write_bytes(content)
+    assert content != good
+    _assert_equal(first, _again(root))
+    assert 'is damaged or was changed' in capsys.readouterr().err
+    assert cache.read_bytes() == good
+  _assert_equal(first, _again(root))
   assert capsys.readouterr().err == ''
+  # Without its note (a crash): what is in it must still be this data set.
+  (root / 'cifar10' / storage.CHECKSUMS).unlink()
+  _changed(cache, test_labels=np.full_like(first.test_labels, 10))
+  _assert_equal(first, _again(root))
+  assert 'labels are not in 0..9' in capsys.readouterr().err
 
 
 def test_cache_that_cannot_be_kept(prepared, monkeypatch, capsys):
@@ -698,10 +643,10 @@ def test_cache_that_cannot_be_kept(prepared, monkeypatch, capsys):
   before = _tree(root)
 
   def refuse(*args, **kwargs):
-    raise PermissionError(13, 'Permission denied')
+    raise errors.UserError('x cannot be written: Permission denied.')
 
-  monkeypatch.setattr(kept, 'write', refuse)
-  _equal(first, _again(root))
+  monkeypatch.setattr(storage, 'write_arrays', refuse)
+  _assert_equal(first, _again(root))
   assert 'not kept' in capsys.readouterr().err
   assert _tree(root) == before
 
@@ -733,29 +678,39 @@ def test_tfrecord_prepared_by_others(prepared):
   assert prepare._stock_builder('cifar10', root).info.file_format.value == (
     'tfrecord'
   )
-  _equal(first, _again(root))
+  _assert_equal(first, _again(root))
   (root / 'cifar10' / 'pfs_jax_uint8.npz').unlink()
   good = new.read_bytes()
-  for bad, message in (
-    (good[:-5], 'middle of a record'),
-    (good[:1000] + bytes([good[1000] ^ 4]) + good[1001:], 'its checksum'),
-  ):
-    new.write_bytes(bad)
-    with pytest.raises(errors.UserError, match=message):
-      _again(root)
+  for place in range(0, len(good), len(good) // 23):  # Lengths, data, checks.
+    new.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+    with pytest.raises(ValueError, match='its checksum|middle of a record'):
+      list(tfrecord.records(new))
+  new.write_bytes(good[:-5])
+  with pytest.raises(errors.UserError, match='middle of a record'):
+    _again(root)
 
 
 @pytest.mark.parametrize('what', ['train.array_record', 'dataset_info.json'])
 def test_damaged_prepared_data(what, prepared):
-  root, _ = prepared
-  (root / 'cifar10' / 'pfs_jax_uint8.npz').unlink()
+  root, first = prepared
+  cache = root / 'cifar10' / 'pfs_jax_uint8.npz'
   (path,) = (root / 'cifar10' / '3.0.2').glob(f'*{what}*')
-  path.write_bytes(b'{}' if what.endswith('json') else b'nonsense' * 1000)
-  with pytest.raises(errors.UserError) as e:
-    _again(root)
-  message = str(e.value)
-  assert len(message.splitlines()) <= 3
-  assert str(root / 'cifar10' / '3.0.2') in message and 'Delete' in message
+  good = path.read_bytes()
+  spoilt = [b'{}' if what.endswith('json') else b'nonsense' * 1000]
+  if what.startswith('train'):
+    for place in np.random.default_rng(1).integers(0, len(good), 12).tolist():
+      spoilt.append(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+  for content in spoilt:
+    cache.unlink(missing_ok=True)
+    path.write_bytes(content)
+    try:  # array_record checks what it holds; its padding may change.
+      _assert_equal(first, _again(root))
+    except errors.UserError as e:
+      message = str(e)
+      assert len(message.splitlines()) <= 3
+      assert str(root / 'cifar10' / '3.0.2') in message and 'Delete' in message
+    else:
+      assert content is not spoilt[0]
 
 
 @pytest.mark.parametrize('bad', ['file', 'file/below', 'gs://bucket/data'])
@@ -779,70 +734,54 @@ def test_default_data_dir(monkeypatch):
 
 def test_failure_while_preparing_leaves_nothing(fakes, tmp_path, monkeypatch):
   source = _folder(tmp_path / 'source', fakes('cifar10'))
+  root = tmp_path / 'data'
+  left = root / '.pfs_jax_cifar10_abc' / 'cifar10'  # Of a killed process.
+  left.mkdir(parents=True)
 
   def full(*args):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(prepare.os, 'rename', full)
-  with pytest.raises(errors.UserError, match='No space left'):
-    data.load('cifar10', data_dir=str(tmp_path / 'data'), source_dir=source)
-  assert not [p for p in _tree(tmp_path / 'data') if p != 'cifar10']
-
-
-def test_work_of_a_killed_process_is_cleared(fakes, tmp_path):
-  source = _folder(tmp_path / 'source', fakes('cifar10'))
-  left = tmp_path / 'data' / '.pfs_jax_cifar10_abc' / 'cifar10'
-  left.mkdir(parents=True)
-  data.load('cifar10', data_dir=str(tmp_path / 'data'), source_dir=source)
-  assert os.listdir(tmp_path / 'data') == ['cifar10']
-
-
-def test_second_of_two_without_locks_is_content(fakes, tmp_path, monkeypatch):
-  """Both prepared; the later rename finds the place taken."""
-  contents = fakes('cifar10')
-
-  def no_locks(*args):
-    raise OSError(38, 'Function not implemented')
-
-  monkeypatch.setattr(fcntl, 'flock', no_locks)
-  facts = data.spec('cifar10')
-  prepare._prepare(facts, tmp_path, contents)
-  prepare._prepare(facts, tmp_path, contents)
-  assert os.listdir(tmp_path) == ['cifar10']
-  assert len(_again(tmp_path).train_labels) == TRAIN
+  with monkeypatch.context() as m:
+    m.setattr(prepare.os, 'rename', full)
+    with pytest.raises(errors.UserError, match='No space left'):
+      data.load('cifar10', data_dir=str(root), source_dir=source)
+  assert set(_tree(root)) <= {'cifar10'}
+  # Without locks, a second process may find the place taken: it is content.
+  contents = _fake_files('cifar10')
+  for _ in range(2):
+    prepare._prepare(data.spec('cifar10'), root, contents)
+  assert [p for p in _tree(root) if '/' not in p] == ['cifar10']
+  assert len(_again(root).train_labels) == TRAIN
 
 
 def test_two_processes_at_once(fakes, tmp_path):
-  """Both wait for our lock, then one prepares and both have the same."""
+  """Both wait for our lock, then one prepares and both get the same."""
   source = _folder(tmp_path / 'source', fakes('cifar10'))
   root = tmp_path / 'data'
-  root.mkdir()
   code = textwrap.dedent("""
-    import hashlib, sys
-    sys.path.insert(0, 'tests')
-    import test_data
-    from pfs_jax import data
+    import hashlib, pathlib, sys
+    from pfs_jax import console, data
+    from tests import test_data
+    note = console.note
+    def noted(text):
+      note(text)
+      if 'another process' in text:
+        pathlib.Path(sys.argv[3]).touch()
+    console.note = noted
     test_data._install('cifar10', test_data._fake_files('cifar10'))
     d = data.load('cifar10', data_dir=sys.argv[1], source_dir=sys.argv[2])
     print(hashlib.sha256(d.train_images.tobytes()).hexdigest())
-    print('tensorflow_datasets' in sys.modules)
   """)
-  command = [sys.executable, '-c', code, str(root), source]
-  handle = os.open(root, os.O_RDONLY)
-  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
-    for process in both:
-      assert 'another process' in process.stderr.readline()
-    assert os.listdir(root) == []
-  finally:
-    os.close(handle)
-  outcomes = [process.communicate(timeout=60) for process in both]
-  assert [process.returncode for process in both] == [0, 0], outcomes
-  outs = [out.split() for out, _ in outcomes]
-  assert outs[0][0] == outs[1][0]
+  waits = [tmp_path / 'one', tmp_path / 'two']
+  with storage.locked(root):
+    both = [processes.start(['-c', code, root, source, w]) for w in waits]
+    deadline = time.monotonic() + 60
+    while not all(w.exists() for w in waits):
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    assert _tree(root) == []
+  done = [process.finish(60) for process in both]
+  assert [d.returncode for d in done] == [0, 0], done
+  assert done[0].stdout == done[1].stdout
   # The second one found the cache made.
-  assert sorted(out[1] for out in outs) == ['False', 'True']
-  assert sum(err.count('preparing') for _, err in outcomes) == 1
-  assert os.listdir(root) == ['cifar10']
+  assert sum(d.stderr.count('preparing') for d in done) == 1
