@@ -2,11 +2,11 @@
 
   python -m benchmarks.study_results
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`, NAME being that of a
-study, 'NAME similarity' for its table of structures, or 'NAME counts' for the
-mean share kept of each layer. 'NAME picture P' is the picture P of the study's
-report, kept as results/pictures/NAME-P.svg. What stands there is replaced.
-Nothing is run.
+A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is that of
+a study. 'NAME similarity' is its table of structures, 'NAME counts' the mean
+share that the arms keep of each layer, and 'NAME picture P' the picture P of
+the study's report, kept as results/pictures/NAME-P.svg. What stands there is
+replaced. No study is run.
 """
 
 import functools
@@ -14,10 +14,9 @@ import importlib
 import pathlib
 import re
 
-import numpy as np
-
+from pfs_jax import tables as writers
 from pfs_jax.report import study_page
-from pfs_jax.studies import plan, results
+from pfs_jax.studies import plan, results, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 PICTURES = 'results/pictures'
@@ -27,42 +26,12 @@ _PLACE = re.compile(
 )
 
 
-def markdown(columns, rows):
-  """A table in Markdown; the first column to the left, numbers to the right."""
-  rule = ['---', *['---:'] * (len(columns) - 1)]
-  return '\n'.join(
-    '| ' + ' | '.join(row) + ' |' for row in [columns, rule, *rows]
-  )
-
-
-def counts(records):
-  """Mean share kept of each layer, by arm and variation."""
-  rows = []
-  for label, group in results.grouped(records).items():
-    mean = np.mean([results.shares(r) for r in group], axis=0)
-    rows.append([label, str(len(group)), *(f'{100 * v:.0f}' for v in mean)])
-  return ['share kept, %', 'n', *records[0]['counts']], rows
-
-
 @functools.cache
 def study_of(name):
   """(study, finished records), from the committed results."""
   study = importlib.import_module(f'configs.studies.{name}').get_config()
   study.results_dir = str(ROOT / 'results')
   return study, results.mine(study, ROOT)
-
-
-def table(study, records, kind):
-  """A table of a study."""
-  if kind == 'counts':
-    return markdown(*counts(records))
-  if kind == 'similarity':
-    columns = ['between', *results.SIMILARITY_COLUMNS]
-    return markdown(columns, results.similarity_rows(records))
-  against = results.against(study)
-  against = f'against {against}' if against else 'difference'
-  columns = ['arm', 'n', 'mean', 'sd', against, '95 %', 'MACs', 'seconds']
-  return markdown(columns, results.rows(study, records))
 
 
 @functools.cache
@@ -103,7 +72,12 @@ def filled(text):
     elif not records or kind.startswith('picture'):
       body = '(not run yet)'
     else:
-      body = table(study, records, kind)
+      table = {
+        '': lambda: tables.accuracy(study, records),
+        'counts': lambda: tables.counts(tables.grouped(records)),
+        'similarity': lambda: tables.similarity(records),
+      }[kind]()
+      body = writers.markdown('', *table[1:])
     return f'<!-- {name}{match[2]} -->\n\n{body}\n\n<!-- end -->'
 
   return _PLACE.sub(new, text)

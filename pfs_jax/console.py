@@ -111,7 +111,7 @@ class Progress:
       self._bar.update(self._task, completed=done, status=self._status(done))
     elif self._bytes and now - self._said >= 10:
       self._said = now
-      print(f'{self._label}  {self._status(done)}', file=sys.stderr, flush=True)
+      note(f'{self._label}  {self._status(done)}')
 
   def line(self, step: int, **scalars: float) -> None:
     """Writes a line of numbers: above the bar, or plain with the time left."""

@@ -63,11 +63,11 @@ def html(
       for kind, cell in zip(kinds[1:], rest, strict=True)
     )
     # The long names of layers and arms may be broken here, and nowhere else.
-    first = re.sub(r'([/+])(?=\S)', r'\1<wbr>', escape(first))
+    first = re.sub(r'([/+_])(?=\S)', r'\1<wbr>', escape(first))
     body += f'<tr><th scope="row">{first}</th>{cells}</tr>\n'
   return (
     f'<div class="scroll" role="region" tabindex="0" '
-    f'aria-label="{escape(title)}">\n<table>\n'
+    f'aria-label="{escape(title)}">\n<table id="{anchor(title)}">\n'
     f'<caption>{escape(title)}</caption>\n'
     f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>'
   )
@@ -82,11 +82,20 @@ def escape(text: str) -> str:
   return html_lib.escape(str(text))
 
 
+def anchor(title: str, kind: str = 'table') -> str:
+  """The id of what has a title on a page.
+
+  >>> anchor('Test accuracy in %')
+  'table-test-accuracy-in'
+  """
+  return f'{kind}-' + re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')
+
+
 def is_number(text: str) -> bool:
   """Whether a cell is set to the right: a number with its unit, or a gap.
 
   >>> [is_number(x) for x in ('1,234', '+0.12', '45 ms', '-', 'conv1')]
   [True, True, True, True, False]
   """
-  pattern = r'[-+−]?[\d.,]+([ ±%/.+−-]|of|ms|min|[dhskMG]|B|\d)*|-|'
+  pattern = r'[-+−]?[\d.,]+([ ±%/.+−()-]|of|ms|min|[dhskMG]|B|\d)*|-|'
   return bool(re.fullmatch(pattern, text))

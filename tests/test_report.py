@@ -6,7 +6,6 @@ import html.parser
 import importlib
 import json
 import math
-import pathlib
 import re
 import shutil
 import subprocess
@@ -15,8 +14,17 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from pfs_jax import config, errors, models, report, runs, stages, storage
-from pfs_jax.report import figures, page, run_page, study_page
+from pfs_jax import (
+  config,
+  errors,
+  models,
+  report,
+  runs,
+  stages,
+  storage,
+  tables,
+)
+from pfs_jax.report import figures, page, run_logs, run_page, study_page
 from pfs_jax.stages import cutting
 from pfs_jax.studies import plan, results
 from tests import processes
@@ -29,7 +37,7 @@ def tiny(**fields):
   c = config.default()
   c.model.name, c.model.base_width, c.model.width = 'vgg16', 2, 3
   c.data.name, c.data.validation_examples = 'digits', 300
-  c.budget.keep = (0.5, 0.3)
+  c.budget.keep = (0.3, 0.5)
   c.update_from_flattened_dict(fields)
   return c
 
@@ -40,15 +48,14 @@ def log(folder, records):
   )
 
 
-def searching(workdir, **fields):
+def searching(workdir, steps=(10, 20, 30), **fields):
   """A job whose search is under way."""
   job = stages.Job(tiny(**fields), workdir)
-  identity = config.identity(job.config, 'search')
-  runs.claim(workdir / 'search', identity)
+  runs.claim(workdir / 'search', config.identity(job.config, 'search'))
   job.note_config()
   model, rng = job.network.cost_model, np.random.default_rng(0)
   records = []
-  for step in (10, 20, 30):
+  for step in steps:
     gates = {
       layer: np.clip(rng.normal(1 - step / 50, 0.4, width), 0, 1)
       for layer, width in zip(model.layers, model.widths, strict=True)
@@ -59,44 +66,45 @@ def searching(workdir, **fields):
     numbers = {'gates_mean': 0.5, 'gates_density': 0.9, 'ce': 2.0 - step / 50}
     records.append({'step': step, **numbers, 'seconds': step / 10})
   log(workdir / 'search', records)
-  return job, gates
+  storage.write_arrays(workdir / 'search' / 'gates.npz', gates)
+  return job
 
 
 def searched(workdir, **fields):
   """A job that is searched and cut, not trained."""
-  job, gates = searching(workdir, **fields)
-  storage.write_arrays(workdir / 'search' / 'gates.npz', gates)
+  job = searching(workdir, **fields)
   cutting.cut(job)
   return job
 
 
-def trained(workdir, accuracy=0.8, reference=0.85):
-  """A job whose first budget is trained: 240 of 300 images."""
+def trained(workdir, budgets=1, steps=(10, 20, 30), **changes):
+  """A job whose first budgets are trained: 240 of 300 images."""
   job = searched(workdir)
-  name, structure = cutting.read(job)
-  identity = config.identity(job.config, 'train')
-  counts = {'structure.counts': list(structure.counts)}
-  runs.claim(workdir / 'train', {**identity, **counts})
-  for folder in ('train', 'reference'):
-    log(
-      workdir / folder,
-      [
-        {'step': s, 'loss': 2 / s, 'accuracy': s / 40, 'seconds': 4000.0}
-        for s in (10, 20, 30)
-      ],
-    )
-  result = {
-    'test_accuracy': accuracy,
-    'reference_test_accuracy': reference,
-    'test_examples': 300,
-    'macs': structure.macs,
-    'params': structure.params,
-    'counts': dict(zip(structure.layers, structure.counts, strict=True)),
-    'budget': name,
-    'versions': {'jax': '0.0.1', 'commit': 'abc', 'hardware': '1 x abacus'},
-  }
-  storage.write_json(workdir / 'result.json', result)
-  return job, structure
+  for folder in ('train', 'reference')[: 2 if budgets else 0]:
+    records = [
+      {'step': s, 'loss': 2 / s, 'accuracy': s / 40, 'seconds': 4000.0}
+      for s in steps
+    ]
+    log(workdir / folder, records)
+  for name in ('keep0.3', 'keep0.5')[:budgets]:
+    path = job.file('structure', name, '.json')
+    there = storage.read_json(path)
+    identity = config.identity(job.config, 'train')
+    counts = {'structure.counts': list(there['counts'].values())}
+    runs.claim(job.file('train', name), {**identity, **counts})
+    result = {
+      'test_accuracy': 0.8,
+      'reference_test_accuracy': 0.85,
+      'test_examples': 300,
+      'macs': there['macs'],
+      'params': there['params'],
+      'counts': there['counts'],
+      'budget': name,
+      'versions': {'jax': '0.0.1', 'commit': 'abc', 'hardware': '1 x abacus'},
+      **changes,
+    }
+    storage.write_json(job.file('result', name, '.json'), result)
+  return job
 
 
 class Outline(html.parser.HTMLParser):
@@ -112,6 +120,7 @@ class Outline(html.parser.HTMLParser):
 
   def handle_starttag(self, tag, attributes):
     fields = dict(attributes)
+    assert not [k for k in fields if k.startswith('on')], fields
     self.tags.append(tag)
     self.ids += [fields['id']] if 'id' in fields else []
     self.links += [fields[k] for k in ('href', 'src') if k in fields]
@@ -128,122 +137,167 @@ class Outline(html.parser.HTMLParser):
       self.text += data
 
 
-def page_of(workdir):
-  """The one page; its pictures are in the folder of the same name."""
-  (path,) = workdir.glob('report*.html')
-  return path
-
-
-def read(workdir):
-  text = page_of(workdir).read_text()
+def check_page(workdir, names, stem='report'):
+  """What must hold of every report; `names` are its pictures."""
+  text, folder = (workdir / f'{stem}.html').read_text(), workdir / stem
   outline = Outline(text)
   assert not outline.open, 'unclosed tags'
-  return outline
-
-
-def check_page(workdir, names):
-  """What must hold of every report; `names` are its pictures."""
-  outline = read(workdir)
   assert len(outline.ids) == len(set(outline.ids))
   for link in outline.links:  # Nothing is fetched.
     assert link.startswith('data:') or link[1:] in outline.ids, link[:80]
-  assert 'script' not in outline.tags
-  folder = page_of(workdir).with_suffix('')
-  files = sorted(p.name for p in folder.iterdir())
-  assert files == sorted(
-    f'{n}.{kind}' for n in names for kind in ('png', 'svg')
-  )
+  assert 'script' not in outline.tags and outline.tags.count('h1') == 1
+  found = {p.name for p in folder.glob('*')}
+  assert found == {f'{name}.svg' for name in names}
   assert [n for n in outline.ids if n in names] == names
-  assert outline.tags.count('h1') == 1
   assert outline.tags.count('figure') == len(names) == len(outline.images)
   for name, image in zip(names, outline.images, strict=True):
     assert len(image['alt']) > 40 and re.search(r'\d', image['alt'])
     data = base64.b64decode(image['src'].partition('base64,')[2])
     assert data == (folder / f'{name}.svg').read_bytes()
     xml.etree.ElementTree.fromstring(data)
-    png = (folder / f'{name}.png').read_bytes()
-    assert png.startswith(b'\x89PNG')
-  html = page_of(workdir).read_text()
-  for figure in html.split('<figure')[1:]:
-    assert '<table>' in figure.partition('</figure>')[0], 'no numbers beside'
+  for figure in text.split('<figure')[1:]:  # Numbers beside each picture.
+    figure = figure.partition('</figure>')[0]
+    assert '<table' in figure or '<a href="#table-' in figure
   return outline
 
 
-RUN_PICTURES = ['counts', 'counts-keep0.3', 'gates', 'gates-course', 'search']
+SEARCH_PICTURES = ['network', 'gates', 'gates-course', 'search']
 
 
 def test_report_of_a_run(tmp_path):
-  job, structure = trained(tmp_path)
-  report.run(job)
-  outline = check_page(tmp_path, [*RUN_PICTURES, 'training'])
+  job = trained(tmp_path)
+  report.write(job.config, tmp_path)
+  outline = check_page(tmp_path, [*SEARCH_PICTURES, 'training'])
   first_screen = outline.text.partition('Channels of each layer')[0]
-  share = f'{structure.macs / job.network.reference_macs:.1%}'
   for said in (
-    f'80.00% test accuracy with {structure.macs:,} MACs an image, {share}',
-    'trained the same way: 85.00%; the narrow one is 5.00 points below it '
-    '(15 of 300 images)',
-    'n = 1',
-    'keep0.3: cut to',
-    'not trained yet',
+    'vgg16 on digits, 2 budgets, seed 0',
+    "of the reference network's",
+    '1 of them are trained',
+    'keep0.3: 80.00% test accuracy with 2',
+    'That is 5.00 points below the reference network, trained in the same way '
+    '(85.00%): 15 of 300 images.',
+    'one seed (n = 1)',
   ):
     assert said in first_screen, said
-  for said in ('vgg16', 'abacus', '1 h 06 min', 'abc', 'model.base_width'):
+  for said in ('abacus', '1 h 06 min', 'abc', 'model.base_width'):
     assert said in outline.text, said
-  count = dict(zip(structure.layers, structure.counts, strict=True))
-  for layer, width in zip(job.network.cost_model.layers, [3] * 2, strict=False):
-    row = (
-      rf'>{layer}</th><td class="n">{count[layer]}</td><td class="n">{width}'
-    )
-    assert re.search(row, (tmp_path / 'report.html').read_text())
+
+
+def test_all_budgets_stand_in_one_table_the_widest_first(tmp_path):
+  job = trained(tmp_path)
+  report.write(job.config, tmp_path)
+  text = (tmp_path / 'report.html').read_text()
+  (table,) = re.findall(
+    r'(?s)<table id="table-channels-kept">.*?</table>', text
+  )
+  columns = re.findall('<th scope="col".*?>(.*?)</th>', table)
+  assert columns == [
+    *('layer', 'searched', 'reference', 'keep0.5', 'keep0.3', 'mean gate')
+  ]
+  model, rows = job.network.cost_model, table.count('<th scope="row">')
+  assert rows == len(model.layers)
+  for name, column in (('keep0.5', 3), ('keep0.3', 4)):
+    counts = storage.read_json(job.file('structure', name, '.json'))['counts']
+    cells = [
+      re.findall('<t[hd].*?>(.*?)</t', row) for row in table.split('<tr')
+    ]
+    shown = [int(row[column].split()[0]) for row in cells[2:]]
+    assert shown == list(counts.values())
+
+
+def test_several_trained_budgets_are_drawn_in_one_chart(tmp_path):
+  job = trained(tmp_path, budgets=2)
+  report.write(job.config, tmp_path)
+  outline = check_page(tmp_path, ['macs', *SEARCH_PICTURES, 'training'])
+  alt = outline.images[0]['alt']
+  for what in ('MACs', 'parameters'):
+    assert re.search(rf'over {what}, narrow networks: 80 at .*, 80 at', alt)
+    assert f'over {what}, reference: 85 at 100' in alt
+
+
+def test_a_single_point_is_no_curve(tmp_path):
+  job = trained(tmp_path, steps=(10,))
+  report.write(job.config, tmp_path)
+  outline = check_page(tmp_path, SEARCH_PICTURES)
+  assert 'narrow, training' in outline.text or 'keep0.3, training' in (
+    outline.text
+  )
+
+
+def test_what_else_a_training_leaves_is_shown(tmp_path):
+  job = trained(
+    tmp_path,
+    class_names=['cat', 'dog'],
+    latency={'batch': 8, 'narrow_ms': 1.25, 'reference_ms': 4.5},
+    warnings=['The search stayed at chance.'],
+  )
+  mistakes = {'labels': [0, 1], 'predicted': [1, 0]}
+  images = np.zeros((2, 4, 4, 3), np.uint8)
+  path = job.file('train', 'keep0.3') / 'mistakes.npz'
+  storage.write_arrays(path, {'images': images, **mistakes})
+  bundle = job.file('export', 'keep0.3')
+  bundle.mkdir()
+  (bundle / 'model.onnx').write_bytes(bytes(2_340_000))
+  report.write(job.config, tmp_path)
+  outline = check_page(tmp_path, [*SEARCH_PICTURES, 'training', 'mistakes'])
+  assert outline.images[-1]['alt'].endswith('cat,, not dog; dog,, not cat.')
+  for said in ('at chance', 'ms for 8', '1.25', '4.5', 'model.onnx', '2.34 MB'):
+    assert said in outline.text, said
 
 
 def test_same_folder_gives_the_same_bytes(tmp_path):
-  job, _ = trained(tmp_path)
-  report.run(job)
+  job = trained(tmp_path)
+  report.write(job.config, tmp_path)
   paths = [tmp_path / 'report.html', *(tmp_path / 'report').iterdir()]
   before = {p: p.read_bytes() for p in paths}
-  report.run(stages.Job(tiny(), tmp_path))
+  report.write(tiny(), tmp_path)
   assert all(p.read_bytes() == data for p, data in before.items())
 
 
-def test_report_of_a_search_alone(tmp_path):
-  report.run(searched(tmp_path))
-  outline = check_page(tmp_path, RUN_PICTURES)
-  assert 'keep0.5: cut to' in outline.text
-  assert 'test images' not in outline.text and 'Training' not in outline.text
-
-
-def test_report_of_a_search_under_way(tmp_path):
-  job, _ = searching(tmp_path)
-  report.run(job)
-  outline = check_page(tmp_path, ['gates-course', 'search'])
-  assert 'The search is at step 30; nothing is cut yet.' in outline.text
+def test_a_search_alone_and_a_search_under_way(tmp_path):
+  report.write(searched(tmp_path).config, tmp_path)
+  outline = check_page(tmp_path, SEARCH_PICTURES)
+  assert '0 of them are trained' in outline.text
+  assert 'images' not in outline.text and 'Training' not in outline.text
+  for path in tmp_path.glob('*.json'):
+    path.unlink()
+  report.write(tiny(), tmp_path)
+  outline = check_page(tmp_path, SEARCH_PICTURES[2:])
+  assert 'The search is at step 30. No structure is cut yet.' in outline.text
 
 
 def test_structure_from_elsewhere_is_enough(tmp_path):
   """A workdir that only trained, from --config.train.structure."""
-  job, _ = trained(tmp_path)
+  job = trained(tmp_path)
   shutil.rmtree(tmp_path / 'search')
-  for name in ('structure', 'kept'):
-    for path in tmp_path.glob(f'{name}*.json'):
-      path.unlink()
-  report.run(job)
-  check_page(tmp_path, ['counts', 'training'])
+  for path in [*tmp_path.glob('structure*'), *tmp_path.glob('kept*')]:
+    path.unlink()
+  report.write(job.config, tmp_path)
+  outline = check_page(tmp_path, ['network', 'training'])
+  assert re.search(
+    r'vgg16 on digits, cut to \d+\.\d% of the MACs', outline.text
+  )
+
+
+def test_a_workdir_that_cannot_be_written_is_reported_elsewhere(tmp_path):
+  job, out = trained(tmp_path / 'run'), tmp_path / 'out'
+  before = {p: p.stat().st_mtime_ns for p in job.workdir.rglob('*')}
+  report.write(job.config, job.workdir, out)
+  check_page(out, [*SEARCH_PICTURES, 'training'])
+  assert before == {p: p.stat().st_mtime_ns for p in job.workdir.rglob('*')}
 
 
 def test_empty_workdir_is_refused_and_left_alone(tmp_path):
-  job = stages.Job(tiny(), tmp_path / 'none')
   with pytest.raises(errors.UserError, match='holds no run yet'):
-    report.run(job)
-  assert not job.workdir.exists()
+    report.write(tiny(), tmp_path / 'none')
+  assert not (tmp_path / 'none').exists()
 
 
 @pytest.mark.parametrize('field', ['seed', 'search.epochs', 'train.epochs'])
 def test_work_of_another_config_is_refused(tmp_path, field):
   trained(tmp_path)
-  other = stages.Job(tiny(**{field: 7}), tmp_path)
   with pytest.raises(errors.UserError, match=f'config.{field} '):
-    report.run(other)
+    report.write(tiny(**{field: 7}), tmp_path)
 
 
 @pytest.mark.parametrize('accuracy, n', [(0.8, 300), (0.0, 50), (1.0, 7)])
@@ -255,10 +309,10 @@ def test_interval_is_wilsons(accuracy, n):
 
 
 def test_thinned_keeps_both_ends():
-  assert run_page.thinned(0, 8) == []
-  assert run_page.thinned(3, 8) == [0, 1, 2]
+  assert run_logs.thinned(0, 8) == []
+  assert run_logs.thinned(3, 8) == [0, 1, 2]
   for n in range(9, 60):
-    found = run_page.thinned(n, 8)
+    found = run_logs.thinned(n, 8)
     assert (len(found), found[0], found[-1]) == (8, 0, n - 1)
 
 
@@ -273,13 +327,17 @@ ACCURACIES = {
   'full': (90, 91, 92),
 }
 # 2 -+ t(0.975, 2 degrees of freedom) / sqrt(3) = 2 -+ 4.3027 / 1.7321.
-SEARCHED = '+2.00 points (95% interval -0.48 to +4.48, 3 pairs by seed)'
+SEARCHED = '+2.00 points (95% interval -0.48 to +4.48, 3 pairs of seeds)'
+STUDY_PICTURES = ['accuracy', 'differences', 'macs', 'shares', 'similarity']
 
 
-def study_of(workdir, **fields):
+def study_of(**fields):
   c = importlib.import_module('configs.studies.headline').get_config('smoke')
+  c = c.copy_and_resolve_references()
   with c.unlocked():
-    c.update({'arms': tuple(ACCURACIES), 'seeds': (0, 1, 2), **fields})
+    c.update({'arms': tuple(ACCURACIES), 'seeds': (0, 1, 2)})
+    for name, value in fields.items():
+      c[name] = value
   return c
 
 
@@ -315,28 +373,26 @@ def cell_records(study):
     }
 
 
-def finished(workdir, study, left_out=0):
+def reported(workdir, study, names, left_out=0):
+  """The page of a study whose cells are finished, but for the last ones."""
   records = list(cell_records(study))
   records = records[: len(records) - left_out]
   storage.write_json(results.path(study, workdir), records)
-  return records
-
-
-STUDY_PICTURES = ['accuracy', 'differences', 'macs', 'shares', 'similarity']
+  report.write(study, workdir)
+  return check_page(workdir, names, f'report-{study.study}')
 
 
 def test_report_of_a_study(tmp_path):
-  study = study_of(tmp_path)
-  finished(tmp_path, study)
-  report.study(study, tmp_path)
-  outline = check_page(tmp_path, STUDY_PICTURES)
+  (tmp_path / 'report-headline').mkdir()
+  (tmp_path / 'report-headline' / 'varied.png').write_text('an earlier one')
+  outline = reported(tmp_path, study_of(), STUDY_PICTURES)
   first_screen = outline.text.partition('Contents')[0]
   for said in (
     'searched: 83.00% ± 1.73 (n = 3) at 50.0% of the MACs',
     'uniform: 81.00% ± 1.00 (n = 3)',
     'full: 91.00% ± 1.00 (n = 3) at 100.0%',
-    f'searched minus uniform: {SEARCHED}: which is better cannot be told',
-    'Of 3 compared with uniform: 1 better (full), 0 worse, for 2 it cannot',
+    f'searched minus uniform: {SEARCHED}: the two are statistically indist',
+    'Of 3 arms compared with uniform: 1 better (full), 0 worse, 2 statist',
     '12 of 12 cells are finished',
   ):
     assert said in first_screen, said
@@ -347,86 +403,69 @@ def test_report_of_a_study(tmp_path):
 
 def test_reports_of_two_studies_share_a_folder(tmp_path):
   for name in ('one', 'two'):
-    study = study_of(tmp_path)
-    with study.unlocked():
-      study.study = name
-    finished(tmp_path, study)
-    folder = tmp_path / f'report-{name}'
-    folder.mkdir()
-    (folder / 'varied.png').write_text('of an earlier report')
-    report.study(study, tmp_path)
+    reported(tmp_path, study_of(study=name), STUDY_PICTURES)
   for name in ('one', 'two'):
-    assert f'Study {name}' in (tmp_path / f'report-{name}.html').read_text()
-    names = {p.stem for p in (tmp_path / f'report-{name}').iterdir()}
-    assert names == set(STUDY_PICTURES)
+    outline = check_page(tmp_path, STUDY_PICTURES, f'report-{name}')
+    assert f'Study {name}' in outline.text
 
 
 def test_cells_that_are_in_no_results_file_count(tmp_path):
-  study = study_of(tmp_path)
-  records = finished(tmp_path, study, left_out=1)
-  results.path(study, tmp_path).unlink()
-  for record in records:
+  study = study_of()
+  for record in list(cell_records(study))[:-1]:
     folder = tmp_path / 'cells' / record['config_hash']
     storage.write_json(folder / 'cell.json', record)
-  report.study(study, tmp_path)
-  assert '11 of 12 cells are finished; the rest may change' in (
-    read(tmp_path).text
-  )
+  report.write(study, tmp_path)
+  outline = check_page(tmp_path, STUDY_PICTURES, 'report-headline')
+  assert '11 of 12 cells are finished; the others may change' in outline.text
 
 
 def test_report_of_a_study_of_structures_alone(tmp_path):
-  study = study_of(
-    tmp_path,
-    arms=('searched+structure', 'random+structure'),
-    field='search.epochs',
-    baseline='',
-  )
-  study = study.copy_and_resolve_references()
+  arms = ('searched+structure', 'random+structure')
+  study = study_of(arms=arms, field='search.epochs', baseline='')
   with study.unlocked():
     study['values'] = (0.0, 1.0)
-  finished(tmp_path, study)
-  report.study(study, tmp_path)
-  outline = check_page(tmp_path, ['shares', 'similarity'])
+  outline = reported(tmp_path, study, ['shares', 'similarity'])
   assert 'How alike are the structures of different seeds?' in outline.text
 
 
 def test_study_over_a_field(tmp_path):
-  study = study_of(tmp_path, arms=('searched', 'uniform'), field='budget.keep')
+  study = study_of(arms=('searched', 'uniform'), field='budget.keep')
   with study.unlocked():
     study['values'] = (0.4, 0.5)
-  finished(tmp_path, study)
-  report.study(study, tmp_path)
-  outline = read(tmp_path)
-  assert 'Accuracy over budget.keep' in outline.text
-  assert any('83.00% at 0.5' in image['alt'] for image in outline.images)
+  names = ['accuracy', 'differences', 'varied', 'shares', 'similarity']
+  outline = reported(tmp_path, study, names)
+  assert 'Test accuracy over budget.keep' in outline.text
+  assert any('83 at 0.4, 83 at 0.5' in image['alt'] for image in outline.images)
 
 
 def test_study_without_a_cell_is_refused(tmp_path):
   with pytest.raises(errors.UserError, match='hold no finished cell'):
-    report.study(study_of(tmp_path), tmp_path / 'none')
+    report.write(study_of(), tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 
-def test_verdicts():
-  difference = study_page.statistics.Difference
-  said = [
-    study_page._verdict('a', 'b', difference(3, mean, low, high))
-    for mean, low, high in ((1, 0.5, 1.5), (-1, -1.5, -0.5), (1, -1, 3))
-  ]
-  assert 'a is better' in said[0] and 'a is worse' in said[1]
-  assert 'cannot be told' in said[2]
-  alone = study_page._verdict('a', 'b', difference(1, 1.0, None, None))
-  assert 'n = 1' in alone and 'interval' in alone
+@pytest.mark.parametrize(
+  'numbers, said',
+  [
+    ((3, 1, 0.5, 1.5), 'a is better'),
+    ((3, -1, -1.5, -0.5), 'a is worse'),
+    ((3, 1, -1, 3), 'statistically indistinguishable'),
+    ((1, 1, None, None), 'n = 1'),
+  ],
+)
+def test_verdicts(numbers, said):
+  difference = study_page.statistics.Difference(*numbers)
+  assert said in study_page.verdict('a', 'b', difference)
 
 
-# Pictures and page.
+# Pictures and text.
 
 
 def test_lines_differ_in_more_than_colour():
-  lines = [(str(i), [0, 1], [i, i]) for i in range(6)]
-  axes = figures.curves({'loss': lines}).axes[0]
-  drawn = axes.get_lines()
-  assert len({(str(x.get_linestyle()), x.get_marker()) for x in drawn}) == 6
+  lines = [figures.Line(str(i), [0, 1], [i, i]) for i in range(6)]
+  drawn, _ = figures.curves.__wrapped__({'loss': lines}, 'step')
+  shapes = [(x.get_linestyle(), x.get_marker()) for x in drawn.axes[0].lines]
+  assert len({str(s) for s in shapes if s[1] in tuple('osD^vP')}) == 6
 
 
 def test_block_means_leave_out_the_diagonal():
@@ -435,10 +474,42 @@ def test_block_means_leave_out_the_diagonal():
   np.testing.assert_allclose(found, [[0.2, 0.4], [0.4, np.nan]])
 
 
-def test_text_is_escaped():
-  html = page.table('<b>', ['x"'], [['<script>'], ['a & b']])
-  assert '<script>' not in html and '&lt;script&gt;' in html
-  assert 'aria-label="&lt;b&gt;"' in html and 'a &amp; b' in html
+EVIL = '<script>document.title="evil"</script>\x07"\'&$x_{$'
+
+
+def evil(tmp_path):
+  """A run with hostile text wherever a file, a folder or a config holds any."""
+  workdir = tmp_path / EVIL.replace('/', '|')
+  job = trained(workdir, class_names=[EVIL] * 2, warnings=[EVIL])
+  for path in (workdir / 'result.json', workdir / 'structure.json'):
+    path.write_text(path.read_text().replace('keep0.3', json.dumps(EVIL)[1:-1]))
+  mistakes = {'labels': [0, 5], 'predicted': [1, 0]}
+  images = np.zeros((2, 4, 4, 1), np.uint8)
+  storage.write_arrays(
+    job.file('train', EVIL) / 'mistakes.npz', {'images': images, **mistakes}
+  )
+  bundle = job.file('export', EVIL)
+  bundle.mkdir(parents=True)
+  (bundle / EVIL.replace('/', '|')).write_text(EVIL)
+  versions = {'jax': EVIL, EVIL: EVIL}
+  fields = {**job.config.to_dict(), 'seed': EVIL, EVIL: {EVIL: EVIL}}
+  storage.write_json(workdir / 'config.json', fields)
+  result = storage.read_json(workdir / 'result.json')
+  storage.write_json(workdir / 'result.json', {**result, 'versions': versions})
+  report.write(job.config, workdir, tmp_path / 'evil')
+  return tmp_path / 'evil'
+
+
+def test_text_from_files_and_configs_is_escaped(tmp_path):
+  out = evil(tmp_path)
+  names = [*SEARCH_PICTURES, 'training', 'mistakes']
+  outline = check_page(out, names)
+  assert outline.text.count('<script>') > 8  # As text.
+  table = tables.html(EVIL, [EVIL, EVIL], [[EVIL, EVIL]])
+  assert '<script' not in table and Outline(table).tags.count('td') == 1
+  shown = page.Page(EVIL)
+  shown.paragraph(EVIL)
+  assert 'script' not in Outline(shown.html()).tags
 
 
 # The command line, and a browser.
@@ -471,6 +542,10 @@ for (const [path, width] of pages) {
     done.push({path, width, scroll: root.scrollWidth, title: inner.title,
       images: images.length,
       broken: images.filter(i => !i.naturalWidth).length,
+      hints: [...inner.querySelectorAll('.scroll')].filter(
+        e => e.checkVisibility() && (e.scrollWidth > e.clientWidth) != (parseFloat(
+          frame.contentWindow.getComputedStyle(e, '::before').height) > 9)
+        ).map(e => e.getAttribute('aria-label')),
       wide: [...inner.querySelectorAll('img, p, h1, h2, .scroll, pre')]
         .filter(e => e.getBoundingClientRect().right > width + 0.5)
         .map(e => e.outerHTML.slice(0, 80))});
@@ -502,18 +577,18 @@ def browse(url, profile):
   return done.stdout, console
 
 
+@pytest.mark.slow  # Chromium takes about 10 seconds.
 def test_opens_in_a_browser_at_both_widths(tmp_path):
-  """No console errors, all pictures there, nothing wider than the window."""
-  folders = [tmp_path / name for name in ('run', 'study')]
-  report.run(trained(folders[0])[0])
-  study = study_of(folders[1])
-  finished(folders[1], study)
-  report.study(study, folders[1])
-  pages = [
-    (f'{folder.name}/{page_of(folder).name}', width)
-    for folder in folders
-    for width in (1280, 390)
-  ]
+  """No console errors, all pictures there, nothing wider than the window.
+
+  No text runs as a script, and a table says that it scrolls where it does.
+  """
+  job = trained(tmp_path / 'run', budgets=2)
+  report.write(job.config, job.workdir)
+  reported(tmp_path / 'study', study_of(), STUDY_PICTURES)
+  evil(tmp_path)
+  files = ['run/report.html', 'study/report-headline.html', 'evil/report.html']
+  pages = [(file, width) for file in files for width in (1280, 390)]
   harness = tmp_path / 'harness.html'
   harness.write_text(HARNESS.replace('PAGES', json.dumps(pages)))
   document, console = browse(harness.as_uri(), tmp_path / 'profile')
@@ -524,10 +599,12 @@ def test_opens_in_a_browser_at_both_widths(tmp_path):
   for opened in found:
     assert opened['images'] >= 5 and opened['broken'] == 0, opened
     assert opened['scroll'] <= opened['width'] and not opened['wide'], opened
+    assert opened['title'] != 'evil' and not opened['hints'], opened
 
 
+@pytest.mark.slow
 def test_console_errors_would_be_seen(tmp_path):
-  path = pathlib.Path(tmp_path / 'bad.html')
+  path = tmp_path / 'bad.html'
   path.write_text('<script>missing()</script>')
   _, console = browse(path.as_uri(), tmp_path / 'profile')
   assert any('missing is not defined' in line for line in console)

@@ -10,13 +10,13 @@ import subprocess
 import time
 
 import jax
+import matplotlib.figure
 import numpy as np
 import pytest
 
 from benchmarks import study_results
 from pfs_jax import errors, models, prune, scores, storage, studies
-from pfs_jax.report import figures
-from pfs_jax.studies import arms, engine, plan, products, results
+from pfs_jax.studies import arms, engine, plan, products, results, tables
 from pfs_jax.studies import statistics as stats
 from tests import processes
 
@@ -429,7 +429,7 @@ def test_rows_compare_with_what_is_comparable():
     )
     for seed in (0, 1)
   ]
-  by_label = {row[0]: row for row in results.rows(study, records)}
+  by_label = {row[0]: row for row in tables.accuracy(study, records).rows}
   assert by_label['searched'][1:6] == [
     '2',
     '90.50',
@@ -439,20 +439,20 @@ def test_rows_compare_with_what_is_comparable():
   ]
   assert by_label['searched+scratch_b'][4] == '+6.00'
   assert by_label['uniform'][4] == ''
-  assert results.against(study) == 'uniform (Scratch-B: uniform+scratch_b)'
+  assert tables.against(study) == 'uniform (Scratch-B: uniform+scratch_b)'
 
 
 def test_scratch_b_waits_for_its_baseline():
   study = config_of('compare', 'full')
   records = [record('uniform', 0, 0.8), record('searched+scratch_b', 0, 0.9)]
-  assert results.opponent(study, records, records[1:]) == {}
+  assert tables.baseline_accuracies(study, records, records[1:]) == {}
 
 
 def test_pairs_are_counted():
   study = config_of('headline')
   records = [record('uniform', 0, 0.8)]
   records += [record('searched', seed, 0.9) for seed in (0, 1)]
-  row = {r[0]: r for r in results.rows(study, records)}['searched']
+  row = {r[0]: r for r in tables.accuracy(study, records).rows}['searched']
   assert row[1] == '2' and row[4] == '+10.00 (n = 1)'
 
 
@@ -462,13 +462,13 @@ def test_similarity_is_of_structures_that_were_chosen():
     [{**record(arm, seed, None), **first} for seed in (0, 1)]
     for arm in ('uniform', 'shuffled')
   )
-  assert results.similarity_rows(uniform) == []
-  (row,) = results.similarity_rows(shuffled)
+  assert tables.similarity(uniform).rows == []
+  (row,) = tables.similarity(shuffled).rows
   assert row[2:] == ['1.00', '1.00', '1.00', '-', '-']
   wider = {**first, 'widths': [8, 8]}
   wide = {**record('searched', 0, None), **wider}
   narrow = {**record('searched', 1, None), **first}
-  assert results.similarity([(wide, narrow)]).overlap is None
+  assert tables.compare([(wide, narrow)]).overlap is None
 
 
 def test_merge_keeps_the_order_of_the_study(tmp_path):
@@ -486,12 +486,12 @@ def test_similarity_of_records():
   a, b = record('searched', 0, None), record('searched', 1, None)
   a |= {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
   b |= {'counts': {'a': 2, 'b': 3}, 'kept': {'a': '6', 'b': '7'}}
-  found = results.similarity([(a, b)])
+  found = tables.compare([(a, b)])
   assert found.correlation == pytest.approx(1)
   assert found.overlap == pytest.approx((1 / 3 + 3 / 4) / 2)
   assert found.chance == pytest.approx((14 / 36 + 3 / 4) / 2)
   c = {**a, 'counts': {'a': 4, 'b': 2}}
-  found = results.similarity([(a, b), (a, c)])
+  found = tables.compare([(a, b), (a, c)])
   assert found.correlation == pytest.approx(0)
   assert (found.lowest, found.highest) == pytest.approx((-1, 1))
 
@@ -704,11 +704,7 @@ def test_two_processes_do_no_cell_twice(untouched, tmp_path):
 def test_results_page_is_that_of_the_committed_results(monkeypatch):
   """Else: python -m benchmarks.study_results."""
   # Only what is said of the pictures; drawing them takes most of a minute.
-  monkeypatch.setattr(
-    figures,
-    'render',
-    lambda name, alt, *_: figures.Picture(name, alt, b'', b'', (1, 1)),
-  )
+  monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda *_, **__: 0)
   text = (processes.ROOT / 'RESULTS.md').read_text()
   assert study_results.filled(text) == text
   wanted = {processes.ROOT / path for path in study_results.drawn(text)}

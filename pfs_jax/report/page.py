@@ -1,21 +1,33 @@
-"""HTML of a report: one file, no script, nothing fetched.
+"""The page of a report: one HTML file without a script that fetches nothing.
 
-The functions take plain text and give HTML; only those named `parts` and `html`
-take HTML.
+Every text from a file or a config passes `tables.escape`.
 """
 
 from __future__ import annotations
 
 import base64
-import html as html_lib
-import re
-from collections.abc import Sequence
+import json
+import string
+from collections.abc import Mapping
+from typing import Any
 
+from pfs_jax import config, tables
 from pfs_jax.report import figures
+from pfs_jax.tables import Table, escape
 
-# Pictures are drawn on white. In the dark they are turned around: white becomes
-# the colour of the page, and hues stay.
-_STYLE = """
+# Pictures are drawn on white. On a dark page they are inverted: white becomes
+# the colour of the page, and hues stay. The hint that a table scrolls is shown
+# while there is something to scroll to.
+_PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<link rel="icon" href="data:,">
+<style>
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #555;
   --line: #c8c8c8; --band: #f3f3f3; --link: #0b57d0; }
 @media (prefers-color-scheme: dark) {
@@ -29,32 +41,36 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.25rem 0 0.75rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; padding-top: 0.5rem;
   border-top: 1px solid var(--line); }
-h1, h2, p, td, figcaption, caption, summary, li { overflow-wrap: anywhere; }
+h1, h2, p, td, figcaption, summary, li { overflow-wrap: anywhere; }
 p, figcaption { max-width: 46rem; }
 .answer { font-size: 1.15rem; margin: 0.5rem 0; }
+.warning { border-left: 4px solid #d55e00; padding-left: 0.75rem; }
 figcaption, .soft { color: var(--soft); font-size: 0.9rem; }
 a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; padding: 0;
   margin: 1rem 0 0; list-style: none; }
 figure { margin: 1rem 0; }
-figure > div { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: minmax(0, 1fr); }
-figure img { display: block; width: 100%; max-width: 40rem; height: auto; }
-@media (min-width: 62rem) {
-  figure > div { grid-template-columns: minmax(0, 40rem) minmax(0, 1fr); }
-}
+figure > div { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure > div > * { max-width: 100%; }
+figure img { width: 40rem; height: auto; align-self: flex-start; }
 .scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
+.scroll::before { content: 'more columns: scroll sideways \\2192';
+  display: block; width: max-content; position: sticky; left: 0; height: 0;
+  overflow: hidden; font-size: 0.85rem; font-weight: 600; color: var(--link);
+  animation: hint linear; animation-timeline: scroll(nearest inline); }
+@keyframes hint { 0%, 90% { height: 1.5em; } 100% { height: 1.5em; } }
 table { border-collapse: collapse; font-size: 0.9rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.25rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 0.6rem;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; position: sticky; left: 0;
+  background: var(--page); max-width: 45vw; overflow-wrap: break-word; }
 td.n, th.n { text-align: right; }
 td.n { white-space: nowrap; }
-tbody tr:nth-child(even) { background: var(--band); }
+tbody tr:nth-child(even) > * { background: var(--band); }
 pre { background: var(--band); padding: 0.75rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: 0.85rem; }
 summary { cursor: pointer; padding: 0.25rem 0; }
@@ -65,152 +81,148 @@ summary { cursor: pointer; padding: 0.25rem 0; }
   th, td { padding: 0.2rem 0.4rem; }
 }
 @media print { details > * { display: block; } }
-"""
-
-# Rows over which a table beside a picture is folded away.
-_LONG = 24
-
-
-def escape(text: str) -> str:
-  """Text as HTML, also within an attribute."""
-  return html_lib.escape(str(text))
-
-
-def paragraph(text: str, kind: str = '') -> str:
-  """A paragraph, of a class of the style sheet."""
-  return f'<p{_class(kind)}>{escape(text)}</p>'
-
-
-def _class(kind: str) -> str:
-  return f' class="{kind}"' if kind else ''
-
-
-def _is_number(text: str) -> bool:
-  """Whether a cell is set to the right: a number, with its unit, or a gap."""
-  pattern = r'[-+−]?[\d.,]+([ ±%/.+−-]|of|ms|min|[dhs]|\d)*|-|'
-  return bool(re.fullmatch(pattern, text))
-
-
-def table(
-  caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> str:
-  """A table whose first column heads the rows.
-
-  It scrolls by itself where the page is too narrow for it.
-  """
-  right = [
-    i > 0 and all(_is_number(str(row[i])) for row in rows)
-    for i in range(len(columns))
-  ]
-  kinds = [_class('n' if r else '') for r in right]
-  head = ''.join(
-    f'<th scope="col"{kind}>{escape(column)}</th>'
-    for kind, column in zip(kinds, columns, strict=True)
-  )
-  body = ''
-  for first, *rest in rows:
-    cells = ''.join(
-      f'<td{kind}>{escape(cell)}</td>'
-      for kind, cell in zip(kinds[1:], rest, strict=True)
-    )
-    # Long names of layers and arms may be broken here, and nowhere else.
-    first = re.sub(r'([/+])(?=\S)', r'\1<wbr>', escape(first))
-    first = re.sub(r' (?=[\d.]+$)', '&nbsp;', first)
-    body += f'<tr><th scope="row">{first}</th>{cells}</tr>\n'
-  return (
-    f'<div class="scroll" role="region" tabindex="0" '
-    f'aria-label="{escape(caption)}">\n<table>\n'
-    f'<caption>{escape(caption)}</caption>\n'
-    f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>'
-  )
-
-
-def beside(
-  caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> str:
-  """A table to stand beside a picture, folded away if it is long."""
-  html = table(caption, columns, rows)
-  if len(rows) <= _LONG:
-    return html
-  return details(f'{caption} ({len(rows)} rows)', html)
-
-
-def details(summary: str, *parts: str) -> str:
-  """Parts that are folded away until asked for."""
-  inner = '\n'.join(parts)
-  return f'<details><summary>{escape(summary)}</summary>\n{inner}\n</details>'
-
-
-def preformatted(text: str) -> str:
-  """Text as it stands, long lines broken."""
-  return f'<pre>{escape(text)}</pre>'
-
-
-def figure(picture: figures.Picture, caption: str, html: str = '') -> str:
-  """A picture, its caption, and beside it the numbers that it shows."""
-  data = base64.b64encode(picture.svg).decode()
-  width, height = picture.size
-  image = (
-    f'<img src="data:image/svg+xml;base64,{data}" width="{width}" '
-    f'height="{height}" alt="{escape(picture.alt)}">'
-  )
-  return (
-    f'<figure id="{escape(picture.name)}">\n'
-    f'<figcaption>{escape(caption)}</figcaption>\n'
-    f'<div>\n{image}\n<div>{html}</div>\n</div>\n</figure>'
-  )
-
-
-def section(title: str, *parts: str) -> tuple[str, str]:
-  """(title, HTML) of a part of the page with a heading; parts are HTML."""
-  name = _identifier(title)
-  inner = '\n'.join(part for part in parts if part)
-  return title, (
-    f'<section aria-labelledby="{name}">\n'
-    f'<h2 id="{name}">{escape(title)}</h2>\n{inner}\n</section>'
-  )
-
-
-def _identifier(title: str) -> str:
-  return 'part-' + re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')
-
-
-def document(
-  title: str, answer: Sequence[str], sections: Sequence[tuple[str, str]]
-) -> str:
-  """The whole page.
-
-  Args:
-    title: What the report is about.
-    answer: Parts of the first screen, HTML.
-    sections: From `section`.
-  """
-  links = ''.join(
-    f'<li><a href="#{_identifier(name)}">{escape(name)}</a></li>'
-    for name, _ in sections
-  )
-  first = '\n'.join(part for part in answer if part)
-  rest = '\n'.join(html for _, html in sections)
-  return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>{_STYLE}</style>
+</style>
 </head>
 <body>
 <header>
-<h1>{escape(title)}</h1>
-{first}
-<nav aria-label="Contents"><ul>{links}</ul></nav>
+<h1>$title</h1>
+$first
+<nav aria-label="Contents"><ul>$links</ul></nav>
 </header>
 <main>
-{rest}
+$sections
 </main>
 </body>
 </html>
-"""
+""")
+_LONG = 24  # Tables with more rows are folded away.
+
+
+class Page:
+  """A page that grows from top to bottom.
+
+  What is added before the first `section` stands above the table of contents.
+
+  Args:
+    title: The heading of the page.
+
+  Attributes:
+    pictures: The pictures so far.
+  """
+
+  def __init__(self, title: str):
+    self._title = title
+    self._sections: list[tuple[str, list[str]]] = [('', [])]
+    self.pictures: list[figures.Picture] = []
+
+  def _add(self, html: str) -> None:
+    self._sections[-1][1].append(html)
+
+  def section(self, title: str) -> None:
+    """Starts a section."""
+    self._sections.append((title, []))
+
+  def paragraph(self, text: str, kind: str = '') -> None:
+    """Adds a paragraph of a class of the style sheet."""
+    self._add(f'<p class="{kind}">{escape(text)}</p>')
+
+  def table(self, *table: Any) -> None:
+    """Adds the table of a title, columns and rows."""
+    self._add(tables.html(*table))
+
+  def folded(self, table: Table) -> None:
+    """Adds a table that opens on a click."""
+    self._add(_folded(table))
+
+  def figure(
+    self,
+    picture: figures.Picture,
+    caption: str,
+    *beside: Table,
+    numbers: str = '',
+  ) -> None:
+    """Adds a picture with its caption and the numbers that it shows.
+
+    Args:
+      picture: The picture.
+      caption: What it shows.
+      *beside: The tables of its numbers; long ones are folded.
+      numbers: The title of a table elsewhere on the page that has them.
+    """
+    self.pictures.append(picture)
+    data = base64.b64encode(picture.svg).decode()
+    width, height = picture.size
+    shown = [
+      _folded(t) if len(t.rows) > _LONG else tables.html(*t) for t in beside
+    ]
+    link = f' <a href="#{tables.anchor(numbers)}">Table: {escape(numbers)}</a>'
+    self._add(
+      f'<figure id="{escape(picture.name)}">\n'
+      f'<figcaption>{escape(caption)}{link * bool(numbers)}</figcaption>\n'
+      f'<div>\n<img src="data:image/svg+xml;base64,{data}" width="{width}" '
+      f'height="{height}" alt="{escape(picture.alt)}">\n'
+      f'<div>{"".join(shown)}</div>\n</div>\n</figure>'
+    )
+
+  def config(self, run: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Adds what a run's config changes, and a config as a whole, folded."""
+    columns = ['field', 'value', 'default']
+    self.table('Fields that are not the default', columns, changed_rows(run))
+    text = escape(json.dumps(whole, indent=2, sort_keys=True))
+    self._add(_details('The whole config', f'<pre>{text}</pre>'))
+
+  def html(self) -> str:
+    """The page as it is."""
+    (_, first), *rest = self._sections
+    parts, links = [], []
+    for title, inner in rest:
+      name = tables.anchor(title, 'part')
+      links.append(f'<li><a href="#{name}">{escape(title)}</a></li>')
+      heading = f'<h2 id="{name}">{escape(title)}</h2>'
+      body = '\n'.join([heading, *inner])
+      parts.append(f'<section aria-labelledby="{name}">\n{body}\n</section>')
+    return _PAGE.substitute(
+      title=escape(self._title),
+      first='\n'.join(first),
+      links=''.join(links),
+      sections='\n'.join(parts),
+    )
+
+
+def _details(summary: str, html: str) -> str:
+  return f'<details><summary>{escape(summary)}</summary>\n{html}\n</details>'
+
+
+def _folded(table: Table) -> str:
+  return _details(
+    f'{table.title} ({len(table.rows)} rows)', tables.html(*table)
+  )
+
+
+def changed_rows(fields: Mapping[str, Any]) -> list[list[str]]:
+  """(field, value, default) of the fields of a run's config that differ.
+
+  >>> changed_rows({'seed': 7})
+  [['seed', '7', '0']]
+  """
+  plain = _flat(config.default().to_dict())
+  return [
+    [name, _shown(value), _shown(plain.get(name, '-'))]
+    for name, value in sorted(_flat(fields).items())
+    if name == 'seed' or value != plain.get(name)
+  ]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'train.epochs': 8.0}; sequences are lists, as JSON has them."""
+  found = {}
+  for name, value in fields.items():
+    if isinstance(value, Mapping):
+      found |= _flat(value, f'{prefix}{name}.')
+    else:
+      found[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return found
+
+
+def _shown(value: Any) -> str:
+  return value or "''" if isinstance(value, str) else json.dumps(value)

@@ -1,31 +1,27 @@
-"""What the report of a run tells: read from the files of its workdir."""
+"""The report of a run, made from the files of its workdir."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from pfs_jax import config, console, errors, models, runs, storage, structures
-from pfs_jax.report import figures, page
+from pfs_jax.report import figures, page, run_logs
 from pfs_jax.stages import Job
+from pfs_jax.tables import Table
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
   """One budget of a run: its structure and, where trained, its result.
 
   Attributes:
-    name: Of the budget.
+    name: The name of the budget.
     counts: {layer: channels kept}.
-    macs: Of the narrow network.
+    macs: MACs of the narrow network.
     params: Its parameters.
-    result: What result.json holds, None before the training.
+    result: What result.json holds; None before the training.
   """
 
   name: str
@@ -36,17 +32,24 @@ class Cut:
 
 
 def build(job: Job) -> tuple[str, list[figures.Picture]]:
-  """(HTML, pictures) of the run in the job's workdir."""
+  """(HTML, pictures) of the run in the job's workdir, as far as it has come.
+
+  Raises:
+    errors.UserError: If the workdir holds no run, or that of another config.
+  """
   _check_there(job)
   cuts = _cuts(job)
-  sections, pictures = [], []
-  for make in (_counts, _gates, _search_curves, _train_curves):
-    found, drawn = make(job, cuts)
-    sections += found
-    pictures += drawn
-  sections += [_times(job, cuts), _config(job)]
-  title = _title(job, cuts)
-  return page.document(title, _answer(job, cuts), sections), pictures
+  report = page.Page(_title(job, cuts))
+  _first_screen(report, job, cuts)
+  if cuts:
+    _structure(report, job, cuts)
+  run_logs.gates(report, job)
+  run_logs.search(report, job)
+  trained = {cut.name: job.file('train', cut.name) for cut in cuts}
+  run_logs.training(report, trained, job.workdir / 'reference')
+  _mistakes(report, job, cuts)
+  _made(report, job, cuts)
+  return report.html(), report.pictures
 
 
 # What there is.
@@ -66,14 +69,14 @@ def _check_there(job: Job) -> None:
 
 
 def _cuts(job: Job) -> list[Cut]:
-  """All budgets of the workdir, its first one first."""
+  """All budgets of the workdir, the widest network first."""
   found: dict[str, Cut] = {}
-  for path in _plain_first(job.workdir, 'structure'):
+  for path in sorted(job.workdir.glob('structure*.json')):
     s = structures.Structure.from_json(path.read_text())
     name = s.source.get('budget', path.stem)
     counts = dict(zip(s.layers, s.counts, strict=True))
     found[name] = Cut(name, counts, s.macs, s.params, None)
-  for path in _plain_first(job.workdir, 'result'):
+  for path in sorted(job.workdir.glob('result*.json')):
     r = storage.read_json(path)
     name = r['budget']
     found[name] = Cut(name, r['counts'], r['macs'], r['params'], r)
@@ -85,12 +88,7 @@ def _cuts(job: Job) -> list[Cut]:
       )
     if cut.result:
       _check_trained(job, cut)
-  return list(found.values())
-
-
-def _plain_first(workdir: pathlib.Path, stem: str) -> list[pathlib.Path]:
-  named = sorted(workdir.glob(f'{stem}-*.json'))
-  return [p for p in (workdir / f'{stem}.json', *named) if p.exists()]
+  return sorted(found.values(), key=lambda cut: (-cut.macs, cut.name))
 
 
 def _check_trained(job: Job, cut: Cut) -> None:
@@ -106,15 +104,11 @@ def _share(job: Job, macs: int) -> str:
   return f'{macs / job.network.reference_macs:.1%}'
 
 
-def _searched_widths(job: Job) -> tuple[int, ...]:
-  return job.network.cost_model.widths
-
-
 def _reference_widths(job: Job) -> tuple[int, ...]:
   """Widths of the reference network; a model of the user's own is its own."""
   description = job.network.description
   if 'name' not in description:
-    return _searched_widths(job)
+    return job.network.cost_model.widths
   sizes = models.gate_sizes(description['name'], description['base_width'])
   return tuple(sizes.values())
 
@@ -123,14 +117,22 @@ def _reference_widths(job: Job) -> tuple[int, ...]:
 
 
 def _title(job: Job, cuts: Sequence[Cut]) -> str:
-  c, name = job.config, job.model_name
-  shares = ' and '.join(_share(job, cut.macs) for cut in cuts)
-  cut = f', cut to {shares} of the MACs' if cuts else ', search under way'
-  return f'{name} on {c.data.name}{cut}, seed {c.seed}'
+  """A short title: 'vgg16 on digits, cut to 50.0% of the MACs, seed 0'."""
+  c, name = job.config, job.model_name.rpartition(':')[2]
+  done = 'search under way'
+  if cuts:
+    done = f'cut to {_share(job, cuts[0].macs)} of the MACs'
+  if len(cuts) > 1:
+    done = f'{len(cuts)} budgets'
+  return f'{name} on {c.data.name}, {done}, seed {c.seed}'
 
 
 def interval(accuracy: float, n: int) -> tuple[float, float]:
-  """Wilson's 95% interval of an accuracy that was counted on n images."""
+  """Wilson's 95% interval of an accuracy that was counted on n images.
+
+  >>> [round(end, 3) for end in interval(0.8, 300)]
+  [0.751, 0.841]
+  """
   z = 1.959964
   middle = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
   half = z / (1 + z * z / n)
@@ -138,403 +140,225 @@ def interval(accuracy: float, n: int) -> tuple[float, float]:
   return middle - half, middle + half
 
 
-def _outcome(job: Job, cut: Cut) -> str:
-  """One budget in a sentence or two."""
-  cost = (
-    f'{cut.macs:,} MACs an image, {_share(job, cut.macs)} of the reference '
-    f"network's {job.network.reference_macs:,}"
-  )
+def _first_screen(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+  trained = [cut.result for cut in cuts if cut.result]
+  for line in _answer(job, cuts):
+    report.paragraph(line, 'answer')
+  warnings = [w for r in trained for w in r.get('warnings', [])]
+  for warning in dict.fromkeys(warnings):
+    report.paragraph(warning, 'warning')
+  if trained:
+    report.paragraph(
+      'These are results of one seed (n = 1), so the spread over seeds is '
+      'unknown. The 95% intervals reflect the number of test images alone.',
+      'soft',
+    )
+  report.table(*_networks(job, cuts))
+  _costs(report, job, cuts)
+
+
+def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
+  """The result in a few sentences."""
+  if not cuts:
+    steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
+    at = f'at step {steps[-1]}' if steps else 'at its start'
+    return [f'The search is {at}. No structure is cut yet.']
+  whole = f"the reference network's {job.network.reference_macs:,} MACs"
+  shares = [_share(job, cut.macs) for cut in cuts]
+  if len(cuts) == 1:
+    cost = f'{cuts[0].macs:,} MACs an image, {shares[0]} of {whole}'
+    return [_outcome(cuts[0], cost)]
+  done = sum(cut.result is not None for cut in cuts)
+  lines = [
+    f'{len(cuts)} budgets, from {shares[0]} to {shares[-1]} of {whole}; '
+    f'{done} of them are trained.'
+  ]
+  for cut, share in zip(cuts, shares, strict=True):
+    if cut.result:
+      lines.append(_outcome(cut, f'{share} of the MACs'))
+  return lines
+
+
+def _outcome(cut: Cut, cost: str) -> str:
+  """The result of one budget in a sentence or two."""
   if not cut.result:
-    return f'{cut.name}: cut to {cost}; not trained yet.'
+    return f'{cut.name} is cut to {cost}. It is not trained yet.'
   accuracy, n = cut.result['test_accuracy'], cut.result['test_examples']
-  text = f'{accuracy:.2%} test accuracy with {cost}.'
+  text = f'{cut.name}: {accuracy:.2%} test accuracy with {cost}.'
   reference = cut.result['reference_test_accuracy']
   if reference is None:
     return f'{text} The reference network was not trained.'
   points = 100 * (accuracy - reference)
   side = 'below' if points < 0 else 'above'
   return (
-    f'{text} The reference network, trained the same way: {reference:.2%}; '
-    f'the narrow one is {abs(points):.2f} points {side} it '
-    f'({abs(points) * n / 100:.0f} of {n:,} images).'
+    f'{text} That is {abs(points):.2f} points {side} the reference network, '
+    f'trained in the same way ({reference:.2%}): '
+    f'{abs(points) * n / 100:.0f} of {n:,} images.'
   )
 
 
-def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
-  parts = [page.paragraph(_outcome(job, cut), 'answer') for cut in cuts]
-  if not cuts:
-    steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
-    at = f'at step {steps[-1]}' if steps else 'at its start'
-    parts = [
-      page.paragraph(f'The search is {at}; nothing is cut yet.', 'answer')
-    ]
-  if any(cut.result for cut in cuts):
-    parts.append(
-      page.paragraph(
-        'One seed (n = 1): the spread over seeds is not known. The intervals '
-        'tell of the number of test images alone.',
-        'soft',
-      )
-    )
-  return [*parts, _networks(job, cuts)]
-
-
-def _networks(job: Job, cuts: Sequence[Cut]) -> str:
+def _networks(job: Job, cuts: Sequence[Cut]) -> Table:
+  """Accuracy and costs of every network, with sizes and times where known."""
   network, model = job.network, job.network.cost_model
   results = [cut.result for cut in cuts if cut.result]
   size = results[0]['test_examples'] if results else 0
   reference = results[0]['reference_test_accuracy'] if results else None
+  timed = [r['latency'] for r in results if r.get('latency')]
 
-  def row(label, macs, params, accuracy):
+  def row(
+    label: str, macs: int, params: int, accuracy: float | None, ms: float | None
+  ) -> list[str]:
     shown = ['-', '-']
     if accuracy is not None:
       low, high = interval(accuracy, size)
       shown = [f'{accuracy:.2%}', f'{100 * low:.1f} .. {100 * high:.1f}']
-    return [label, *shown, f'{macs:,}', _share(job, macs), f'{params:,}']
+    costs = [f'{macs:,}', _share(job, macs), f'{params:,}']
+    size_of_file = f'{4 * params / 1e6:.2f} MB'
+    times = ['-' if ms is None else f'{ms:.3g}'] * bool(timed)
+    return [label, *shown, *costs, size_of_file, *times]
 
-  widths = model.widths
-  rows = [
-    row(
-      f'narrow ({cut.name})',
-      cut.macs,
-      cut.params,
-      cut.result and cut.result['test_accuracy'],
-    )
-    for cut in cuts
-  ]
-  rows += [
-    row(
-      'reference', network.reference_macs, network.reference_params, reference
-    ),
-    row('searched', model.macs(widths), model.params(widths), None),
-  ]
+  rows = []
+  for cut in cuts:
+    r = cut.result or {}
+    ms = (r.get('latency') or {}).get('narrow_ms')
+    accuracy = r.get('test_accuracy')
+    rows.append(row(f'{cut.name}', cut.macs, cut.params, accuracy, ms))
+  costs = (network.reference_macs, network.reference_params)
+  ms = timed[0]['reference_ms'] if timed else None
+  rows.append(row('reference', *costs, reference, ms))
+  widest = (model.macs(model.widths), model.params(model.widths))
+  rows.append(row('searched', *widest, None, None))
   columns = ['test accuracy', '95% interval', 'MACs', 'share', 'parameters']
-  return page.table('Networks', ['network', *columns], rows)
+  columns.append('float32 weights')
+  if timed:
+    columns.append(f'ms for {timed[0]["batch"]}')
+  return Table('Networks', ['network', *columns], rows)
 
 
-# Structure.
-
-
-def _counts(job: Job, cuts: Sequence[Cut]):
-  if not cuts:
-    return [], []
-  means = {k: float(g.mean()) for k, g in _chosen_gates(job).items()}
-  html, pictures = [], []
-  for i, cut in enumerate(cuts):
-    picture = _draw_counts(job, cut, 'counts' if i == 0 else cut.name)
-    pictures.append(picture)
-    html.append(
-      page.figure(
-        picture,
-        f'{cut.name}: channels kept of each layer (hatched) within the width '
-        'that was searched (outline); a bar across marks the width of the '
-        'reference network where it is another.',
-        _counts_table(job, cut, means),
-      )
-    )
-  return [page.section('Channels of each layer', *html)], pictures
-
-
-def _draw_counts(job: Job, cut: Cut, name: str) -> figures.Picture:
-  searched = _searched_widths(job)
-  kept = list(cut.counts.values())
-  shares = {
-    k: n / w for (k, n), w in zip(cut.counts.items(), searched, strict=True)
-  }
-  least, most = min(shares, key=shares.get), max(shares, key=shares.get)
-  alt = (
-    f'Bar chart of {len(kept)} layers, {cut.name}: {sum(kept)} of '
-    f'{sum(searched)} channels kept; the largest share in {most} '
-    f'({shares[most]:.0%}), the smallest in {least} ({shares[least]:.0%}).'
-  )
-  stem = name if name == 'counts' else f'counts-{name}'
-  reference = _reference_widths(job)
-  return figures.render(
-    stem, alt, figures.counts, list(cut.counts), kept, searched, reference
+def _costs(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+  """Accuracy against MACs and parameters, where several budgets are trained."""
+  whole = (job.network.reference_macs, job.network.reference_params)
+  trained = [cut for cut in reversed(cuts) if cut.result]
+  if len(trained) < 2:
+    return
+  results = [cut.result or {} for cut in trained]
+  costs = [(cut.macs, cut.params) for cut in trained]
+  points = {'narrow networks': ([r['test_accuracy'] for r in results], costs)}
+  reference = results[0]['reference_test_accuracy']
+  if reference is not None:
+    points['reference'] = ([reference], [whole])
+  n, panels = results[0]['test_examples'], {}
+  for i, what in enumerate(('MACs', 'parameters')):
+    lines = panels.setdefault(f'accuracy in %,\nover {what}', [])
+    for label, (accuracies, found) in points.items():
+      x = [100 * cost[i] / whole[i] for cost in found]
+      ends = [interval(accuracy, n) for accuracy in accuracies]
+      half = [50 * (high - low) for low, high in ends]
+      y = [100 * accuracy for accuracy in accuracies]
+      lines.append(figures.Line(label, x, y, half))
+  title = 'Test accuracy against MACs and parameters'
+  xlabel = "% of the reference network's"
+  report.figure(
+    figures.curves('macs', title, panels, xlabel),
+    f'{title}. Bars are 95% intervals (Wilson).',
+    numbers='Networks',
   )
 
 
-def _counts_table(job: Job, cut: Cut, means: Mapping[str, float]) -> str:
-  columns = ['layer', 'kept', 'searched', 'share', 'reference']
-  widths = zip(_searched_widths(job), _reference_widths(job), strict=True)
-  rows = [
-    [layer, str(n), str(searched), f'{n / searched:.0%}', str(reference)]
-    for (layer, n), (searched, reference) in zip(
-      cut.counts.items(), widths, strict=True
-    )
-  ]
-  if means:
-    columns.append('mean gate')
-    rows = [[*row, f'{means[row[0]]:.3f}'] for row in rows]
-  return page.beside(f'Channels kept, {cut.name}', columns, rows)
-
-
-# Gates.
-
-
-def _chosen_gates(job: Job) -> dict[str, np.ndarray]:
-  """The gates that the selection rule took, {} before."""
-  path = job.workdir / 'search' / 'gates.npz'
-  return storage.read_arrays(path) if path.exists() else {}
-
-
-def _gates(job: Job, cuts: Sequence[Cut]):
-  html, pictures = [], []
-  chosen = _chosen_gates(job)
-  kept_path = job.workdir / 'kept.json'
-  if chosen and kept_path.exists() and cuts:
-    picture, table = _histogram(chosen, storage.read_json(kept_path))
-    pictures.append(picture)
-    caption = (
-      'The gates that were taken: channels kept '
-      f'({cuts[0].name}, hatched) on top of which stand those dropped (white).'
-    )
-    html.append(page.figure(picture, caption, table))
-  rows = _course_rows(job)
-  if rows:
-    picture, table = _course(rows)
-    pictures.append(picture)
-    caption = (
-      'The course of the gates: one histogram for each evaluation of the '
-      'search, the first at the top, each as high as its fullest bin allows.'
-    )
-    html.append(page.figure(picture, caption, table))
-  return ([page.section('Gates', *html)] if html else []), pictures
-
-
-def _histogram(gates, kept) -> tuple[figures.Picture, str]:
-  masks = {
-    k: np.isin(np.arange(g.size), kept.get(k, [])) for k, g in gates.items()
-  }
-  values = np.concatenate([g.ravel() for g in gates.values()])
-  mask = np.concatenate([masks[k] for k in gates])
-  inside, outside = values[mask], values[~mask]
-  counts, edges = np.histogram(np.clip(values, 0, 1), np.linspace(0, 1, 11))
+def _structure(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+  """The widths of the network before and after, and all of them in a table."""
+  searched, reference = job.network.cost_model.widths, _reference_widths(job)
+  gates, layers = run_logs.chosen_gates(job), list(cuts[0].counts)
+  columns = ['layer', 'searched', 'reference', *(cut.name for cut in cuts)]
   rows = []
-  for i, total in enumerate(counts):
-    last = i == len(counts) - 1
-    high = edges[i + 1] if not last else np.inf
-    n = int(((inside >= edges[i]) & (inside < high)).sum())
-    end = f'{edges[i + 1]:.1f}'
-    rows.append([f'{edges[i]:.1f} to {end}', str(n), str(int(total) - n)])
-  alt = (
-    f'Histogram of {values.size} gates: {inside.size} kept with mean '
-    f'{_mean(inside)}, {outside.size} dropped with mean {_mean(outside)}; '
-    f'{np.mean(values == 0):.0%} of all are 0.'
+  for layer, width, other in zip(layers, searched, reference, strict=True):
+    counts = [cut.counts[layer] for cut in cuts]
+    row = [layer, str(width), str(other)]
+    row += [f'{n} ({n / width:.0%})' for n in counts]
+    if gates:
+      row.append(f'{gates[layer].mean():.3f}')
+    rows.append(row)
+  kept = {cut.name: list(cut.counts.values()) for cut in cuts}
+  title = f'The widths of {len(layers)} layers before and after'
+  args = (layers, searched, reference, kept)
+  report.section('Channels of each layer')
+  report.figure(
+    figures.network('network', title, *args),
+    'The network from its input (top) to its output: the channels of each '
+    'layer in the network that was searched (outline) and those that are kept. '
+    'A line across marks the width of the reference network where it differs. '
+    'Only layers that were cut are drawn.',
+    Table('Channels kept', columns + ['mean gate'] * bool(gates), rows),
   )
-  picture = figures.render('gates', alt, figures.gates, inside, outside)
-  return picture, page.table('Gates', ['gate', 'kept', 'dropped'], rows)
 
 
-def _mean(values: np.ndarray) -> str:
-  return f'{values.mean():.2f}' if values.size else '-'
-
-
-def _course_rows(job: Job) -> list[tuple[int, np.ndarray, float | None]]:
-  """(step, all gates, validation accuracy) of at most 8 evaluations."""
-  paths = sorted((job.workdir / 'search' / 'gates').glob('[0-9]*.npz'))
-  records = {
-    r['step']: r.get('validation_accuracy')
-    for r in runs.read_metrics(job.workdir / 'search')
-  }
-  found = []
-  for i in thinned(len(paths), 8):
-    step = int(paths[i].stem)
-    arrays = storage.read_arrays(paths[i]).values()
-    gates = np.concatenate([g.ravel() for g in arrays])
-    found.append((step, gates, records.get(step)))
-  return found
-
-
-def thinned(n: int, most: int) -> list[int]:
-  """Indices 0..n-1, at most so many, evenly, the first and last among them."""
-  return sorted({int(i) for i in np.linspace(0, n - 1, min(n, most)).round()})
-
-
-def _course(rows) -> tuple[figures.Picture, str]:
-  table = []
-  for step, gates, accuracy in rows:
-    low, median, high = np.quantile(gates, (0.1, 0.5, 0.9))
-    numbers = (gates.mean(), low, median, high)
-    table.append(
-      [
-        str(step),
-        *(f'{v:.3f}' for v in numbers),
-        f'{np.mean(gates == 0):.1%}',
-        '-' if accuracy is None else f'{accuracy:.1%}',
-      ]
-    )
-  first, last = rows[0], rows[-1]
-  alt = (
-    f'Histograms of the gates at {len(rows)} steps: mean '
-    f'{first[1].mean():.2f} at step {first[0]}, {last[1].mean():.2f} with '
-    f'{np.mean(last[1] == 0):.0%} at 0 at step {last[0]}.'
-  )
-  drawn = [(f'step {step}', gates) for step, gates, _ in rows]
-  picture = figures.render('gates-course', alt, figures.course, drawn)
-  columns = ['step', 'mean', '10%', '50%', '90%', 'at 0', 'validation']
-  return picture, page.table('Gates by step: mean, quantiles', columns, table)
-
-
-# Curves.
-
-_SEARCH = {
-  'cross-entropy': {'ce': 'training'},
-  'share': {
-    'gates_mean': 'mean gate',
-    'gates_density': 'non-zero gates',
-    'validation_accuracy': 'validation accuracy',
-  },
-}
-_TRAIN = {
-  'loss': {'loss': 'training', 'validation_loss': 'validation'},
-  'accuracy': {'accuracy': 'training', 'validation_accuracy': 'validation'},
-}
-
-
-def _search_curves(job: Job, cuts: Sequence[Cut]):
-  del cuts
-  records = {'': runs.read_metrics(job.workdir / 'search')}
-  found = _curves('Search', 'search', records, _SEARCH)
-  if found is None:
-    return [], []
-  picture, html = found
-  return [page.section('Search', html)], [picture]
-
-
-def _train_curves(job: Job, cuts: Sequence[Cut]):
-  """One picture for each budget, against the reference network."""
-  html, pictures = [], []
-  reference = runs.read_metrics(job.workdir / 'reference')
-  for i, cut in enumerate(cuts):
-    log = runs.read_metrics(job.file('train', cut.name))
-    records = {'narrow, ': log, 'reference, ': reference}
-    stem = 'training' if i == 0 else f'training-{cut.name}'
-    found = _curves(f'Training, {cut.name}', stem, records, _TRAIN)
-    if log and found is not None:
-      pictures.append(found[0])
-      html.append(found[1])
-  return ([page.section('Training', *html)] if html else []), pictures
-
-
-def _curves(
-  title: str,
-  name: str,
-  records: Mapping[str, Sequence[Mapping[str, Any]]],
-  panels: Mapping[str, Mapping[str, str]],
-) -> tuple[figures.Picture, str] | None:
-  """Curves over steps, of one or several metrics logs; None without records."""
-  drawn: dict[str, list[figures.Line]] = {}
-  for axis, fields in panels.items():
-    for prefix, log in records.items():
-      for field, label in fields.items():
-        points = [(r['step'], r[field]) for r in log if field in r]
-        if points:
-          line = (prefix + label, *zip(*points, strict=True))
-          drawn.setdefault(axis, []).append(line)
-  if not drawn:
-    return None
-  ends = [
-    f'{axis}, {label}: {y[0]:.3g} at step {x[0]}, {y[-1]:.3g} at step {x[-1]}'
-    for axis, lines in drawn.items()
-    for label, x, y in lines
+def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+  """Test images that the widest trained network misclassifies."""
+  trained = [cut for cut in cuts if cut.result]
+  if not trained:
+    return
+  cut, result = trained[0], trained[0].result or {}
+  path = job.file('train', cut.name) / 'mistakes.npz'
+  report.section('Misclassified images')
+  if not path.exists():
+    report.paragraph('The training kept no misclassified images.')
+    return
+  found, names = storage.read_arrays(path), result.get('class_names') or []
+  if not len(found['labels']):
+    report.paragraph('All images that were tried are classified correctly.')
+    return
+  pairs = [
+    [names[k] if k < len(names) else str(k) for k in pair]
+    for pair in zip(found['labels'], found['predicted'], strict=True)
   ]
-  alt = f'{title}, curves over steps. {"; ".join(ends)}.'
-  picture = figures.render(name, alt, figures.curves, drawn)
-  tables = [_curve_table(axis, lines) for axis, lines in drawn.items()]
-  caption = (
-    f'{title}: metrics by step, those of the training set as means since the '
-    'point before; the legend has the last values, metrics.jsonl all.'
+  titles = [f'{a},\nnot {b}' for a, b in pairs]
+  rows = [[str(i), *pair] for i, pair in enumerate(pairs, 1)]
+  title = f'{len(rows)} test images that {cut.name} misclassifies'
+  report.figure(
+    figures.examples('mistakes', title, found['images'], titles),
+    f'The first test images that {cut.name} misclassifies, with the true class '
+    'and the class that the network says.',
+    Table('Misclassified', ['image', 'true class', 'network says'], rows),
   )
-  return picture, page.figure(picture, caption, '\n'.join(tables))
-
-
-def _curve_table(axis: str, lines: Sequence[figures.Line]) -> str:
-  """The curves at 8 of the steps at which half of them or more have a value."""
-  values = [dict(zip(x, y, strict=True)) for _, x, y in lines]
-  present = {s: sum(s in v for v in values) for v in values for s in v}
-  steps = sorted(s for s, n in present.items() if 2 * n >= len(values))
-  steps = steps or sorted(present)
-  rows = []
-  for i in thinned(len(steps), 8):
-    found = [v.get(steps[i]) for v in values]
-    shown = ('-' if v is None else f'{v:.3g}' for v in found)
-    rows.append([str(steps[i]), *shown])
-  columns = ['step', *(label for label, _, _ in lines)]
-  return page.table(axis.capitalize(), columns, rows)
 
 
 # How it was made.
 
 
-def _times(job: Job, cuts: Sequence[Cut]) -> tuple[str, str]:
+def _made(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+  """Times, exported files, versions and the config."""
+  report.section('How it was made')
   folders = {'search': job.workdir / 'search'}
   for cut in cuts:
-    label = 'training' if len(cuts) == 1 else f'training, {cut.name}'
-    folders[label] = job.file('train', cut.name)
+    folders[f'training, {cut.name}'] = job.file('train', cut.name)
   folders['wide network'] = job.workdir / 'wide'
   folders['reference network'] = job.workdir / 'reference'
   rows = []
   for label, folder in folders.items():
     records = runs.read_metrics(folder)
     if records:
-      last = records[-1]
-      time = console.duration(last.get('seconds', 0.0))
-      rows.append([label, str(last['step']), time])
-  parts = []
+      time = console.duration(records[-1].get('seconds', 0.0))
+      rows.append([label, str(records[-1]['step']), time])
   if rows:
-    columns = ['stage', 'steps', 'time']
-    parts.append(page.table('Time, compilation included', columns, rows))
-  found = {}
-  path = job.workdir / 'versions.json'
-  if path.exists():
-    found = storage.read_json(path)
-  for cut in cuts:
-    if cut.result:
-      found = cut.result['versions']
-      break
-  if found:
-    versions = [[k, str(v)] for k, v in found.items()]
-    versions.sort(key=lambda row: row[0] not in ('commit', 'hardware'))
-    parts.append(page.table('Versions', ['of', 'value'], versions))
-  return page.section('Time, hardware, versions', *parts)
-
-
-def _config(job: Job) -> tuple[str, str]:
-  path = job.workdir / 'config.json'
-  found = storage.read_json(path) if path.exists() else job.config.to_dict()
-  text = json.dumps(found, indent=2, sort_keys=True)
-  rows = changed_rows(found)
-  return page.section(
-    'Config',
-    page.table(
-      'Fields that are not the default', ['field', 'value', 'default'], rows
-    ),
-    page.details('The whole config', page.preformatted(text)),
-  )
-
-
-def changed_rows(fields: Mapping[str, Any]) -> list[list[str]]:
-  """(field, value, default) of the fields of a run's config that differ."""
-  plain = _flat(config.default().to_dict())
-  flat = _flat(fields)
-  return [
-    [name, _shown(value), _shown(plain.get(name, '-'))]
-    for name, value in sorted(flat.items())
-    if name == 'seed' or value != plain.get(name)
+    title = 'Time, compilation included'
+    report.table(title, ['stage', 'steps', 'time'], rows)
+  rows = [
+    [str(path.relative_to(job.workdir)), f'{path.stat().st_size / 1e6:.2f} MB']
+    for cut in cuts
+    for path in sorted(job.file('export', cut.name).glob('*'))
   ]
+  if rows:
+    report.table('Exported files', ['file', 'size'], rows)
+  trained = [cut.result['versions'] for cut in cuts if cut.result]
+  versions = trained[0] if trained else _optional(job.workdir / 'versions.json')
+  rows = [[k, str(v)] for k, v in versions.items()]
+  rows.sort(key=lambda row: row[0] not in ('commit', 'hardware'))
+  if rows:
+    report.table('Versions', ['of', 'value'], rows)
+  fields = _optional(job.workdir / 'config.json') or job.config.to_dict()
+  report.config(fields, fields)
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'train.epochs': 8.0}; sequences are lists, as JSON has them."""
-  found = {}
-  for name, value in fields.items():
-    if isinstance(value, Mapping):
-      found |= _flat(value, f'{prefix}{name}.')
-    else:
-      found[prefix + name] = list(value) if isinstance(value, tuple) else value
-  return found
-
-
-def _shown(value: Any) -> str:
-  return value or "''" if isinstance(value, str) else json.dumps(value)
+def _optional(path: pathlib.Path) -> Mapping[str, Any]:
+  """What a JSON file holds, {} if there is none."""
+  return storage.read_json(path) if path.exists() else {}

@@ -1,46 +1,102 @@
-"""What the report of a study tells: read from its results, or its cells."""
+"""The report of a study, made from its results file and its finished cells."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from pfs_jax import console, errors, storage
-from pfs_jax.report import figures, page, run_page
-from pfs_jax.studies import plan, results, statistics
+from pfs_jax.report import figures, page
+from pfs_jax.studies import plan, results, statistics, tables
+from pfs_jax.tables import Table
 
-Groups = Mapping[str, Sequence[results.Record]]
+Groups = Mapping[str, Sequence[tables.Record]]
 
 
-def build(study, workdir: pathlib.Path) -> tuple[str, list[figures.Picture]]:
-  """(HTML, pictures) of the finished cells of a study."""
+class Arm(NamedTuple):
+  """The runs of one arm at one value of the varied field.
+
+  Attributes:
+    label: Its label.
+    title: The label with the arm's number, for pictures.
+    values: The test accuracy of each run, in percent.
+    total: Their mean and standard deviation.
+    share: MACs as a share of the reference network's, 0..1, the mean.
+    record: The first run.
+  """
+
+  label: str
+  title: str
+  values: Sequence[float]
+  total: statistics.Summary
+  share: float
+  record: tables.Record
+
+  @property
+  def spread(self) -> str:
+    """'89.05% ± 0.35 (n = 5)'."""
+    sd = '' if self.total.sd is None else f' ± {self.total.sd:.2f}'
+    return f'{self.total.mean:.2f}%{sd} (n = {self.total.n})'
+
+
+def build(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> tuple[str, list[figures.Picture]]:
+  """(HTML, pictures) of the finished cells of a study.
+
+  Raises:
+    errors.UserError: If no cell is finished.
+  """
   records, total = _records(study, workdir)
-  groups = results.grouped(records)
-  sections, pictures = [], []
-  for make in (_accuracy, _differences, _trade, _varied, _shares, _similarity):
-    found, drawn = make(study, groups)
-    sections += found
-    pictures += drawn
-  sections += [_cells(records), _made(records), _config(study)]
-  first = records[0]
-  title = (
-    f'Study {study.study}: {first["model"]}, base width '
-    f'{study.base.model.base_width or "default"}, on {study.base.data.name}'
-  )
-  answer = _answer(study, groups, len(records), total)
-  return page.document(title, answer, sections), pictures
+  groups = tables.grouped(records)
+  arms, compared = _arms(groups), tables.differences(study, groups)
+  name = study.base.model.name or study.base.model.factory
+  report = page.Page(f'Study {study.study}: {name} on {study.base.data.name}')
+  for line in outcome(study, arms, compared) or [_likeness(groups)]:
+    report.paragraph(line, 'answer')
+  count = f'{len(records)} of {total} cells are finished'
+  if len(records) < total:
+    count += '; the others may change what this page says'
+  report.paragraph(f'{count}. {_TRAINED if arms else _CUT}', 'soft')
+  table = tables.accuracy(study, records) if arms else _alike(groups)
+  report.table(*_numbered(table, groups))
+  if arms:
+    report.section('Accuracy')
+    _accuracy(report, arms)
+    _differences(report, study, compared, _titles(groups))
+    _costs(report, arms)
+    _varied(report, study, arms)
+  report.section('Structures')
+  _shares(report, groups)
+  _similarity(report, groups)
+  _made(report, study, records)
+  return report.html(), report.pictures
 
 
-def _records(study, workdir: pathlib.Path) -> tuple[list[Any], int]:
-  """(finished records in the study's order, cells in all)."""
+_TRAINED = (
+  'Test accuracy: mean ± standard deviation over n seeds. MACs: of one image, '
+  "as a share of the reference network's."
+)
+_CUT = (
+  'Correlation: that of the shares that the layers keep, its mean over pairs '
+  'of seeds, and that of the pairs least and most alike. Overlap: the Jaccard '
+  'index of the kept channels.'
+)
+
+
+def _records(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> tuple[list[tables.Record], int]:
+  """(finished records in the study's order, number of all cells)."""
   cells = plan.cells(study)
   there = {r['config_hash']: r for r in results.mine(study, workdir)}
-  for cell in cells:  # What no results file has yet.
+  for cell in cells:  # Those that are in no results file yet.
     path = workdir / 'cells' / cell.hash / 'cell.json'
     if cell.hash not in there and path.exists():
       there[cell.hash] = {**storage.read_json(path), 'label': cell.label}
@@ -52,432 +108,286 @@ def _records(study, workdir: pathlib.Path) -> tuple[list[Any], int]:
   return [there[c.hash] for c in cells if c.hash in there], len(cells)
 
 
-def _numbers(groups: Groups) -> dict[str, int]:
-  """{label: number that stands for it in pictures and tables}."""
-  return {label: i + 1 for i, label in enumerate(groups)}
+def _titles(groups: Groups) -> dict[str, str]:
+  """{label: '3. label', with the number that stands for it in pictures}."""
+  return {label: f'{i}. {label}' for i, label in enumerate(groups, 1)}
 
 
-def _drawn(groups: Groups) -> list[figures.Group]:
-  """The groups that have accuracies, for the pictures."""
+def _numbered(table: Table, groups: Groups) -> Table:
+  """The table with the arms' numbers in its first column."""
+  titles = _titles(groups)
+  rows = [[titles.get(first, first), *rest] for first, *rest in table.rows]
+  return table._replace(rows=rows)
+
+
+def _arms(groups: Groups) -> list[Arm]:
+  """The groups that have accuracies."""
   found = []
-  for label, number in _numbers(groups).items():
-    values = list(results.accuracies(groups[label]).values())
+  for label, title in _titles(groups).items():
+    values = list(tables.accuracies(groups[label]).values())
     if values:
       total = statistics.summary(values)
       share = float(np.mean([r['macs_share'] for r in groups[label]]))
-      found.append(
-        figures.Group(number, label, values, total.mean, total.sd, share)
-      )
+      found.append(Arm(label, title, values, total, share, groups[label][0]))
   return found
-
-
-def _spread(group: figures.Group) -> str:
-  """'89.05% ± 0.35 (n = 5)'."""
-  sd = '' if group.sd is None else f' ± {group.sd:.2f}'
-  return f'{group.mean:.2f}%{sd} (n = {len(group.values)})'
 
 
 # The first screen.
 
 
-def _answer(study, groups: Groups, done: int, total: int) -> list[str]:
-  drawn = _drawn(groups)
-  if drawn:
-    lines = _outcome(study, groups, drawn)
-  else:
-    lines = _likeness(groups)
-  count = f'{done} of {total} cells are finished'
-  if done < total:
-    count += '; the rest may change what is said here'
-  soft = f'{count}. '
-  if drawn:
-    soft += (
-      'Test accuracy, mean ± standard deviation over n seeds; MACs of one '
-      "image, as a share of the reference network's."
-    )
-  else:
-    soft += (
-      'Correlation is that of the shares kept per layer, its mean over pairs '
-      'of seeds and that of the pairs least and most alike; overlap is the '
-      'Jaccard index of the kept channels.'
-    )
-  parts = [page.paragraph(line, 'answer') for line in lines]
-  parts.append(page.paragraph(soft, 'soft'))
-  table = _arms_table(study, groups) if drawn else _alike_table(groups)
-  return [*parts, table]
+def _alike(groups: Groups) -> Table:
+  """How alike the seeds of each arm are."""
+  found = tables.between_seeds(groups).items()
+  columns = ['arm', *tables.similarity([]).columns[1:]]
+  rows = [[label, *alike.texts] for label, alike in found]
+  return Table('Likeness between seeds', columns, rows)
 
 
-def _main(study, drawn: Sequence[figures.Group]) -> figures.Group:
-  """The group that the study is about: its first that is no baseline."""
-  others = [g for g in drawn if g.label not in (study.baseline, 'full')]
-  return (others or list(drawn))[0]
+def outcome(
+  study: ml_collections.ConfigDict,
+  arms: Sequence[Arm],
+  compared: Mapping[str, statistics.Difference],
+) -> list[str]:
+  """Sentences: the main arm beside baseline and full network, and verdicts.
 
-
-def _outcome(study, groups: Groups, drawn) -> list[str]:
-  """The main arm, its baseline, the full network; then the verdicts."""
-  first = _main(study, drawn)
-  variation = groups[first.label][0]['variation']
-  text = f'{first.label}: {_spread(first)} at {first.share:.1%} of the MACs'
-  for group in drawn:
-    record = groups[group.label][0]
-    known = {group.label, record['arm']} & {study.baseline, 'full'}
-    same = record['variation'] in ({}, variation)
-    if group is not first and known and (same or group.label in known):
-      text += f'; {group.label}: {_spread(group)} at {group.share:.1%}'
+  There are none without a training.
+  """
+  plain = (study.baseline, 'full')
+  others = [arm for arm in arms if arm.label not in plain]
+  if not arms:
+    return []
+  main = (others or list(arms))[0]
+  text = f'{main.label}: {main.spread} at {main.share:.1%} of the MACs'
+  for arm in arms:
+    same = arm.record['variation'] in ({}, main.record['variation'])
+    is_plain = arm.label in plain or (same and arm.record['arm'] in plain)
+    if arm is not main and is_plain:
+      text += f'; {arm.label}: {arm.spread} at {arm.share:.1%}'
   lines = [f'{text}.']
-  found = _versus(study, groups)
-  if first.label in found:
-    lines.append(_verdict(first.label, study.baseline, found[first.label]))
-  if len(found) > 1:
-    lines.append(_tally(results.against(study), found))
+  if main.label in compared:
+    lines.append(verdict(main.label, study.baseline, compared[main.label]))
+  if len(compared) > 1:
+    lines.append(_tally(tables.against(study), compared))
   return lines
 
 
 def _side(versus: statistics.Difference) -> str:
-  """What a paired difference says."""
+  """'better', 'worse' or 'indistinguishable'."""
   if versus.low is not None and versus.low > 0:
     return 'better'
   if versus.high is not None and versus.high < 0:
     return 'worse'
-  return 'open'
+  return 'indistinguishable'
 
 
-def _tally(baseline: str, found: Mapping[str, statistics.Difference]) -> str:
-  """How many arms are better, worse, or neither, and which."""
-  sides: dict[str, list[str]] = {'better': [], 'worse': [], 'open': []}
-  for label, versus in found.items():
-    sides[_side(versus)].append(label)
-  parts = []
-  for side in ('better', 'worse'):
-    names = sides[side]
-    parts.append(
-      f'{len(names)} {side}' + f' ({"; ".join(names)})' * bool(names)
-    )
-  return (
-    f'Of {len(found)} compared with {baseline}: {", ".join(parts)}, for '
-    f'{len(sides["open"])} it cannot be told at this n.'
-  )
+def verdict(label: str, baseline: str, versus: statistics.Difference) -> str:
+  """A paired difference in words.
 
-
-def _verdict(label: str, baseline: str, versus: statistics.Difference) -> str:
-  """A paired difference in words."""
+  >>> verdict('a', 'b', statistics.Difference(3, 1.0, 0.5, 1.5))
+  'a minus b: +1.00 points (95% interval +0.50 to +1.50, 3 pairs of seeds): a is better here.'
+  """  # noqa: E501
   text = f'{label} minus {baseline}: {versus.mean:+.2f} points'
   if versus.low is None:
-    return f'{text} over n = 1 seed, so no interval.'
-  text += f' (95% interval {versus.low:+.2f} to {versus.high:+.2f}'
-  text += f', {versus.n} pairs by seed)'
+    return f'{text} with one seed (n = 1), so there is no interval.'
+  text += f' (95% interval {versus.low:+.2f} to {versus.high:+.2f}, '
+  text += f'{versus.n} pairs of seeds)'
   side = _side(versus)
-  if side == 'open':
-    return f'{text}: which is better cannot be told at this n.'
+  if side == 'indistinguishable':
+    return f'{text}: the two are statistically indistinguishable.'
   return f'{text}: {label} is {side} here.'
 
 
-def _between_seeds(groups: Groups) -> dict[str, results.Similarity]:
-  """{label: how alike its seeds are}, where there are pairs."""
-  found = {}
-  for label, group in groups.items():
-    pairs = list(itertools.combinations(group, 2))
-    if pairs and results.has_shape(group[0]):
-      found[label] = results.similarity(pairs)
-  return found
+def _tally(baseline: str, compared: Mapping[str, statistics.Difference]) -> str:
+  """How many arms are better, worse, or neither, and which."""
+  sides = {label: _side(versus) for label, versus in compared.items()}
+  text = f'Of {len(sides)} arms compared with {baseline}: '
+  for side in ('better', 'worse'):
+    names = [label for label, found in sides.items() if found == side]
+    text += f'{len(names)} {side}' + f' ({"; ".join(names)})' * bool(names)
+    text += ', '
+  open_ = list(sides.values()).count('indistinguishable')
+  return f'{text}{open_} statistically indistinguishable.'
 
 
-def _likeness(groups: Groups) -> list[str]:
-  """What a study without trainings comes to: are seeds alike?"""
-  found = {k: v.correlation for k, v in _between_seeds(groups).items()}
-  found = {k: v for k, v in found.items() if v is not None}
-  if not found:
-    return ['Only structures so far, too few to compare.']
-  said = '; '.join(f'{k}: {v:.2f}' for k, v in list(found.items())[:3])
-  if len(found) > 3:
-    others = list(found.values())[3:]
-    said += f'; others: {min(others):.2f} to {max(others):.2f}'
+def _likeness(groups: Groups) -> str:
+  """The answer of a study without trainings: are the seeds alike?"""
+  found = tables.between_seeds(groups)
+  known = {k: v.correlation for k, v in found.items()}
+  known = {k: v for k, v in known.items() if v is not None}
+  if not known:
+    return 'There are only structures so far, and too few to compare.'
+  said = '; '.join(f'{k}: {v:.2f}' for k, v in list(known.items())[:3])
+  if len(known) > 3:
+    others = list(known.values())[3:]
+    said += f'; the others: {min(others):.2f} to {max(others):.2f}'
   n = max(len(group) for group in groups.values())
-  return [
-    'How alike are the structures of different seeds? Correlation of the '
-    f'shares kept per layer (n = {n} seeds) in {said}.'
-  ]
-
-
-def _alike_table(groups: Groups) -> str:
-  numbers = _numbers(groups)
-  rows = [
-    [label, str(numbers[label]), *found.texts]
-    for label, found in _between_seeds(groups).items()
-  ]
-  return page.table(
-    'Likeness between seeds',
-    ['arm', 'no.', *results.SIMILARITY_COLUMNS],
-    rows,
+  return (
+    'How alike are the structures of different seeds? The shares that the '
+    f'layers keep correlate, over {n} seeds, at {said}.'
   )
-
-
-def _arms_table(study, groups: Groups) -> str:
-  numbers = _numbers(groups)
-  records = [r for group in groups.values() for r in group]
-  rows = [
-    [label, str(numbers[label]), *(v or '-' for v in values), n, macs, seconds]
-    for label, n, *values, macs, seconds in results.rows(study, records)
-  ]
-  minus = f'minus {results.against(study)}'
-  against = minus if study.baseline else 'difference'
-  columns = ['mean in %', 'sd', against, '95%', 'n', 'MACs', 'seconds']
-  return page.table('Arms', ['arm', 'no.', *columns], rows)
 
 
 # Accuracy.
 
-
-def _versus(study, groups: Groups) -> dict[str, statistics.Difference]:
-  """{label: its paired difference from the baseline}."""
-  records = [r for group in groups.values() for r in group]
-  found = {}
-  for label, group in groups.items():
-    ours = results.accuracies(group)
-    theirs = results.opponent(study, records, group)
-    versus = statistics.paired(ours, theirs)
-    if versus is not None:
-      found[label] = versus
-  return found
+_NUMBERS = 'Test accuracy in %'  # The table on the first screen.
 
 
-def _accuracy(study, groups: Groups):
-  del study
-  drawn = _drawn(groups)
-  if not drawn:
-    return [], []
-  alt = 'Test accuracy of each arm. ' + '; '.join(
-    f'{g.label}: {_spread(g)}' for g in drawn
+def _accuracy(report: page.Page, arms: Sequence[Arm]) -> None:
+  rows = []
+  for arm in arms:
+    mean, sd = arm.total.mean, arm.total.sd or 0
+    interval = (mean, mean - sd, mean + sd, arm.values)
+    rows.append(figures.Interval(arm.title, *interval))
+  picture = figures.intervals(
+    'accuracy',
+    'Test accuracy of each arm in %, mean ± standard deviation',
+    rows,
+    'test accuracy in %',
+    {True: 'mean ± standard deviation'},
   )
-  picture = figures.render('accuracy', f'{alt}.', figures.accuracy, drawn)
-  rows = [
-    [g.label, str(g.number), ', '.join(f'{v:.2f}' for v in g.values)]
-    for g in drawn
-  ]
-  figure = page.figure(
+  report.figure(
     picture,
     'Test accuracy of every run (circles), and the mean and standard deviation '
-    'of each arm (diamonds). The number of an arm is the same everywhere.',
-    page.beside(
-      'Test accuracy in %, seed by seed', ['arm', 'no.', 'runs'], rows
-    ),
+    'of each arm (diamonds). The number of an arm is the same in all pictures.',
+    numbers=_NUMBERS,
   )
-  return [page.section('Accuracy', figure)], [picture]
 
 
-def _differences(study, groups: Groups):
-  found = _versus(study, groups)
-  if not found:
-    return [], []
-  numbers = _numbers(groups)
-
-  def limits(versus):
-    if versus.low is None:
-      return '-'
-    return f'{versus.low:+.2f} .. {versus.high:+.2f}'
-
-  minus = f'Accuracy minus that of {results.against(study)}'
-  listed = (
-    f'{label}: {v.mean:+.2f}, {limits(v)}' for label, v in found.items()
-  )
-  alt = f'{minus}, in points. {"; ".join(listed)}'
-  picture = figures.render(
+def _differences(
+  report: page.Page,
+  study: ml_collections.ConfigDict,
+  compared: Mapping[str, statistics.Difference],
+  titles: Mapping[str, str],
+) -> None:
+  if not compared:
+    return
+  baseline, rows = tables.against(study), []
+  for label, v in compared.items():
+    low, high = (v.mean if end is None else end for end in (v.low, v.high))
+    filled = _side(v) != 'indistinguishable'
+    rows.append(figures.Interval(titles[label], v.mean, low, high, (), filled))
+  picture = figures.intervals(
     'differences',
-    f'{alt}.',
-    figures.differences,
-    [f'{label}  {numbers[label]}' for label in found],
-    list(found.values()),
-    results.against(study),
+    f'Accuracy minus that of {baseline}, in points, with 95% intervals',
+    rows,
+    f'accuracy in points, minus that of\n{baseline}',
+    {True: 'interval without 0', False: 'interval with 0, or n = 1'},
   )
-  rows = [
-    [label, str(numbers[label]), str(v.n), f'{v.mean:+.2f}', limits(v)]
-    for label, v in found.items()
-  ]
-  figure = page.figure(
+  report.figure(
     picture,
-    f'{minus}, paired by seed, with 95% '
-    "intervals (Student's t). A filled diamond: the interval does not hold 0. "
-    f'The intervals are not corrected for there being {len(found)} of them: '
-    'where nothing differs, one in 20 misses 0 by chance.',
-    page.beside(
-      'Paired differences in points',
-      ['arm', 'no.', 'pairs', 'mean', '95%'],
-      rows,
-    ),
+    f'Accuracy minus that of {baseline}, paired by seed, with 95% intervals '
+    "(Student's t). A diamond is filled where the interval does not hold 0. "
+    f'The {len(compared)} intervals are not corrected for their number: even '
+    'if no arm differed, one in 20 would miss 0 by chance.',
+    numbers=_NUMBERS,
   )
-  return [page.section('Paired differences', figure)], [picture]
 
 
-def _trade(study, groups: Groups):
-  del study
-  drawn = _drawn(groups)
-  if len({round(100 * g.share) for g in drawn}) < 2:
-    return [], []
-  alt = 'Accuracy against MACs. ' + '; '.join(
-    f'{g.label}: {g.mean:.2f}% at {g.share:.1%}' for g in drawn
+def _costs(report: page.Page, arms: Sequence[Arm]) -> None:
+  """Accuracy against MACs, where arms differ in them."""
+  places = Counter(round(100 * arm.share) for arm in arms)
+  if len(places) < 2:
+    return
+  lines, drawn = [], Counter()
+  for arm in arms:
+    place = round(100 * arm.share)  # Arms at one place stand side by side.
+    x = 100 * arm.share + drawn[place] - (places[place] - 1) / 2
+    drawn[place] += 1
+    point = ([x], [arm.total.mean], [arm.total.sd or 0])
+    lines.append(figures.Line(arm.title, *point))
+  panels = {'test accuracy in %': lines}
+  xlabel = "MACs in % of the reference network's"
+  report.figure(
+    figures.curves('macs', 'Accuracy against MACs', panels, xlabel),
+    'Test accuracy against MACs. Bars reach one standard deviation up and '
+    'down. Arms with the same MACs are drawn side by side; the table has the '
+    'exact shares.',
+    numbers=_NUMBERS,
   )
-  picture = figures.render('macs', f'{alt}.', figures.trade, drawn)
-  rows = [
-    [
-      g.label,
-      str(g.number),
-      f'{g.share:.1%}',
-      f'{g.mean:.2f}',
-      '-' if g.sd is None else f'{g.sd:.2f}',
-    ]
-    for g in drawn
-  ]
-  figure = page.figure(
-    picture,
-    'Test accuracy against MACs; bars are one standard deviation up and down. '
-    'Arms at the same MACs are drawn side by side: the table has the shares.',
-    page.beside(
-      'Accuracy and MACs', ['arm', 'no.', 'MACs', 'mean in %', 'sd'], rows
-    ),
-  )
-  return [page.section('Accuracy against MACs', figure)], [picture]
 
 
-def _varied(study, groups: Groups):
+def _varied(
+  report: page.Page, study: ml_collections.ConfigDict, arms: Sequence[Arm]
+) -> None:
   """Accuracy over the values of the study's field."""
-  lines: dict[str, list[tuple[float, float, float | None]]] = {}
-  for group in _drawn(groups):
-    first = groups[group.label][0]
-    if study.field in first['variation']:
-      value = float(first['variation'][study.field])
-      lines.setdefault(first['arm'], []).append((value, group.mean, group.sd))
-  lines = {arm: sorted(p, key=lambda p: p[0]) for arm, p in lines.items()}
-  if not any(len(points) > 1 for points in lines.values()):
-    return [], []
-  alt = f'Test accuracy over {study.field}. ' + '; '.join(
-    f'{arm}: ' + ', '.join(f'{mean:.2f}% at {v:g}' for v, mean, _ in points)
-    for arm, points in lines.items()
-  )
-  picture = figures.render(
-    'varied', f'{alt}.', figures.varied, study.field, lines
-  )
-  rows = [
-    [arm, f'{v:g}', f'{mean:.2f}', '-' if sd is None else f'{sd:.2f}']
-    for arm, points in lines.items()
-    for v, mean, sd in points
+  points: dict[str, list[tuple[float, float, float]]] = {}
+  for arm in arms:
+    if study.field in arm.record['variation']:
+      value = float(arm.record['variation'][study.field])
+      found = points.setdefault(arm.record['arm'], [])
+      found.append((value, arm.total.mean, arm.total.sd or 0.0))
+  if not any(len(found) > 1 for found in points.values()):
+    return
+  lines = [
+    figures.Line(name, *zip(*sorted(found), strict=True))
+    for name, found in points.items()
   ]
-  figure = page.figure(
-    picture,
-    f'Test accuracy over {study.field}: mean and standard deviation.',
-    page.beside(
-      f'Over {study.field}', ['arm', study.field, 'mean in %', 'sd'], rows
-    ),
+  title = f'Test accuracy over {study.field}'
+  panels = {'test accuracy in %': lines}
+  report.figure(
+    figures.curves('varied', title, panels, study.field),
+    f'{title}: mean and standard deviation.',
+    numbers=_NUMBERS,
   )
-  return [page.section(f'Accuracy over {study.field}', figure)], [picture]
 
 
 # Structures.
 
 
-def _shares(study, groups: Groups):
-  """The mean share kept of each layer, arm by arm."""
-  del study
-  numbers = _numbers(groups)
-  shown = {k: g for k, g in groups.items() if g[0]['arm'] != 'full'} or groups
-  layers = list(next(iter(shown.values()))[0]['counts'])
-  columns = {
-    label: np.mean([results.shares(r) for r in group], 0)
-    for label, group in shown.items()
-  }
-  values = np.stack(list(columns.values()), 1)
-  alt = (
-    f'Share kept of each of {len(layers)} layers, mean over seeds. '
-    + '; '.join(
-      f'{label}: {layers[int(v.argmin())]} least ({v.min():.0%}), '
-      f'{layers[int(v.argmax())]} most ({v.max():.0%})'
-      for label, v in columns.items()
-    )
-  )
-  names = [str(numbers[label]) for label in columns]
-  picture = figures.render(
-    'shares', f'{alt}.', figures.shares, layers, names, values
-  )
-  rows = [
-    [layer, *(f'{100 * v:.0f}' for v in row)]
-    for layer, row in zip(layers, values, strict=True)
+def _shares(report: page.Page, groups: Groups) -> None:
+  """The mean share that each arm keeps of each layer."""
+  some = {k: g for k, g in groups.items() if g[0]['arm'] != 'full'} or groups
+  layers = list(next(iter(some.values()))[0]['counts'])
+  values = [
+    np.mean([tables.shares(r) for r in group], 0) for group in some.values()
   ]
-  key = ', '.join(f'{numbers[label]} {label}' for label in columns)
-  figure = page.figure(
-    picture,
-    "Share of each layer's channels that is kept, in %, mean over the seeds. "
-    f'Columns are the arms: {key}.',
-    page.beside(
-      'Share kept in %, by number of the arm', ['layer', *names], rows
-    ),
+  titles = [_titles(groups)[label] for label in some]
+  title = f'Share kept of each of {len(layers)} layers, mean over seeds'
+  args = (layers, titles, np.stack(values, 1), 'number of the arm')
+  report.figure(
+    figures.heat('shares', title, *args),
+    "The share of each layer's channels that the arms keep, in %, mean over "
+    'the seeds. A column stands for an arm, by its number.',
+    _numbered(tables.counts(some), groups),
   )
-  return [page.section('Channels of each layer', figure)], [picture]
 
 
-def _similarity(study, groups: Groups):
-  """Correlation of the shares kept, between all structures."""
-  del study
-  shown = {k: g for k, g in groups.items() if results.has_shape(g[0])}
-  records = [r for group in shown.values() for r in group]
-  matrix = _correlations(records)
+def _similarity(report: page.Page, groups: Groups) -> None:
+  """The correlation of the shares kept, between all structures."""
+  some = {k: g for k, g in groups.items() if tables.has_shape(g[0])}
+  records = [r for group in some.values() for r in group]
+  matrix = tables.correlations(records)
   if not (~np.isnan(matrix) & ~np.eye(len(matrix), dtype=bool)).any():
-    return [], []
-  numbers = _numbers(groups)
-  blocks = [(str(numbers[k]), len(g)) for k, g in shown.items()]
-  means = figures.block_means(matrix, blocks)
-
-  alt = (
-    f'Correlation between {len(records)} structures, between seeds of one '
-    'arm: '
-    + '; '.join(
-      f'{k}: {_correlation(means[i, i])}' for i, k in enumerate(shown)
-    )
-  )
-  picture = figures.render(
-    'similarity', f'{alt}.', figures.similarity, matrix, blocks
-  )
-  figure = page.figure(
-    picture,
-    'Correlation of the shares kept per layer between every two structures: '
-    'one small square for each pair, one block for each two arms (by number), '
-    'the number in it the mean of the block without the diagonal.',
-    _similarity_tables(groups, shown, means),
-  )
-  return [page.section('Similarity of structures', figure)], [picture]
-
-
-def _similarity_tables(groups: Groups, shown: Groups, means: np.ndarray) -> str:
-  numbers = _numbers(groups)
+    return
+  blocks = [(_titles(groups)[label], len(g)) for label, g in some.items()]
   rows = [
-    [label, str(numbers[label]), *map(_correlation, row)]
-    for label, row in zip(shown, means, strict=True)
+    [title, *('-' if np.isnan(v) else f'{v:.2f}' for v in row)]
+    for (title, _), row in zip(
+      blocks, figures.block_means(matrix, blocks), strict=True
+    )
   ]
-  names = [str(numbers[label]) for label in shown]
-  columns = ['between', *results.SIMILARITY_COLUMNS]
-  records = [r for group in shown.values() for r in group]
-  pairs = page.table('Similarity', columns, results.similarity_rows(records))
-  return page.table('Mean correlation', ['arm', 'no.', *names], rows) + (
-    page.details('Pairs, and overlap of the kept channels by chance', pairs)
+  columns = ['arm', *(title.partition('.')[0] for title, _ in blocks)]
+  title = f'Correlation between {len(records)} structures, by seeds of one arm'
+  report.figure(
+    figures.similarity('similarity', title, matrix, blocks),
+    'How the shares that the layers keep correlate between every two '
+    'structures. A small square is a pair, a block two arms (by number); the '
+    'number in a block is its mean without the diagonal.',
+    Table('Mean correlation, by number of the arm', columns, rows),
+    tables.similarity(records),
   )
-
-
-def _correlation(value: float) -> str:
-  return '-' if np.isnan(value) else f'{value:.2f}'
-
-
-def _correlations(records: Sequence[results.Record]) -> np.ndarray:
-  """[n, n] correlations, NaN where a structure keeps one share everywhere."""
-  found = np.full((len(records), len(records)), np.nan)
-  vectors = [results.shares(r) for r in records]
-  for i, j in np.ndindex(found.shape):
-    value = statistics.correlation(vectors[i], vectors[j])
-    found[i, j] = np.nan if value is None else value
-  return found
 
 
 # How it was made.
 
 
-def _cells(records: Sequence[results.Record]) -> tuple[str, str]:
+def _made(
+  report: page.Page,
+  study: ml_collections.ConfigDict,
+  records: Sequence[tables.Record],
+) -> None:
+  """Every cell, the time they took, and the config."""
+  columns = ['arm', 'seed', 'test accuracy', 'MACs', 'share', 'seconds', 'cell']
   rows = [
     [
       r['label'],
@@ -490,50 +400,25 @@ def _cells(records: Sequence[results.Record]) -> tuple[str, str]:
     ]
     for r in records
   ]
-  columns = ['arm', 'seed', 'test accuracy', 'MACs', 'share', 'seconds', 'cell']
-  table = page.table('Every cell', columns, rows)
-  return page.section(
-    'Cells', page.details(f'Every cell ({len(rows)} rows)', table)
-  )
+  report.section('How it was made')
+  report.folded(Table('Every cell', columns, rows))
 
+  def time(field: str) -> str:
+    return console.duration(sum(r.get(field) or 0.0 for r in records))
 
-def _made(records: Sequence[results.Record]) -> tuple[str, str]:
-  """Commits, hardware, time."""
-
-  def total(field):
-    return sum(r.get(field) or 0.0 for r in records)
-
-  def all_of(field):
+  def names(field: str) -> str:
     return ', '.join(sorted({str(r[field]) for r in records}))
 
   rows = [
-    ['hardware', all_of('hardware')],
-    ['commit', all_of('commit')],
-    ['training, all cells', console.duration(total('seconds'))],
-    [
-      'search, shared ones counted for each cell',
-      console.duration(total('search_seconds')),
-    ],
+    ['hardware', names('hardware')],
+    ['commit', names('commit')],
+    ['training, all cells', time('seconds')],
+    ['search (a shared one counts for each cell)', time('search_seconds')],
   ]
-  return page.section(
-    'Time, hardware, versions', page.table('Made with', ['of', 'value'], rows)
-  )
-
-
-def _config(study) -> tuple[str, str]:
+  report.table('Time and hardware', ['what', 'value'], rows)
   fields = study.to_dict()
   base = fields.pop('base')
   fields = {k: v for k, v in fields.items() if v not in ('', (), False)}
   rows = [[k, json.dumps(v)] for k, v in sorted(fields.items())]
-  changed = run_page.changed_rows(base)
-  text = json.dumps(study.to_dict(), indent=2, sort_keys=True)
-  return page.section(
-    'Config',
-    page.table('The study', ['field', 'value'], rows),
-    page.table(
-      'Fields of a run that are not the default',
-      ['field', 'value', 'default'],
-      changed,
-    ),
-    page.details('The whole config', page.preformatted(text)),
-  )
+  report.table('The study', ['field', 'value'], rows)
+  report.config(base, study.to_dict())

@@ -21,7 +21,7 @@ import jax
 import ml_collections
 
 from pfs_jax import console, errors, runs, storage
-from pfs_jax.studies import cells, plan, products, results
+from pfs_jax.studies import cells, plan, products, results, tables
 
 _POLL_SECONDS = 1.0
 
@@ -58,7 +58,7 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     runs.commit()  # Of the code that was imported; what comes later is not it.
     _cache_programs(study, workdir)
     _work(study, workdir, planned)
-  results.show(study, workdir)
+  tables.show(study, workdir)
 
 
 def _cache_programs(study, workdir: pathlib.Path) -> None:

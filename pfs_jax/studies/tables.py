@@ -1,0 +1,271 @@
+"""The tables of a study: accuracy of its arms, their structures, likeness.
+
+Records are grouped by their label: the arm and, where the study varies a field,
+its value. The terminal, the report and RESULTS.md show the same tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+import numpy as np
+
+from pfs_jax import console
+from pfs_jax.studies import arms, plan, results, statistics
+from pfs_jax.tables import Table
+
+Record = results.Record
+Groups = Mapping[str, Sequence[Record]]
+
+
+def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
+  """{label: its records}, in order of appearance.
+
+  >>> grouped([{'label': 'a'}, {'label': 'b'}, {'label': 'a'}])
+  {'a': [{'label': 'a'}, {'label': 'a'}], 'b': [{'label': 'b'}]}
+  """
+  groups: dict[str, list[Record]] = {}
+  for record in records:
+    groups.setdefault(record['label'], []).append(record)
+  return groups
+
+
+# Accuracy.
+
+
+def accuracies(records: Sequence[Record]) -> dict[int, float]:
+  """{seed: test accuracy in percent}."""
+  return {
+    r['seed']: 100 * r['test_accuracy']
+    for r in records
+    if r['test_accuracy'] is not None
+  }
+
+
+def _scratch_b(study: ml_collections.ConfigDict) -> str:
+  """The baseline trained as Scratch-B, '' if the study has no such arm."""
+  name = f'{study.baseline}+scratch_b'
+  return name if name in study.arms else ''
+
+
+def against(study: ml_collections.ConfigDict) -> str:
+  """What the arms are compared with, in words; '' without a baseline."""
+  other = _scratch_b(study)
+  return f'{study.baseline} (Scratch-B: {other})' if other else study.baseline
+
+
+def baseline_accuracies(
+  study: ml_collections.ConfigDict,
+  records: Sequence[Record],
+  group: Sequence[Record],
+) -> dict[int, float]:
+  """{seed: test accuracy in percent} of what a group is compared with.
+
+  That is the baseline, trained in the same way as the group where the study has
+  such an arm (Scratch-B is compared with Scratch-B), at the same value of the
+  varied field or, failing that, without a value. {} for the baseline itself.
+  """
+  arm, variation = group[0]['arm'], group[0]['variation']
+  name = study.baseline
+  if 'scratch_b' in arm.split('+'):
+    name = _scratch_b(study) or name
+  if name in (arm, group[0]['label']) or study.baseline == arm:
+    return {}
+  for wanted in (variation, {}):
+    arms_there = [r for r in records if r['arm'] == name]
+    found = [r for r in arms_there if r['variation'] == wanted]
+    if found:
+      return accuracies(found)
+  return accuracies([r for r in records if r['label'] == name])
+
+
+def differences(
+  study: ml_collections.ConfigDict, groups: Groups
+) -> dict[str, statistics.Difference]:
+  """{label: paired difference from the baseline}, where there are pairs."""
+  records = [r for group in groups.values() for r in group]
+  found = {}
+  for label, group in groups.items():
+    theirs = baseline_accuracies(study, records, group)
+    versus = statistics.paired(accuracies(group), theirs)
+    if versus is not None:
+      found[label] = versus
+  return found
+
+
+def accuracy(
+  study: ml_collections.ConfigDict, records: Sequence[Record]
+) -> Table:
+  """Accuracy, spread, difference from the baseline, and costs of each arm."""
+  groups, rows = grouped(records), []
+  compared = differences(study, groups)
+  for label, group in groups.items():
+    found = list(accuracies(group).values())
+    if not found:
+      continue
+    total, versus = statistics.summary(found), compared.get(label)
+    sd = '-' if total.sd is None else f'{total.sd:.2f}'
+    row = [label, str(total.n), f'{total.mean:.2f}', sd, '', '']
+    if versus is not None:
+      pairs = '' if versus.n == total.n else f' (n = {versus.n})'
+      row[4:] = [f'{versus.mean:+.2f}{pairs}', limits(versus)]
+    share = np.mean([r['macs_share'] for r in group])
+    seconds = np.mean([r['seconds'] for r in group])
+    rows.append([*row, f'{share:.1%}', f'{seconds:.0f}'])
+  other = against(study)
+  difference = f'minus {other}' if other else 'difference'
+  columns = ['arm', 'n', 'mean', 'sd', difference, '95 %', 'MACs', 'seconds']
+  return Table('Test accuracy in %', columns, rows)
+
+
+def limits(versus: statistics.Difference) -> str:
+  """The 95 % interval of a difference, '-' where there is none."""
+  if versus.low is None:
+    return '-'
+  return f'{versus.low:+.2f} .. {versus.high:+.2f}'
+
+
+# Structures.
+
+
+def shares(record: Record) -> list[float]:
+  """The share of its channels that each layer keeps, 0..1."""
+  counts = record['counts'].values()
+  return [n / w for n, w in zip(counts, record['widths'], strict=True)]
+
+
+def counts(groups: Groups) -> Table:
+  """The mean share that each arm keeps of each layer, in percent."""
+  rows = []
+  for label, group in groups.items():
+    mean = np.mean([shares(r) for r in group], axis=0)
+    rows.append([label, str(len(group)), *(f'{100 * v:.0f}' for v in mean)])
+  layers = list(next(iter(groups.values()))[0]['counts'])
+  return Table('Channels kept in %', ['share kept, %', 'n', *layers], rows)
+
+
+def has_shape(record: Record) -> bool:
+  """Whether an arm's layers differ in the share that they keep.
+
+  Those of uniform and full width differ by rounding alone.
+  """
+  return arms.parse(record['arm']).scores not in ('full', 'equal')
+
+
+def _chose(record: Record) -> bool:
+  """Whether its channels were chosen, and not merely counted from the first."""
+  return 'kept' in record and arms.parse(record['arm']).scores != 'shuffled'
+
+
+def overlap(a: Record, b: Record) -> tuple[float, float]:
+  """(Jaccard index of the kept channels, that of chance), means over layers."""
+  found, chance = [], []
+  for layer, width in zip(a['counts'], a['widths'], strict=True):
+    first = results.channels(a['kept'][layer])
+    second = results.channels(b['kept'][layer])
+    found.append(statistics.jaccard(first, second))
+    chance.append(statistics.chance_jaccard(width, len(first), len(second)))
+  return float(np.mean(found)), float(np.mean(chance))
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+  """How alike pairs of structures are; None where nothing can be said.
+
+  Attributes:
+    pairs: The number of pairs.
+    correlation: Correlation of the shares that the layers keep, the mean over
+      the pairs.
+    lowest: That of the pair least alike.
+    highest: That of the pair most alike.
+    overlap: Jaccard index of the kept channels, mean over layers and pairs.
+    chance: That of random sets of the same sizes.
+  """
+
+  pairs: int
+  correlation: float | None
+  lowest: float | None
+  highest: float | None
+  overlap: float | None
+  chance: float | None
+
+  @property
+  def texts(self) -> list[str]:
+    """The cells of a row of the table of similarity."""
+    pairs, *values = dataclasses.astuple(self)
+    return [str(pairs), *('-' if v is None else f'{v:.2f}' for v in values)]
+
+
+def compare(pairs: Sequence[tuple[Record, Record]]) -> Similarity:
+  """How alike the two structures of each pair are."""
+  correlations, found = [], []
+  for a, b in pairs:
+    value = statistics.correlation(shares(a), shares(b))
+    if value is not None:
+      correlations.append(value)
+    if _chose(a) and _chose(b) and a['widths'] == b['widths']:
+      found.append(overlap(a, b))
+  known = list(zip(*found, strict=True)) or [(), ()]
+  mean, *means = (
+    float(np.mean(v)) if v else None for v in (correlations, *known)
+  )
+  low, high = min(correlations, default=None), max(correlations, default=None)
+  return Similarity(len(pairs), mean, low, high, *means)
+
+
+def correlations(records: Sequence[Record]) -> np.ndarray:
+  """[n, n] correlations, NaN where a structure keeps one share everywhere."""
+  found = np.full((len(records), len(records)), np.nan)
+  vectors = [shares(r) for r in records]
+  for i, j in np.ndindex(found.shape):
+    value = statistics.correlation(vectors[i], vectors[j])
+    found[i, j] = np.nan if value is None else value
+  return found
+
+
+def between_seeds(groups: Groups) -> dict[str, Similarity]:
+  """{label: how alike its seeds are}, where there are pairs with a shape."""
+  found = {}
+  for label, group in groups.items():
+    pairs = list(itertools.combinations(group, 2))
+    if pairs and has_shape(group[0]):
+      found[label] = compare(pairs)
+  return found
+
+
+def similarity(records: Sequence[Record]) -> Table:
+  """Structures of different seeds, then those of one seed along a variation."""
+  groups = grouped([r for r in records if has_shape(r)])
+  rows = [[f'{k}: seeds', *v.texts] for k, v in between_seeds(groups).items()]
+  for a, b in itertools.combinations(groups, 2):
+    if groups[a][0]['arm'] != groups[b][0]['arm']:
+      continue
+    other = {r['seed']: r for r in groups[b]}
+    same = [(r, other[r['seed']]) for r in groups[a] if r['seed'] in other]
+    if same:
+      label = f'{a} / {b.rpartition(", ")[2]}: same seed'
+      rows.append([label, *compare(same).texts])
+  columns = ('pairs', 'correlation', 'lowest', 'highest', 'overlap')
+  title = 'Similarity of structures'
+  return Table(title, ['between', *columns, 'by chance'], rows)
+
+
+def show(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Prints the tables of what is finished."""
+  records, total = results.mine(study, workdir), len(plan.cells(study))
+  file = results.path(study, workdir)
+  shown = []
+  trained = any(r['test_accuracy'] is not None for r in records)
+  if trained:
+    shown.append(accuracy(study, records))
+  if records and (study.field or not trained):
+    shown.append(similarity(records))
+  for title, columns, rows in shown:
+    count = f'{len(records)} of {total} cells, {file}'
+    console.table(f'{study.study}: {title}, {count}', columns, rows)
+  if not records:
+    console.say(f'{study.study}: none of {total} cells is finished ({file}).')
