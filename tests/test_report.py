@@ -542,10 +542,10 @@ for (const [path, width] of pages) {
     done.push({path, width, scroll: root.scrollWidth, title: inner.title,
       images: images.length,
       broken: images.filter(i => !i.naturalWidth).length,
-      hints: [...inner.querySelectorAll('.scroll')].filter(
-        e => e.checkVisibility() && (e.scrollWidth > e.clientWidth) != (parseFloat(
-          frame.contentWindow.getComputedStyle(e, '::before').height) > 9)
-        ).map(e => e.getAttribute('aria-label')),
+      hints: [...inner.querySelectorAll('.scroll')]
+        .filter(e => e.checkVisibility() && (e.scrollWidth > e.clientWidth) !=
+          (parseFloat(getComputedStyle(e, '::before').height) > 9))
+        .map(e => e.getAttribute('aria-label')),
       wide: [...inner.querySelectorAll('img, p, h1, h2, .scroll, pre')]
         .filter(e => e.getBoundingClientRect().right > width + 0.5)
         .map(e => e.outerHTML.slice(0, 80))});

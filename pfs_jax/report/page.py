@@ -215,7 +215,7 @@ def changed_rows(fields: Mapping[str, Any]) -> list[list[str]]:
 
 def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """{'train.epochs': 8.0}; sequences are lists, as JSON has them."""
-  found = {}
+  found: dict[str, Any] = {}
   for name, value in fields.items():
     if isinstance(value, Mapping):
       found |= _flat(value, f'{prefix}{name}.')

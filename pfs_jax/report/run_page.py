@@ -247,7 +247,7 @@ def _costs(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   reference = results[0]['reference_test_accuracy']
   if reference is not None:
     points['reference'] = ([reference], [whole])
-  n, panels = results[0]['test_examples'], {}
+  n, panels = results[0]['test_examples'], dict[str, list[figures.Line]]()
   for i, what in enumerate(('MACs', 'parameters')):
     lines = panels.setdefault(f'accuracy in %,\nover {what}', [])
     for label, (accuracies, found) in points.items():

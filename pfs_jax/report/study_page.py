@@ -211,9 +211,11 @@ def _tally(baseline: str, compared: Mapping[str, statistics.Difference]) -> str:
 
 def _likeness(groups: Groups) -> str:
   """The answer of a study without trainings: are the seeds alike?"""
-  found = tables.between_seeds(groups)
-  known = {k: v.correlation for k, v in found.items()}
-  known = {k: v for k, v in known.items() if v is not None}
+  known = {
+    label: alike.correlation
+    for label, alike in tables.between_seeds(groups).items()
+    if alike.correlation is not None
+  }
   if not known:
     return 'There are only structures so far, and too few to compare.'
   said = '; '.join(f'{k}: {v:.2f}' for k, v in list(known.items())[:3])
@@ -288,7 +290,7 @@ def _costs(report: page.Page, arms: Sequence[Arm]) -> None:
   places = Counter(round(100 * arm.share) for arm in arms)
   if len(places) < 2:
     return
-  lines, drawn = [], Counter()
+  lines, drawn = [], Counter[int]()
   for arm in arms:
     place = round(100 * arm.share)  # Arms at one place stand side by side.
     x = 100 * arm.share + drawn[place] - (places[place] - 1) / 2

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -75,7 +76,8 @@ def baseline_accuracies(
     name = _scratch_b(study) or name
   if name in (arm, group[0]['label']) or study.baseline == arm:
     return {}
-  for wanted in (variation, {}):
+  options: tuple[Mapping[str, Any], ...] = (variation, {})
+  for wanted in options:
     arms_there = [r for r in records if r['arm'] == name]
     found = [r for r in arms_there if r['variation'] == wanted]
     if found:
