@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import config, devices, models, search, train
+from pfs_jax import config, cpu, models, search, train
 
 ROUNDS = 10
 
@@ -42,7 +42,7 @@ def main():
     train.optimizer(recipe, 100),
   )
   steps = {'search': (search.step, gated), 'training': (train.step, plain)}
-  options = devices.compiler_options()
+  options = cpu.compiler_options()
   compiled = {
     name: step.lower(state, x, y).compile(options)
     for name, (step, state) in steps.items()

@@ -104,16 +104,3 @@ def steps_per_call(asked: int) -> int:
   if asked:
     return asked
   return 1 if jax.default_backend() == 'cpu' else _STEPS_PER_CALL
-
-
-def compiler_options() -> dict[str, str]:
-  """Options for `jax.jit` of a program that computes gradients.
-
-  On CPU, XLA's newer convolutions (YNN) are turned off: with them the gradient
-  of a 3x3 convolution of 16 channels takes 32 ms against 17 (batch 128, 28x28,
-  2 cores) and a whole training step of VGG16 165 against 107; the forward pass
-  is the same. Elsewhere none.
-  """
-  if jax.default_backend() != 'cpu':
-    return {}
-  return {'xla_cpu_experimental_ynn_fusion_type': ''}

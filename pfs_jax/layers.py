@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,8 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from pfs_jax import cpu
 
 
 def conv_init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
@@ -26,33 +27,6 @@ def conv_init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
   )
   fan_out = math.prod(shape[:-2]) * shape[-1]
   return (drawn[:size] * math.sqrt(2 / fan_out)).reshape(shape)
-
-
-def _grouped_conv(x, kernel, strides, padding, **rest) -> jax.Array:
-  """`lax.conv_general_dilated`; depthwise on CPU: a sum of shifted products.
-
-  XLA's grouped convolution on CPU was seen to be 10 to 30 times slower than the
-  sum, forward and backward (2 cores, 32x16x16x32: 9 against 0.4 ms). The choice
-  is made when the program is lowered, so accelerators get the convolution.
-  """
-
-  def convolution(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
-
-  def shifted(x, kernel):
-    rows, columns, _, channels = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    n, height, width, _ = x.shape
-    total = 0
-    for i, j in itertools.product(range(rows), range(columns)):
-      stop = (n, height - rows + 1 + i, width - columns + 1 + j, channels)
-      taken = jax.lax.slice(x, (0, i, j, 0), stop, (1, *strides, 1))
-      total += taken * kernel[i : i + 1, j : j + 1]
-    return total
-
-  if not kernel.shape[-1] == x.shape[-1] == rest['feature_group_count']:
-    return convolution(x, kernel)
-  return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=convolution)
 
 
 def param_dtype(dtype: Any) -> Any:
@@ -78,7 +52,7 @@ def conv(
     strides=(stride, stride),
     padding=[(kernel // 2, kernel // 2)] * 2,
     feature_group_count=groups,
-    conv_general_dilated=_grouped_conv if groups > 1 else None,
+    conv_general_dilated=cpu.convolution,
     use_bias=False,
     kernel_init=conv_init,
     dtype=dtype,
@@ -184,58 +158,10 @@ def max_pool(
   The gradient goes to the first of equal values, row by row.
   """
   if (window, stride, padding) == (2, 2, 0):
-    return _max_pool_2x2(x)
+    return cpu.max_pool_2x2(x)
   return nn.max_pool(
     x, (window, window), (stride, stride), [(padding, padding)] * 2
   )
-
-
-def _plain_2x2(x: jax.Array) -> jax.Array:
-  return nn.max_pool(x, (2, 2), (2, 2))
-
-
-@jax.custom_vjp
-def _max_pool_2x2(x: jax.Array) -> jax.Array:
-  """Windows that do not overlap; on CPU its gradient is a selection.
-
-  XLA's gradient of pooling on CPU was seen to be 10 to 20 times slower (1 core,
-  128x28x28x15: 18.7 against 1.0 ms, the same bits). Reverse mode only.
-  """
-  return _plain_2x2(x)
-
-
-def _max_pool_2x2_forward(x):
-  y = _plain_2x2(x)
-  return y, (x, y)
-
-
-def _max_pool_2x2_backward(residuals, g):
-  def transposed(x, y, g):
-    del y
-    return jax.vjp(_plain_2x2, x)[1](g)[0]
-
-  def selected(x, y, g):
-    n, height, width, channels = x.shape
-    rows, columns = y.shape[1:3]
-    inside = x[:, : 2 * rows, : 2 * columns]
-    a, b, c = (inside[:, i::2, j::2] for i, j in ((0, 0), (0, 1), (1, 0)))
-    first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
-    place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
-    hit = first[:, :, None, :, None] == place
-    dx = jnp.where(hit, g[:, :, None, :, None], 0).reshape(
-      n, 2 * rows, 2 * columns, channels
-    )
-    # Kept apart from what comes next, which would compute it again.
-    dx = jax.lax.optimization_barrier(dx)
-    beside = ((0, 0), (0, height - 2 * rows), (0, width - 2 * columns), (0, 0))
-    return jnp.pad(dx, beside)
-
-  return (
-    jax.lax.platform_dependent(*residuals, g, cpu=selected, default=transposed),
-  )
-
-
-_max_pool_2x2.defvjp(_max_pool_2x2_forward, _max_pool_2x2_backward)
 
 
 def classifier(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from pfs_jax import checkpointing, console, devices, errors, runs
+from pfs_jax import checkpointing, console, cpu, devices, errors, runs
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -253,7 +253,9 @@ def compiled_call(step_fn: Callable, draw: Callable):
   """(state, resident, chunk) -> (state, metrics [k]), k steps in one call.
 
   `chunk` holds what `draw` needs, with leading axis k; one step is not put into
-  a loop, since XLA on CPU runs gradient convolutions in loops far slower.
+  a loop, since XLA on CPU runs gradient convolutions in loops far slower. The
+  state is donated: its buffers become those of the next state, and the caller
+  must not use it again.
   """
 
   def one(state, resident, item):
@@ -268,8 +270,9 @@ def compiled_call(step_fn: Callable, draw: Callable):
 
   return jax.jit(
     call,
+    donate_argnums=0,
     out_shardings=devices.replicated(),
-    compiler_options=devices.compiler_options(),
+    compiler_options=cpu.compiler_options(),
   )
 
 

@@ -15,6 +15,7 @@ FLOORS = [
     'config',
     'console',
     'costs',
+    'cpu',
     'devices',
     'runs',
     'structures',

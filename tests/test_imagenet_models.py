@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfs_jax import config, costs, errors, layers, models, prune, train
+from pfs_jax import config, costs, errors, models, prune, train
 from tests import processes
 
 MOBILENETS = ['mobilenet_v1', 'mobilenet_v2']
@@ -291,34 +291,6 @@ def test_scale_of_resnet50s_gates_is_free():
 
 
 # Layers.
-
-
-@pytest.mark.parametrize('stride', [1, 2])
-@pytest.mark.parametrize('size', [(7, 6), (1, 1)])
-def test_depthwise_on_cpu_is_the_convolution(stride, size):
-  x = jax.random.normal(jax.random.key(0), (2, *size, 5))
-  kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 5))
-
-  def outputs(convolution):
-    def call(x, kernel):
-      return convolution(
-        x,
-        kernel,
-        (stride, stride),
-        [(1, 1)] * 2,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=5,
-      )
-
-    y, pull = jax.vjp(call, x, kernel)
-    return y, *pull(jnp.cos(y))
-
-  for ours, theirs in zip(
-    jax.jit(lambda: outputs(layers._grouped_conv))(),
-    jax.jit(lambda: outputs(jax.lax.conv_general_dilated))(),
-    strict=True,
-  ):
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_initial_weights(small):

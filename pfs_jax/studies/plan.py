@@ -22,7 +22,7 @@ from pfs_jax.studies import arms
 
 # Part of the hash of cells and of what they share. To be raised when a default
 # of the config, or the code, changes what a cell with the same fields comes out
-# at. 2: gradients on CPU without YNN (`devices.compiler_options`).
+# at. 2: gradients on CPU without YNN (`cpu.compiler_options`).
 REVISION = 2
 
 
