@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from pfs_jax import data, errors, storage
-from pfs_jax.data import archives, prepare, specs, tfrecord, upstream
+from pfs_jax.data import archives, prepare, specs, upstream
 from tests import processes
 
 DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
@@ -684,7 +684,7 @@ def test_tfrecord_prepared_by_others(prepared):
   for place in range(0, len(good), len(good) // 23):  # Lengths, data, checks.
     new.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
     with pytest.raises(ValueError, match='its checksum|middle of a record'):
-      list(tfrecord.records(new))
+      list(prepare.tfrecords(new))
   new.write_bytes(good[:-5])
   with pytest.raises(errors.UserError, match='middle of a record'):
     _again(root)

@@ -26,21 +26,15 @@ __all__ = [
 
 
 def configured(fields: Any) -> Spec:
-  """The facts of the data set of a config, as the config changes them.
+  """The facts of the data set of `config.data`.
 
   Reads files only where the data are the user's own: class folders are listed,
   a .npz file is read, `config.data.factory` is called.
 
-  Args:
-    fields: `config.data`.
-
-  Returns:
-    Its `Spec`.
-
   Raises:
-    errors.UserError: There is no such data set, or it cannot have that value.
+    errors.UserError: There is no such data set, or it cannot have a value.
   """
-  if fields.factory or fields.name in specs.OWN:
+  if specs.is_own(fields):
     from pfs_jax.data import own
 
     return own.configured(fields)
@@ -55,10 +49,7 @@ def open_set(config: Any, workdir: pathlib.Path) -> Any:
     workdir: Where files that are made on the way may be kept.
 
   Returns:
-    `pipeline.Arrays` or `streamed.Streamed`. Both have `spec`,
-    `train_source(stage, hold_out)`, a context manager with the interface of
-    `pipeline.ArraySource`, and `validation()` and `test()`, with that of
-    `pipeline.ArrayEvaluation`.
+    `pipeline.Arrays` or `streamed.Streamed`, which have the same methods.
 
   Raises:
     errors.UserError: The data are missing or not what they should be.

@@ -76,13 +76,8 @@ def load(
       $TFDS_DATA_DIR or ~/tensorflow_datasets.
     source_dir: A directory with upstream's files, used in place of the network
       when `data_dir` has nothing yet. It may be read-only.
-    download: Whether to use the network: one attempt, 10 s to connect,
-      checksums verified.
-    train_examples: Keep only the first so many training images; 0 keeps all.
-      All test images are always kept.
-
-  Returns:
-    The `Dataset`.
+    download: Whether to use the network: one attempt, checksums verified.
+    train_examples: See `Dataset.first`.
 
   Raises:
     errors.UserError: The name is unknown, there are not so many examples, or

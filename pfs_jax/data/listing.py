@@ -1,7 +1,7 @@
 """Which image files there are, and which of them are held out. No JAX.
 
-A folder is data from somewhere: what is read from it are regular files inside
-it. A link that leads out of it, a pipe or a device is refused.
+A folder may come from anywhere. Only regular files inside it are read: a link
+that leads out of it, a pipe or a device is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Folder:
     root: The folder.
     classes: Names of the class folders, sorted; a label is a place in it.
     labels: int32 [N].
-    names: bytes [N], file names without folders. (An array of bytes takes a
-      tenth of the memory of a list of paths.)
+    names: bytes [N], file names without folders (as an array: a tenth of the
+      memory of a list of paths).
   """
 
   root: str
@@ -68,82 +68,75 @@ def scan(root: pathlib.Path) -> Folder:
     root: Holds a folder for each class with files named *.JPEG, *.jpg or *.png
       in any case. Names that start with a dot are passed over.
 
-  Returns:
-    The `Folder`.
-
   Raises:
     errors.UserError: The folder cannot be read, a class has no image, or a link
       leads out of the folder.
   """
+  must = 'config.data.source_dir must hold'
   try:
     inside = os.path.realpath(root)
-    with os.scandir(root) as entries:
-      classes = sorted(
-        entry.name
-        for entry in entries
-        if entry.is_dir() and _is_wanted(entry, inside)
-      )
+    folders = [e.name for e in _entries(root, inside) if e.is_dir()]
+    classes = sorted(folders)
     found = [_file_names(root / name, inside) for name in classes]
   except OSError as e:
     raise errors.UserError(
-      'config.data.source_dir must hold class folders with image files; '
-      f'cannot read {e.filename or root} ({e.strerror}).'
+      f'{must} class folders with image files; cannot read '
+      f'{e.filename or root} ({e.strerror}).'
     ) from e
+  if not classes:
+    raise errors.UserError(f'{must} class folders; {root} has none.')
   for name, files in zip(classes, found, strict=True):
     if not files:
       raise errors.UserError(
-        f'config.data.source_dir must hold images of every class; {root / name}'
-        f' has none ({", ".join(SUFFIXES)} in any case).'
+        f'{must} images of every class; {root / name} has none '
+        f'({", ".join(SUFFIXES)} in any case).'
       )
-  if not classes:
-    raise errors.UserError(
-      f'config.data.source_dir must hold class folders; {root} has none.'
-    )
   counts = [len(files) for files in found]
   labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
   names = np.array([os.fsencode(name) for files in found for name in files])
   return Folder(str(root), tuple(classes), labels, names)
 
 
-def check_same_classes(train: Folder, test: Folder) -> None:
-  """Refuses folders of training and test images with other classes."""
+def scan_pair(root: pathlib.Path, *splits: str) -> tuple[Folder, Folder]:
+  """Lists the folders of training and test images, of the same classes."""
+  train, test = (scan(root / split) for split in splits)
   if test.classes != train.classes:
     odd = sorted(set(test.classes) ^ set(train.classes))
     raise errors.UserError(
       'config.data.source_dir must hold the same classes in '
-      f'{os.path.basename(train.root)} and {os.path.basename(test.root)}; '
-      f'{os.path.dirname(train.root)} has {", ".join(odd[:3])} in one only.'
+      f'{" and ".join(splits)}; {root} has {", ".join(odd[:3])} in one only.'
     )
+  return train, test
 
 
 def _file_names(folder: pathlib.Path, inside: str) -> list[str]:
-  with os.scandir(folder) as entries:
-    wanted = [
-      entry
-      for entry in entries
-      if entry.name.lower().endswith(SUFFIXES) and _is_wanted(entry, inside)
-    ]
-  for entry in wanted:
+  files = [
+    entry
+    for entry in _entries(folder, inside)
+    if entry.name.lower().endswith(SUFFIXES)
+  ]
+  for entry in files:
     if not entry.is_file():
       raise errors.UserError(
         f'config.data.source_dir must hold regular files; {entry.path} is none.'
       )
-  return sorted(entry.name for entry in wanted)
+  return sorted(entry.name for entry in files)
 
 
-def _is_wanted(entry: os.DirEntry, inside: str) -> bool:
-  """Whether an entry is not hidden; refuses a link that leads elsewhere."""
-  if entry.name.startswith('.'):
-    return False
-  if entry.is_symlink():
-    target = os.path.realpath(entry.path)
-    if os.path.commonpath([target, inside]) != inside:
-      raise errors.UserError(
-        f'config.data.source_dir must not hold links that lead out of it; '
-        f'{entry.path} leads to {target}.\n'
-        '`cp -rL` makes a copy without links.'
-      )
-  return True
+def _entries(folder: pathlib.Path, inside: str) -> list[os.DirEntry]:
+  """What is in a folder and not hidden; a link out of `inside` is refused."""
+  with os.scandir(folder) as found:
+    entries = [entry for entry in found if not entry.name.startswith('.')]
+  for entry in entries:
+    if entry.is_symlink():
+      target = os.path.realpath(entry.path)
+      if os.path.commonpath([target, inside]) != inside:
+        raise errors.UserError(
+          f'config.data.source_dir must not hold links that lead out of it; '
+          f'{entry.path} leads to {target}.\n'
+          '`cp -rL` makes a copy without links.'
+        )
+  return entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +160,7 @@ class Records:
 
   def where(self, i: int) -> str:
     """Data set, split, place and file name of image i."""
-    file = os.fsdecode(_as_bytes(self._examples([int(i)])[0]['file_name']))
+    file = os.fsdecode(self._examples([int(i)])[0]['file_name'])
     return f'{file} ({self.name} {self.split}[{i}] in {self.data_dir})'
 
   def read(self, i: int) -> tuple[bytes, int]:
@@ -181,7 +174,7 @@ class Records:
     for start in range(0, self.count, 100):
       stop = min(start + 100, self.count)
       for example in self._examples(list(range(start, stop))):
-        names.append(_as_bytes(example['file_name']))
+        names.append(os.fsencode(example['file_name']))
         labels.append(int(example['label']))
     return np.array(names), np.array(labels, np.int32)
 
@@ -215,10 +208,6 @@ def _open_records(records: Records) -> tuple:
     return _READERS[records]
 
 
-def _as_bytes(name: bytes | str) -> bytes:
-  return name if isinstance(name, bytes) else os.fsencode(name)
-
-
 def held_out(
   names: np.ndarray, labels: np.ndarray, per_class: int | np.ndarray
 ) -> np.ndarray:
@@ -244,13 +233,10 @@ def held_out(
   Raises:
     errors.UserError: A class has no more images than it should give.
   """
-  mask = np.zeros(len(labels), bool)
-  if not np.any(per_class):
-    return mask
   counts = np.bincount(labels)
   wanted = np.broadcast_to(per_class, counts.shape)
-  if (counts <= wanted).any():
-    least = np.argmin(counts - wanted)
+  least = np.argmin(counts - wanted)
+  if counts[least] <= wanted[least]:
     raise errors.UserError(
       'config.data.validation_examples must leave images of every class to '
       f'train on: the smallest has {counts[least]}; asked are '
@@ -259,5 +245,6 @@ def held_out(
   digests = np.array([hashlib.sha256(bytes(n)).digest() for n in names], 'S32')
   order = np.lexsort((names, digests, labels))
   rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+  mask = np.zeros(len(labels), bool)
   mask[order] = rank < np.repeat(wanted, counts)
   return mask

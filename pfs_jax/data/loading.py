@@ -159,17 +159,18 @@ class Loader:
   Args:
     batches: What to decode.
     start: The first step.
-    threads: Threads that decode, at least 1.
+    workers: Threads that decode; 0 and -1 are one for each core.
 
   Attributes:
     seconds_waited: How long `next` has waited.
   """
 
-  def __init__(self, batches: Batches, start: int, threads: int):
+  def __init__(self, batches: Batches, start: int, workers: int):
     silence_pillow()
     self.seconds_waited = 0.0
     self._batches = batches
     self._steps = iter(range(start, len(batches)))
+    threads = workers if workers > 0 else len(os.sched_getaffinity(0))
     self._pool = futures.ThreadPoolExecutor(threads, 'decode')
     self._ahead: collections.deque[list[futures.Future]] = collections.deque()
     for _ in range(_AHEAD):
@@ -213,11 +214,6 @@ class Loader:
     }
     corrupt = [found for piece in pieces for found in piece['corrupt']]
     return {**joined, 'corrupt': corrupt}
-
-
-def threads(workers: int) -> int:
-  """Threads that decode, by `config.data.workers`: 0 and -1 are one a core."""
-  return workers if workers > 0 else len(os.sched_getaffinity(0))
 
 
 class Corrupt:

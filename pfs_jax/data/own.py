@@ -1,8 +1,7 @@
-"""Data of your own: class folders, a .npz file, or a function.
+"""Data of your own: class folders, a .npz file, or a function; docs/data.md.
 
-See docs/data.md. All three become arrays in memory. Their order is shuffled
-once, by a fixed permutation, so that the last training images are a fair sample
-to hold out.
+All three become arrays in memory. The training images are shuffled once, by a
+fixed permutation, so that the last ones are a fair sample to hold out.
 """
 
 from __future__ import annotations
@@ -18,116 +17,120 @@ import numpy as np
 from pfs_jax import errors, storage, user_code
 from pfs_jax.data import arrays, decoding, listing, loading, specs
 
-MAX_BYTES = 4 << 30  # Of all arrays in memory; larger folders can be streamed.
+MAX_BYTES = 4 << 30  # Of all arrays; larger folders can be streamed.
 _NAMES = ('images', 'labels', 'test_images', 'test_labels')
-_TEST_SHARE = 5  # Without test/, every fifth image of a class is for the test.
 # ImageNet's mean and deviation, customary for photographs.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def is_own(fields: Any) -> bool:
-  """Whether `config.data` asks for data of the user's own."""
-  return bool(fields.factory) or fields.name in specs.OWN
+_MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def configured(fields: Any) -> specs.Spec:
-  """The facts of the data; class folders are listed, other data are read.
-
-  Args:
-    fields: `config.data`.
-
-  Raises:
-    errors.UserError: The data are missing, or not what they should be.
-  """
+  """The facts of the data of `config.data`; of folders, no image is decoded."""
   if fields.factory or fields.name == 'npz':
-    return load(fields).spec
-  return _Folders(fields).spec
+    return _given(fields).spec
+  return _folder(fields)[0]
 
 
-def load(fields: Any) -> arrays.Dataset:
-  """Reads the data.
+def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
+  """Reads the data and binds a workdir to them.
 
   Args:
     fields: `config.data`.
+    workdir: Keeps the SHA-256 of the arrays, in data/identity.json.
 
   Returns:
     The `Dataset`, its training images in a fixed random order.
 
   Raises:
-    errors.UserError: The data are missing, or not what they should be.
+    errors.UserError: The data are missing or not what they should be, or the
+      workdir was begun with others.
   """
-  sizes = fields.image_size, fields.num_classes
-  if fields.factory:
-    found = _called(fields.factory, *sizes)
-  elif fields.name == 'npz':
-    path = pathlib.Path(fields.source_dir).expanduser()
-    changed = path.stat().st_mtime_ns if path.is_file() else 0
-    found = _read(str(path), changed, *sizes)
+  if fields.factory or fields.name == 'npz':
+    found = _given(fields)
   else:
-    found = _Folders(fields).load()
+    spec, *splits = _folder(fields)
+    train, test = (_decoded(s, spec.image_size, fields) for s in splits)
+    found = arrays.Dataset(*train, *test, spec)
+  _claim(workdir, found)
   order = np.random.default_rng(0).permutation(len(found.train_labels))
+  train = found.train_images[order], found.train_labels[order]
   return arrays.Dataset(
-    found.train_images[order],
-    found.train_labels[order],
-    found.test_images,
-    found.test_labels,
-    found.spec,
-  )
+    *train, found.test_images, found.test_labels, found.spec
+  ).first(fields.train_examples)
 
 
-def claim(workdir: pathlib.Path, dataset: arrays.Dataset) -> None:
-  """Binds a workdir to these data: other pixels or labels are refused.
-
-  Args:
-    workdir: Keeps their SHA-256, in data/identity.json.
-    dataset: All of the data.
-
-  Raises:
-    errors.UserError: The workdir was begun with other data.
-  """
-  found = {
-    name: getattr(dataset, name)
-    for name in ('train_images', 'train_labels', 'test_images', 'test_labels')
-  }
-  # The values and their order; shapes follow from the spec.
+def _claim(workdir: pathlib.Path, found: arrays.Dataset) -> None:
+  train, test = found.train_images, found.test_images
   known = {
-    'sha256': storage.checksum(found),
-    'image_size': dataset.spec.image_size,
-    'class_names': list(dataset.spec.class_names),
+    'sha256': storage.checksum(
+      [train, found.train_labels, test, found.test_labels]
+    ),
+    'image_size': found.spec.image_size,
+    'class_names': list(found.spec.class_names),
   }
   path = workdir / 'data' / 'identity.json'
   if not path.exists():
     storage.write_json(path, known)
   elif storage.read_json(path) != known:
     raise errors.UserError(
-      f'the data ({dataset.spec.name}) are not those that {workdir} was begun '
+      f'the data ({found.spec.name}) are not those that {workdir} was begun '
       'with: an image, a label or a class differs.\n'
       'Put the former data back, or give another --workdir.'
     )
 
 
+def _spec(
+  name: str,
+  shape: tuple[int, ...],
+  class_names: tuple[str, ...],
+  counts: tuple[int, int],
+  moments: tuple[tuple[float, ...], ...],
+) -> specs.Spec:
+  return specs.Spec(
+    name=name,
+    image_size=shape[0],
+    channels=shape[-1],
+    num_classes=len(class_names),
+    mean=moments[0],
+    std=moments[1],
+    flip=True,  # config.data.flip=False turns it off.
+    crop_padding=shape[0] // 8,  # As for CIFAR: 4 of 32 pixels.
+    class_names=class_names,
+    train_examples=counts[0],
+    test_examples=counts[1],
+  )
+
+
 # Arrays.
 
 
+def _given(fields: Any) -> arrays.Dataset:
+  """The arrays of a function or a .npz file, checked."""
+  sizes = fields.image_size, fields.num_classes
+  if fields.factory:
+    return _called(fields.factory, *sizes)
+  path = pathlib.Path(fields.source_dir).expanduser()
+  changed = path.stat().st_mtime_ns if path.is_file() else 0
+  return _read(path, changed, *sizes)
+
+
 @functools.lru_cache(maxsize=1)
-def _called(factory: str, image_size: int, num_classes: int) -> arrays.Dataset:
+def _called(factory: str, *sizes: int) -> arrays.Dataset:
   call = user_code.imported('data.factory', factory)
   with user_code.blamed('data.factory', factory):
     found = call()
-  if not isinstance(found, Mapping):
-    raise errors.UserError(
-      f'config.data.factory={factory}: must return a dict of arrays '
-      f'({", ".join(_NAMES)}); got {type(found).__name__}.'
-    )
   where = f'config.data.factory={factory}'
-  return _checked(found, where, factory, image_size, num_classes)
+  _require(
+    where,
+    isinstance(found, Mapping),
+    f'must return a dict of arrays ({", ".join(_NAMES)})',
+    type(found).__name__,
+  )
+  return _checked(found, where, factory, *sizes)
 
 
 @functools.lru_cache(maxsize=1)
-def _read(
-  path: str, changed: int, image_size: int, num_classes: int
-) -> arrays.Dataset:
-  """The data of a .npz file; `changed` is when, so that a new file is read."""
+def _read(path: pathlib.Path, changed: int, *sizes: int) -> arrays.Dataset:
+  """The arrays of a file, read again when it has `changed`."""
   where = f'config.data.source_dir={path}'
   try:
     with zipfile.ZipFile(path) as file:
@@ -136,13 +139,9 @@ def _read(
     raise errors.UserError(
       f'{where} must be a .npz file ({loading.reason(e)}).'
     ) from e
-  if size > MAX_BYTES:
-    raise errors.UserError(
-      f'{where} must hold at most {MAX_BYTES >> 30} GiB; it has '
-      f'{size / 2**30:.1f}.'
-    )
-  found = storage.read_arrays(pathlib.Path(path))
-  return _checked(found, where, 'npz', image_size, num_classes)
+  most = f'must hold at most {MAX_BYTES:,} bytes'
+  _require(where, size <= MAX_BYTES, most, f'{size:,}')
+  return _checked(storage.read_arrays(path), where, 'npz', *sizes)
 
 
 def _require(where: str, holds: Any, rule: str, got: Any) -> None:
@@ -166,24 +165,16 @@ def _checked(
   )
   images, labels = _pair(found, '', require)
   test_images, test_labels = _pair(found, 'test_', require)
-  shape = images.shape[1:]
-  require(
-    test_images.shape[1:] == shape,
-    f'test_images must be {list(shape)} as images are',
-    list(test_images.shape[1:]),
-  )
-  require(
-    image_size in (0, shape[0]),
-    f'config.data.image_size must be 0 or {shape[0]}',
-    image_size,
-  )
+  shape, test_shape = images.shape[1:], test_images.shape[1:]
+  rule = f'test_images must be {list(shape)} as images are'
+  require(test_shape == shape, rule, list(test_shape))
+  rule = f'config.data.image_size must be 0 or {shape[0]}'
+  require(image_size in (0, shape[0]), rule, image_size)
   classes = num_classes or int(labels.max()) + 1
   for split, values in (('', labels), ('test_', test_labels)):
-    require(
-      0 <= values.min() and values.max() < classes,
-      f'{split}labels must be in 0..{classes - 1}',
-      f'{values.min()}..{values.max()}',
-    )
+    low, high = values.min(), values.max()
+    rule = f'{split}labels must be in 0..{classes - 1}'
+    require(0 <= low and high < classes, rule, f'{low}..{high}')
   absent = np.setdiff1d(np.arange(classes), labels)
   require(
     num_classes or not len(absent),
@@ -203,7 +194,7 @@ def _checked(
 def _pair(
   found: Mapping[str, Any], split: str, require: Callable[..., None]
 ) -> arrays.Pair:
-  """(images [N, H, H, C], labels [N]) of one split, of the right types."""
+  """(images [N, S, S, C], labels [N]) of one split, of the right types."""
   images = np.asarray(found[f'{split}images'])
   labels = np.asarray(found[f'{split}labels'])
   require(
@@ -211,11 +202,8 @@ def _pair(
     f'{split}images must be uint8 [N, H, W] or [N, H, W, C], 0..255',
     f'{images.dtype} {images.shape}',
   )
-  require(
-    images.shape[1] == images.shape[2],
-    f'{split}images must be squares',
-    images.shape,
-  )
+  is_square = images.shape[1] == images.shape[2]
+  require(is_square, f'{split}images must be squares', images.shape)
   require(
     labels.dtype.kind in 'iu' and labels.shape == images.shape[:1],
     f'{split}labels must be {len(images)} integers, one for each image',
@@ -226,119 +214,54 @@ def _pair(
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], ...]:
   """Mean and deviation of each channel of pixels in 0..1, to 4 digits."""
-  means, deviations = [], []
-  values = np.arange(256) / 255
-  for channel in range(images.shape[-1]):
-    counts = np.bincount(images[..., channel].ravel(), minlength=256)
+  values, found = np.arange(256) / 255, []
+  for channel in np.moveaxis(images, -1, 0):
+    counts = np.bincount(channel.ravel(), minlength=256)
     mean = np.average(values, weights=counts)
     deviation = np.average((values - mean) ** 2, weights=counts) ** 0.5
-    means.append(round(float(mean), 4))
-    deviations.append(round(max(float(deviation), 1 / 255), 4))
-  return tuple(means), tuple(deviations)
-
-
-def _spec(
-  name: str,
-  shape: tuple[int, ...],
-  class_names: tuple[str, ...],
-  counts: tuple[int, int],
-  moments: tuple[tuple[float, ...], ...],
-) -> specs.Spec:
-  mean, std = moments
-  return specs.Spec(
-    name=name,
-    image_size=shape[0],
-    channels=shape[-1],
-    num_classes=len(class_names),
-    mean=mean,
-    std=std,
-    flip=True,  # config.data.flip=False turns it off.
-    crop_padding=shape[0] // 8,  # As for CIFAR: 4 of 32 pixels.
-    class_names=class_names,
-    train_examples=counts[0],
-    test_examples=counts[1],
-  )
+    found.append((round(mean, 4), round(max(deviation, 1 / 255), 4)))
+  means, deviations = zip(*found, strict=True)
+  return tuple(map(float, means)), tuple(map(float, deviations))
 
 
 # Folders.
 
 
-class _Folders:
-  """Class folders in train/ and test/ (or val/), or in one folder.
-
-  One folder is split by file name: of each class, a fifth of the images, those
-  whose names have the least SHA-256, are test images.
-  """
-
-  def __init__(self, fields: Any):
-    self._skip = fields.corrupt == 'skip'
-    self._workers = fields.workers
-    if not fields.source_dir:
-      raise errors.UserError(
-        'config.data.source_dir must be a folder of class folders for '
-        'config.data.name=folder; got nothing.'
-      )
-    root = pathlib.Path(fields.source_dir).expanduser()
-    self._train, self._test = _listed(root)
-    size = fields.image_size or self._first_size()
-    classes = self._train.classes
-    if fields.num_classes not in (0, len(classes)):
-      raise errors.UserError(
-        f'config.data.num_classes must be 0 or {len(classes)}, the number of '
-        f'class folders in {self._train.root}; got {fields.num_classes}.'
-      )
-    counts = len(self._train), len(self._test)
-    needed = sum(counts) * size**2 * 3
-    if needed > MAX_BYTES:
-      raise errors.UserError(
-        f'config.data.image_size={size} for {sum(counts)} images takes '
-        f'{needed / 2**30:.1f} GiB; at most {MAX_BYTES >> 30} GiB are kept in '
-        'memory.\nconfig.data.name=imagenet2012 streams large folders: see '
-        'docs/imagenet.md.'
-      )
-    self.spec = _spec('folder', (size, size, 3), classes, counts, (_MEAN, _STD))
-
-  def _first_size(self) -> int:
-    """The shorter side of the first image of the first class."""
-    try:
-      return min(decoding.size(self._train.read(0)[0]))
-    except Exception as e:  # Pillow raises many kinds.
-      raise errors.UserError(
-        f'{self._train.where(0)} cannot be decoded ({loading.reason(e)}), and '
-        'config.data.image_size is 0 (the size of the first image).'
-      ) from e
-
-  def load(self) -> arrays.Dataset:
-    train, test = map(self._decoded, (self._train, self._test))
-    return arrays.Dataset(*train, *test, self.spec)
-
-  def _decoded(self, images: listing.Folder) -> arrays.Pair:
-    n, size = len(images), self.spec.image_size
-    batches = loading.Batches(
-      images, np.arange(n), min(n, 64), np.arange(min(n, 64)), size, keep=1.0
+def _folder(fields: Any) -> tuple[specs.Spec, listing.Folder, listing.Folder]:
+  """The facts of a folder, its training images, and its test images."""
+  if not fields.source_dir:
+    raise errors.UserError(
+      'config.data.source_dir must be a folder of class folders for '
+      'config.data.name=folder; got nothing.'
     )
-    corrupt = loading.Corrupt(images, self._skip)
-    pixels = np.empty((n, size, size, 3), np.uint8)
-    labels: list[int] = []
-    with loading.Loader(batches, 0, loading.threads(self._workers)) as loader:
-      for _ in range(len(batches)):
-        batch = loader.next()
-        corrupt.note(batch, must_fill=False)
-        good = batch['weights'] > 0
-        pixels[len(labels) : len(labels) + good.sum()] = batch['pixels'][good]
-        labels += batch['labels'][good].tolist()
-    if not labels:
-      raise errors.UserError(f'no image in {images.root} can be decoded.')
-    return pixels[: len(labels)], np.array(labels, np.int32)
+  train, test = _splits(pathlib.Path(fields.source_dir).expanduser())
+  size, classes = fields.image_size or _first_size(train), train.classes
+  if fields.num_classes not in (0, len(classes)):
+    raise errors.UserError(
+      f'config.data.num_classes must be 0 or {len(classes)}, the number of '
+      f'class folders in {train.root}; got {fields.num_classes}.'
+    )
+  n = len(train) + len(test)
+  if n * size**2 * 3 > MAX_BYTES:
+    raise errors.UserError(
+      f'{n} images of config.data.image_size={size} must take at most '
+      f'{MAX_BYTES:,} bytes in memory; got {n * size**2 * 3:,}.\n'
+      'config.data.name=imagenet2012 streams large folders: see '
+      'docs/imagenet.md.'
+    )
+  counts = len(train), len(test)
+  spec = _spec('folder', (size, size, 3), classes, counts, _MOMENTS)
+  return spec, train, test
 
 
-def _listed(root: pathlib.Path) -> tuple[listing.Folder, listing.Folder]:
-  """(training images, test images) of a folder."""
+def _splits(root: pathlib.Path) -> tuple[listing.Folder, listing.Folder]:
+  """train/ and test/ (or val/) where they are; else a fifth is for the test.
+
+  Of each class these are the images whose file names have the least SHA-256.
+  """
   tests = [name for name in ('test', 'val') if (root / name).is_dir()]
   if (root / 'train').is_dir() and tests:
-    train, test = listing.scan(root / 'train'), listing.scan(root / tests[0])
-    listing.check_same_classes(train, test)
-    return train, test
+    return listing.scan_pair(root, 'train', tests[0])
   every = listing.scan(root)
   counts = np.bincount(every.labels)
   if counts.min() < 2:
@@ -347,6 +270,36 @@ def _listed(root: pathlib.Path) -> tuple[listing.Folder, listing.Folder]:
       f'where it has no train/ and test/; {root} has 1 of '
       f'{every.classes[int(counts.argmin())]}.'
     )
-  per_class = np.maximum(1, counts // _TEST_SHARE)
-  test_mask = listing.held_out(every.names, every.labels, per_class)
-  return every.subset(~test_mask), every.subset(test_mask)
+  per_class = np.maximum(1, counts // 5)
+  is_test = listing.held_out(every.names, every.labels, per_class)
+  return every.subset(~is_test), every.subset(is_test)
+
+
+def _first_size(train: listing.Folder) -> int:
+  """The shorter side of the first image of the first class."""
+  try:
+    return min(decoding.size(train.read(0)[0]))
+  except Exception as e:  # Pillow raises many kinds.
+    raise errors.UserError(
+      f'{train.where(0)} cannot be decoded ({loading.reason(e)}), and '
+      'config.data.image_size is 0 (the size of the first image).'
+    ) from e
+
+
+def _decoded(images: listing.Folder, size: int, fields: Any) -> arrays.Pair:
+  """(pixels, labels) of all images, without those that are skipped."""
+  chosen, rows = np.arange(len(images)), np.arange(min(len(images), 64))
+  batches = loading.Batches(images, chosen, len(rows), rows, size, keep=1.0)
+  corrupt = loading.Corrupt(images, fields.corrupt == 'skip')
+  pixels = np.empty((len(images), size, size, 3), np.uint8)
+  labels: list[int] = []
+  with loading.Loader(batches, 0, fields.workers) as loader:
+    for _ in range(len(batches)):
+      batch = loader.next()
+      corrupt.note(batch, must_fill=False)
+      good = batch['weights'] > 0
+      pixels[len(labels) : len(labels) + good.sum()] = batch['pixels'][good]
+      labels += batch['labels'][good].tolist()
+  if not labels:
+    raise errors.UserError(f'no image in {images.root} can be decoded.')
+  return pixels[: len(labels)], np.array(labels, np.int32)

@@ -232,10 +232,8 @@ class Arrays:
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
     self._config = c
     fields = c.data
-    if own.is_own(fields):
-      every = own.load(fields)
-      own.claim(workdir, every)
-      self._dataset = every.first(fields.train_examples)
+    if specs.is_own(fields):
+      self._dataset = own.load(fields, workdir)
     else:
       specs.configured(fields)  # Refuses what the set cannot have.
       self._dataset = arrays.load(

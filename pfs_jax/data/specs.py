@@ -55,7 +55,6 @@ class Spec:
     assert len(self.class_names) in (0, self.num_classes), self.name
 
 
-_DIGITS = tuple('0123456789')
 _FASHION = (
   'T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, '
   'Ankle boot'
@@ -79,11 +78,7 @@ OWN = ('folder', 'npz')  # Read by `own`, from files of the user.
 
 
 def register(spec: Spec) -> None:
-  """Adds a data set, so that `spec` and the messages know its name.
-
-  Args:
-    spec: Its name must be new, or the facts equal to those that are there.
-  """
+  """Adds a data set of a new name, so that `spec` and the messages know it."""
   known = SPECS.setdefault(spec.name, spec)
   assert known == spec, f'{spec.name} is registered with other values'
 
@@ -93,12 +88,6 @@ def spec(name: str) -> Spec:
 
   >>> spec('cifar10').image_size, spec('cifar10').num_classes
   (32, 10)
-
-  Args:
-    name: `config.data.name`.
-
-  Returns:
-    Its `Spec`.
 
   Raises:
     errors.UserError: There is no such data set.
@@ -111,15 +100,16 @@ def spec(name: str) -> Spec:
   return SPECS[name]
 
 
+def is_own(fields: Any) -> bool:
+  """Whether `config.data` asks for data of the user's own, see `own`."""
+  return bool(fields.factory) or fields.name in OWN
+
+
 def configured(fields: Any) -> Spec:
   """The facts of a registered data set, as the config changes them.
 
-  Args:
-    fields: `config.data`. Its `image_size` and `num_classes` change a set that
-      is streamed; for a set of arrays they must be 0 or what the set has.
-
-  Returns:
-    The `Spec`.
+  `image_size` and `num_classes` of `config.data` change a set that is streamed;
+  for a set of arrays they must be 0 or what the set has.
 
   Raises:
     errors.UserError: There is no such data set, or it cannot have that value.
@@ -142,50 +132,36 @@ def configured(fields: Any) -> Spec:
 # Mean and deviation of the training images. Those of digits and Fashion-MNIST
 # are measured (a test repeats it); MNIST's are the customary ones. Crop padding
 # is our choice: 8x8 digits stay readable when shifted by one pixel, not more.
-register(
-  Spec(
-    name='digits',
-    image_size=8,
-    channels=1,
-    num_classes=10,
-    mean=(0.3054,),
-    std=(0.3759,),
-    flip=False,
-    crop_padding=1,
-    class_names=_DIGITS,
-    train_examples=1500,
-    test_examples=297,
-  )
+_DIGITS = Spec(
+  name='digits',
+  image_size=8,
+  channels=1,
+  num_classes=10,
+  mean=(0.3054,),
+  std=(0.3759,),
+  flip=False,
+  crop_padding=1,
+  class_names=tuple('0123456789'),
+  train_examples=1500,
+  test_examples=297,
 )
-register(
-  Spec(
-    name='mnist',
-    image_size=28,
-    channels=1,
-    num_classes=10,
-    mean=(0.1307,),
-    std=(0.3081,),
-    flip=False,
-    crop_padding=2,
-    class_names=_DIGITS,
-    train_examples=60_000,
-    test_examples=10_000,
-  )
+_MNIST = dataclasses.replace(
+  _DIGITS,
+  name='mnist',
+  image_size=28,
+  mean=(0.1307,),
+  std=(0.3081,),
+  crop_padding=2,
+  train_examples=60_000,
+  test_examples=10_000,
 )
-register(
-  Spec(
-    name='fashion_mnist',
-    image_size=28,
-    channels=1,
-    num_classes=10,
-    mean=(0.2860,),
-    std=(0.3530,),
-    flip=True,
-    crop_padding=2,
-    class_names=tuple(_FASHION.split(', ')),
-    train_examples=60_000,
-    test_examples=10_000,
-  )
+_FASHION_MNIST = dataclasses.replace(
+  _MNIST,
+  name='fashion_mnist',
+  mean=(0.2860,),
+  std=(0.3530,),
+  flip=True,
+  class_names=tuple(_FASHION.split(', ')),
 )
 # The customary CIFAR numbers, which the paper's code uses too. This deviation
 # is the mean of each image's own deviation (over all pixels it is .2470, .2435,
@@ -204,53 +180,47 @@ _CIFAR = Spec(
   train_examples=50_000,
   test_examples=10_000,
 )
-register(_CIFAR)
-register(
-  dataclasses.replace(
-    _CIFAR,
-    name='cifar100',
-    num_classes=100,
-    class_names=tuple(_CIFAR100.split()),
-  )
+_FINE_CIFAR = dataclasses.replace(
+  _CIFAR,
+  name='cifar100',
+  num_classes=100,
+  class_names=tuple(_CIFAR100.split()),
 )
 # ImageNet's customary numbers. config.data.image_size and .num_classes change
 # the size, and the number of classes of a folder like ImageNet's.
-register(
-  Spec(
-    name='imagenet2012',
-    image_size=224,
-    channels=3,
-    num_classes=1000,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    flip=True,
-    crop_padding=0,
-    class_names=(),
-    train_examples=1_281_167,
-    test_examples=50_000,
-    in_memory=False,
-    crop_scale=0.25,
-  )
+_IMAGENET = Spec(
+  name='imagenet2012',
+  image_size=224,
+  channels=3,
+  num_classes=1000,
+  mean=(0.485, 0.456, 0.406),
+  std=(0.229, 0.224, 0.225),
+  flip=True,
+  crop_padding=0,
+  class_names=(),
+  train_examples=1_281_167,
+  test_examples=50_000,
+  in_memory=False,
+  crop_scale=0.25,
 )
 # Drawn by data/shapes.py: streamed like ImageNet, small enough for two cores.
-register(
-  Spec(
-    name='shapes',
-    image_size=64,
-    channels=3,
-    num_classes=8,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-    flip=True,
-    crop_padding=0,
-    class_names=tuple(
-      f'{colour}_{shape}'
-      for colour in ('blue', 'red')
-      for shape in ('circle', 'ring', 'square', 'triangle')
-    ),
-    train_examples=480,
-    test_examples=80,
-    in_memory=False,
-    crop_scale=0.25,
-  )
+_SHAPES = dataclasses.replace(
+  _IMAGENET,
+  name='shapes',
+  image_size=64,
+  num_classes=8,
+  mean=(0.5, 0.5, 0.5),
+  std=(0.25, 0.25, 0.25),
+  class_names=tuple(
+    f'{colour}_{shape}'
+    for colour in ('blue', 'red')
+    for shape in ('circle', 'ring', 'square', 'triangle')
+  ),
+  train_examples=480,
+  test_examples=80,
 )
+
+for _spec in (_DIGITS, _MNIST, _FASHION_MNIST, _CIFAR, _FINE_CIFAR):
+  register(_spec)
+for _spec in (_IMAGENET, _SHAPES):
+  register(_spec)

@@ -64,12 +64,12 @@ class StreamSource:
     key: jax.Array,
     draw: colour.StreamDraw,
     corrupt: loading.Corrupt,
-    threads: int,
+    workers: int,
   ):
     self.resident = ()
     self.steps_per_epoch = batches.steps_per_epoch
     self.draw = draw
-    self._batches, self._corrupt, self._threads = batches, corrupt, threads
+    self._batches, self._corrupt, self._workers = batches, corrupt, workers
     self._key = np.asarray(jax.random.key_data(key))
     self._loader: loading.Loader | None = None
     self._next, self._waited = -1, 0.0
@@ -102,7 +102,7 @@ class StreamSource:
     """
     if self._loader is None or step != self._next:
       self.close()
-      self._loader = loading.Loader(self._batches, step, self._threads)
+      self._loader = loading.Loader(self._batches, step, self._workers)
     self._next = step + k
     local = [self._loader.next() for _ in range(k)]
     for batch in local:
@@ -139,16 +139,16 @@ class StreamEvaluation:
     batches: loading.Batches,
     augmentation: colour.ColourAugmentation,
     corrupt: loading.Corrupt,
-    threads: int,
+    workers: int,
   ):
     self.augmentation = augmentation
     self.size = len(batches.chosen)
-    self._batches, self._corrupt, self._threads = batches, corrupt, threads
+    self._batches, self._corrupt, self._workers = batches, corrupt, workers
 
   def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
     """Yields (images, labels, weights) on the devices."""
     skipped = 0
-    with loading.Loader(self._batches, 0, self._threads) as loader:
+    with loading.Loader(self._batches, 0, self._workers) as loader:
       for _ in range(len(self._batches)):
         batch = loader.next()
         self._corrupt.note(batch, must_fill=False)
@@ -197,7 +197,7 @@ class Streamed:
     skip = c.data.corrupt == 'skip'
     self._corrupt = loading.Corrupt(self._train, skip)
     self._corrupt_test = loading.Corrupt(self._test, skip)
-    self._threads = loading.threads(c.data.workers)
+    self._workers = c.data.workers
 
   def train_source(self, stage: str, hold_out: bool) -> StreamSource:
     """Training batches of a stage ('search' or 'train').
@@ -232,7 +232,7 @@ class Streamed:
       skip=self._corrupt.skip,
     )
     draw = colour.StreamDraw(self._augmentation(stage), augment)
-    return StreamSource(batches, device_key, draw, self._corrupt, self._threads)
+    return StreamSource(batches, device_key, draw, self._corrupt, self._workers)
 
   def validation(self) -> StreamEvaluation | None:
     """The images held out from training, or None."""
@@ -256,7 +256,7 @@ class Streamed:
       images, chosen, size, _local_rows(size), self.spec.image_size
     )
     augmentation = self._augmentation(None)
-    return StreamEvaluation(batches, augmentation, corrupt, self._threads)
+    return StreamEvaluation(batches, augmentation, corrupt, self._workers)
 
   def _augmentation(self, stage: str | None) -> colour.ColourAugmentation:
     recipe = self._config[stage] if stage else None
@@ -282,16 +282,13 @@ def _splits(
   return _prepared(c.data.data_dir, spec)
 
 
-def _folders(
-  root: pathlib.Path, spec: specs.Spec
-) -> tuple[listing.Folder, listing.Folder]:
-  train, test = (listing.scan(root / split) for split in ('train', 'val'))
+def _folders(root: pathlib.Path, spec: specs.Spec) -> tuple[Any, Any]:
+  train, test = listing.scan_pair(root, 'train', 'val')
   if len(train.classes) != spec.num_classes:
     raise errors.UserError(
       f'config.data.source_dir must hold {spec.num_classes} class folders '
       f'(config.data.num_classes); {root / "train"} has {len(train.classes)}.'
     )
-  listing.check_same_classes(train, test)
   return train, test
 
 
