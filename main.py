@@ -13,7 +13,7 @@ from pfs_jax import console, devices, errors, report, stages, studies
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
 )
-MODES = [*stages.MODES, 'study', 'report']
+MODES = [*stages.MODES, 'tournament', 'study', 'report']
 MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
@@ -55,6 +55,8 @@ def main(_: list[str]) -> None:
     report.write(c, workdir())
   elif studies.asked(mode, c):
     studies.run(c, workdir())
+  elif mode == 'tournament':
+    studies.tournament.run(c, workdir())
   else:
     stages.execute(mode, stages.Job(c, workdir()))
 

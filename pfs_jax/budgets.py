@@ -56,7 +56,7 @@ class Budget:
     min_channels: Channels that every layer keeps, >= 1.
     min_share: Share (0..1) of its channels that every layer keeps.
     round_to: Counts are multiples of it, >= 1.
-    ranking: What is compared across layers, see `scores.ranked`.
+    ranking: What is compared across layers, see `profiles.ranked`.
     power: The exponent of the cost, with the ranking 'cost'.
   """
 

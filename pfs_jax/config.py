@@ -167,9 +167,11 @@ def flat(config: ml_collections.ConfigDict, *names: str) -> dict[str, Any]:
   return found
 
 
-def identity(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
-  """The fields on which the result of 'search' or 'train' depends."""
-  found = flat(config, 'seed', 'dtype', 'model', 'data', stage)
+def identity(
+  config: ml_collections.ConfigDict, *sections: str
+) -> dict[str, Any]:
+  """The fields that a result depends on; sections such as 'search', 'train'."""
+  found = flat(config, 'seed', 'dtype', 'model', 'data', *sections)
   return {
     name: value
     for name, value in found.items()
@@ -186,6 +188,15 @@ def digest(values: Mapping[str, Any]) -> str:
 def key(seed: int, purpose: str) -> jax.Array:
   """The PRNG key of one purpose ('search weights', 'train data', ...)."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def other_seed(seed: int, i: int) -> int:
+  """The i-th seed beside a run's own, which is number 0.
+
+  Far from the small numbers that people take, so that runs with other seeds do
+  not share it.
+  """
+  return (seed + 1_000_003 * i) % 2**32
 
 
 def steps(epochs: float, steps_per_epoch: int) -> int:

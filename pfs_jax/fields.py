@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from pfs_jax import rankings
+
 
 def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda values: all(holds(v) for v in values)
@@ -27,11 +29,14 @@ _RULES: dict[str, Callable[[Any], bool]] = {
   '> 0': lambda v: v > 0,
   '>= 0': lambda v: v >= 0,
   '>= 1': lambda v: v >= 1,
+  '>= 2': lambda v: v >= 2,
   '>= -1': lambda v: v >= -1,
   'an integer >= 0': lambda v: v >= 0 and v == int(v),
   'in [0, 1]': lambda v: 0 <= v <= 1,
   'in [0, 1)': lambda v: 0 <= v < 1,
   'in [0, 2**32)': lambda v: 0 <= v < 2**32,
+  rankings.RULE: rankings.known,
+  'texts': _each(lambda v: isinstance(v, str)),
   'numbers > 0': _each(lambda v: v > 0),
   'integers >= 1': _each(lambda v: v >= 1 and v == int(v)),
   'shares in (0, 1]': _each(lambda v: 0 < v <= 1),

@@ -116,7 +116,8 @@ class ConvBN(nn.Module):
       gate = self.variable(
         'gates', 'gate', jnp.ones, (self.features,), param_dtype(self.dtype)
       )
-      x = x * gate.value.astype(x.dtype)[None, None, None]
+      gates = jnp.atleast_2d(gate.value.astype(x.dtype))  # [1 or N, C].
+      x = x * gates[:, None, None]
     return x
 
 

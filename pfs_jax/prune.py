@@ -6,18 +6,20 @@ milliseconds, and is the same on every machine and every run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pfs_jax import budgets, costs, errors, scores, structures
+from pfs_jax import budgets, costs, errors, profiles, structures
 
 Structure = structures.Structure
 
 Budget = budgets.Budget
 Infeasible = budgets.Infeasible
 Latency = budgets.Latency
+profile_scores = profiles.profile_scores
 
 
 def _checked(
@@ -140,7 +142,14 @@ def cut(
     Infeasible: If even the minimum widths cost more than a ceiling.
   """
   named = dict(zip(gates, _checked(gates, cost_model), strict=True))
-  ranked = scores.ranked(named, cost_model, budget.ranking, budget.power)
+
+  def plain(scores: Mapping[str, Any]) -> Sequence[int]:
+    as_given = dataclasses.replace(budget, ranking='global')
+    return cut(scores, cost_model, as_given, latency).counts
+
+  ranked = profiles.ranked(
+    named, cost_model, budget.ranking, budget.power, plain
+  )
   vectors = _checked(ranked, cost_model)
   least = budget.check(cost_model, latency)
   ceilings = budget.ceilings(cost_model, latency)

@@ -75,34 +75,11 @@ def over_cost(
   }
 
 
-def ranked(
-  gates: Mapping[str, Any],
-  cost_model: costs.CostModel,
-  ranking: str = 'global',
-  power: float = 1.0,
-) -> dict[str, Any]:
-  """The scores that a ranking makes of gates.
-
-  Within a layer the order stays that of the gates.
-
-  Args:
-    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
-    cost_model: Costs of the searched network.
-    ranking: 'global', the gates as they are (paper, section 3.3); 'layer_mean'
-      (`over_layer_mean`) or 'cost' (`over_cost`).
-    power: The exponent of the cost, with the ranking 'cost'.
-  """
-  if ranking == 'layer_mean':
-    return over_layer_mean(gates)
-  if ranking == 'cost':
-    return over_cost(gates, cost_model, power)
-  return dict(gates)
-
-
 # From nothing but the cost model and a seed.
 
 
-def _generator(seed: int, purpose: str) -> np.random.Generator:
+def generator(seed: int, purpose: str) -> np.random.Generator:
+  """A generator for one purpose of one seed."""
   return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
@@ -116,7 +93,7 @@ def equal(cost_model: costs.CostModel) -> dict[str, np.ndarray]:
 
 def random(cost_model: costs.CostModel, seed: int) -> dict[str, np.ndarray]:
   """A draw from [0, 1) for each channel: it favours no layer."""
-  rng = _generator(seed, 'random gates')
+  rng = generator(seed, 'random gates')
   return {
     name: rng.random(width)
     for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
@@ -139,7 +116,7 @@ def shuffled(
     counts: What a search kept in each layer.
     seed: The seed of the permutation.
   """
-  rng = _generator(seed, 'shuffled counts')
+  rng = generator(seed, 'shuffled counts')
   widths, wanted = np.array(cost_model.widths), np.array(counts)
   for width in dict.fromkeys(cost_model.widths):
     group = np.flatnonzero(widths == width)

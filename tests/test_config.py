@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from pfs_jax import budgets, config, errors, fields, prune
+from pfs_jax import budgets, config, errors, fields, prune, rankings
 from tests import processes
 
 PACKAGE = pathlib.Path(config.__file__).parent
@@ -50,7 +50,10 @@ ENDS = {
   '> 0': ([1e-9, 1, 10**6], [0, -1e-9, NAN]),
   '>= 0': ([0, 10**6], [-1, -1e-9, NAN]),
   '>= 1': ([1], [0, -(2**40)]),
+  '>= 2': ([2], [1, 0]),
   '>= -1': ([-1], [-2]),
+  rankings.RULE: (['cost', 'cost0.5', 'tilt-0.4'], ['', 'tilt', 'mean']),
+  'texts': ([(), ('a', 'b')], [(1,), ('a', 2.0)]),
   'an integer >= 0': ([0, 2**63 - 1], [-1]),
   'in [0, 1]': ([0.0, 1.0], [-1e-9, 1.1, INF, NAN]),
   'in [0, 1)': ([0.0, 0.99], [-1e-9, 1.0, INF, NAN]),

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
-  {'errors', 'fields', 'tables'},
+  {'errors', 'fields', 'rankings', 'tables'},
   {'storage'},
   {
     'checkpointing',
@@ -21,16 +21,23 @@ FLOORS = [
     'structures',
     'user_code',
   },
-  {'budgets', 'data', 'layers', 'latency', 'scores'},
+  {'budgets', 'data', 'layers', 'latency', 'profiles', 'scores'},
   {'prune'},
   {'models', 'interop'},
   {'train'},
-  {'search', 'surgery', 'export'},
+  {'search', 'probe', 'surgery', 'export'},
   {'stages'},
   {'studies', 'report', 'predict'},
 ]
 # On one floor, but the second builds on the first.
-PEERS = {('interop', 'models'), ('report', 'studies'), ('export', 'surgery')}
+PEERS = {
+  ('interop', 'models'),
+  ('report', 'studies'),
+  ('export', 'surgery'),
+  ('fields', 'rankings'),
+  ('profiles', 'scores'),
+  ('rankings', 'errors'),
+}
 
 
 def room(module: str) -> str:

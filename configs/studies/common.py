@@ -19,6 +19,17 @@ HEADLINE_ARMS = (
   'searched+cost1+min_share',
 )
 
+# Of the studies of the tournament, see the plan in RESULTS.md.
+CONTEST_ARMS = (
+  'uniform',
+  'searched',
+  'seeing',
+  'seeing+epochs10',
+  'layer_mean',
+  'sensitivity',
+  'tournament',
+)
+
 
 def fashion():
   """VGG16 at base width 16, 10,000 Fashion-MNIST images, 30 % of the MACs."""
@@ -34,6 +45,18 @@ def fashion():
   return c
 
 
+def contest():
+  """`fashion` with probes and tournaments that fit so short a training.
+
+  The shares are no limits here: RESULTS.md reports what was spent.
+  """
+  c = fashion()
+  c.probe.share = 1.0
+  c.tournament.epochs = 1.0
+  c.tournament.share = 20.0
+  return c
+
+
 def digits(name='vgg16'):
   """A network of base width 2 on 8x8 digits: the studies' code, quickly."""
   c = config.default()
@@ -46,13 +69,28 @@ def digits(name='vgg16'):
   c.budget.keep = (0.5,)
   c.train.epochs = 2.0
   c.train.batch_size = 100
+  c.probe.epochs = 1.0
+  c.probe.draws = 2
+  c.probe.share = 2.0
+  c.tournament.candidates = ('layer_mean', 'tilt1')
+  c.tournament.share = 20.0
   return c
 
 
-def study(variant, name, *, smoke=None, base=None, **fields):
-  """The study, or its smoke variant: digits, and the fields of `smoke`."""
+def study(variant, name, *, smoke=None, base=None, known=None, **fields):
+  """The study, or its smoke variant: digits, and the fields of `smoke`.
+
+  Args:
+    variant: 'full', 'smoke', or one of `known`.
+    name: Of the study.
+    smoke: Fields of the study that its smoke variant has.
+    base: The config of one run.
+    known: Names of the study's variants, if 'full' is not the only one.
+    **fields: Of `studies.default`.
+  """
   if variant == 'smoke':
     fields, base = {**fields, **(smoke or {})}, digits()
     return studies.default(name, fields.pop('base', base), **fields)
   c = studies.default(name, base or fashion(), **fields)
-  return config.with_variant(c, variant, {'full': {}, 'smoke': {}})
+  names = [*(known or ['full']), 'smoke']
+  return config.with_variant(c, variant, dict.fromkeys(names, {}))

@@ -28,7 +28,8 @@ class Network:
     reference_macs: Its MACs.
     reference_params: Its parameters.
     by_layer: The collection `gates` -> {layer name: [C]}, forward order.
-    narrow: counts -> the narrow module.
+    narrow: counts -> the narrow module; with gated=True, with the collection
+      `gates`.
     slice_variables: (variables, kept) -> variables of the narrow module.
     description: What `Structure.model` holds.
   """
@@ -39,7 +40,7 @@ class Network:
   reference_macs: int
   reference_params: int
   by_layer: Callable[[Mapping[str, Any]], dict[str, Any]]
-  narrow: Callable[[Sequence[int]], nn.Module]
+  narrow: Callable[..., nn.Module]
   slice_variables: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
   description: Mapping[str, Any]
 
@@ -88,8 +89,15 @@ def network(
     reference_macs=reference.macs(reference.widths),
     reference_params=reference.params(reference.widths),
     by_layer=functools.partial(registry.gates_by_layer, name),
-    narrow=lambda counts: registry.build(
-      name, num_classes, width, counts, multiplier=multiplier, dtype=dtype
+    narrow=lambda counts, gated=False: registry.build(
+      name,
+      num_classes,
+      width,
+      counts,
+      gated=gated,
+      multiplier=multiplier,
+      dtype=dtype,
+      gate_site=gate_site,
     ),
     slice_variables=functools.partial(
       registry.slice_variables, name, width=width, gate_site=gate_site

@@ -1,4 +1,4 @@
-"""The stages behind `--mode`: search, prune, train, eval, run, export, info.
+"""The stages behind `--mode`: search, prune, train, probe, eval, export, info.
 
 Each reads what the one before left in the workdir, so each can run alone, on
 another machine. All that passes from search to train is a structure file.
@@ -7,11 +7,22 @@ another machine. All that passes from search to train is a structure file.
 from __future__ import annotations
 
 from pfs_jax import errors, storage
-from pfs_jax.stages import cutting, exporting, searching, showing, training
+from pfs_jax.stages import (
+  cutting,
+  exporting,
+  probing,
+  searching,
+  showing,
+  training,
+)
 from pfs_jax.stages.job import Job
 
 search = searching.search
 cut = cutting.cut
+check_budget = cutting.check_budget
+write = cutting.write
+probe = probing.measure
+probe_cost = probing.cost
 train = training.train
 fit = training.fit
 evaluate = training.evaluate
@@ -42,6 +53,7 @@ def execute(mode: str, job: Job) -> None:
 MODES = {
   'search': search,
   'prune': cut,
+  'probe': probing.run,
   'train': train,
   'eval': evaluate,
   'run': run,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from pfs_jax import (
   config,
@@ -12,10 +14,13 @@ from pfs_jax import (
   errors,
   latency,
   models,
+  profiles,
   prune,
+  rankings,
   runs,
   storage,
 )
+from pfs_jax import scores as scores_lib
 from pfs_jax.stages.job import Job
 
 
@@ -31,19 +36,7 @@ def cut(job: Job) -> None:
   rows = []
   for budget in job.budgets:
     check_budget(job, budget)
-    structure = _fit(job, budget, gates)
-    path = job.file('structure', budget.name, '.json')
-    edited = _edited(job, path, structure)
-    if edited is None:
-      storage.write_text(path, structure.to_json() + '\n')
-      kept = prune.kept(gates, structure)
-      storage.write_json(
-        job.file('kept', budget.name, '.json'),
-        {layer: indices.tolist() for layer, indices in kept.items()},
-      )
-    else:
-      console.say(f'{path} was edited and is kept; remove it to cut again.')
-      structure = edited
+    structure = write(job, budget, _fit(job, budget, gates), gates)
     rows.append(_structure_row(job, budget.name, structure))
     if budget.max_latency_ms is not None:
       _show_latency(job, structure)
@@ -68,10 +61,51 @@ def cut(job: Job) -> None:
   )
 
 
+def write(
+  job: Job,
+  budget: prune.Budget,
+  structure: prune.Structure,
+  scores: Mapping[str, Any],
+) -> prune.Structure:
+  """Writes a structure and the channels that it keeps.
+
+  Returns:
+    The structure, or that of the file where someone gave it other counts: an
+    edited file is kept.
+  """
+  path = job.file('structure', budget.name, '.json')
+  edited = _edited(job, path, structure)
+  if edited is not None:
+    console.say(f'{path} was edited and is kept; remove it to cut again.')
+    return edited
+  storage.write_text(path, structure.to_json() + '\n')
+  kept = prune.kept(scores, structure)
+  storage.write_json(
+    job.file('kept', budget.name, '.json'),
+    {layer: indices.tolist() for layer, indices in kept.items()},
+  )
+  return structure
+
+
+def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
+  """The scores of the rankings that need more than gates; else the gates."""
+  kind, damping = rankings.parse(budget.ranking)
+  if kind == 'random':
+    return scores_lib.random(job.network.cost_model, job.config.seed)
+  if kind != 'sensitivity':
+    return gates
+  path = job.workdir / 'probe.json'
+  if not path.exists():
+    raise errors.UserError(
+      f'{path} does not exist: run --mode=probe in this workdir first.'
+    )
+  return job.widened(profiles.probed(storage.read_json(path), damping), gates)
+
+
 def _fit(job: Job, budget: prune.Budget, gates) -> prune.Structure:
   """The structure of one budget, with where it comes from."""
   return dataclasses.replace(
-    job.cut(gates, budget),
+    job.cut(_scores(job, budget, gates), budget),
     model=job.network.description,
     source={
       'budget': budget.name,

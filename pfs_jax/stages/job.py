@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from pfs_jax import (
   budgets,
@@ -17,8 +19,10 @@ from pfs_jax import (
   devices,
   latency,
   models,
+  profiles,
   prune,
   runs,
+  scores,
   storage,
   surgery,
 )
@@ -33,6 +37,7 @@ class Job:
     self.config, self.workdir = c, workdir
     # What the narrow network starts from; None: new random weights.
     self.train_weights: Any = None
+    self._reseeded: dict[int, Job] = {}
     self.spec = data.configured(c.data)
     self.network = self._network()
     self.budgets = budgets.from_section(c.budget, self.network.reference_macs)
@@ -84,6 +89,32 @@ class Job:
     """The structure of the searched network that a budget allows."""
     model = self.network.cost_model
     return prune.cut(scores, model, budget, self.latency_of(budget))
+
+  def cut_plain(self, scores: Mapping[str, Any]) -> prune.Structure:
+    """The first budget's structure, of scores that are already ranked."""
+    budget = dataclasses.replace(self.budgets[0], ranking='global')
+    return self.cut(scores, budget)
+
+  def widened(
+    self, weights: Mapping[str, float], gates: Mapping[str, Any] | None = None
+  ) -> dict[str, np.ndarray]:
+    """Scores of a width profile that keeps half of each uniform width.
+
+    Args:
+      weights: {layer: weight}.
+      gates: The order of the channels within a layer, if it is known.
+    """
+    equal = scores.equal(self.network.cost_model)
+    uniform = self.cut_plain(equal).counts
+    return profiles.trusted(weights, gates or equal, uniform)
+
+  def reseeded(self, i: int) -> Job:
+    """The same run with the i-th other seed; itself for 0."""
+    if i and i not in self._reseeded:
+      c = self.config.copy_and_resolve_references()
+      c.seed = config.other_seed(c.seed, i)
+      self._reseeded[i] = Job(c, self.workdir)
+    return self._reseeded[i] if i else self
 
   @functools.cached_property
   def data(self) -> Any:

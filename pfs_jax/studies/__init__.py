@@ -4,7 +4,8 @@
 what cells share, `cells` does one, `engine` all, `results` keeps and tells.
 """
 
+from pfs_jax.studies import tournament
 from pfs_jax.studies.engine import asked, run
 from pfs_jax.studies.plan import default
 
-__all__ = ['asked', 'default', 'run']
+__all__ = ['asked', 'default', 'run', 'tournament']

@@ -16,7 +16,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from pfs_jax import errors
+from pfs_jax import errors, rankings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Arm:
       'equal' (uniform width), 'random' (a uniform draw per channel), 'shuffled'
       (the counts of a search, permuted among layers of equal width), 'filters'
       (L1 norm of trained filters over its layer's mean), 'scales' (|BatchNorm
-      scale| after network slimming), 'full' (nothing is cut).
-    ranking: What is done to the gates before the cut: 'global' (nothing, as in
-      the paper), 'layer_mean' or 'cost'.
-    power: Of the cost, with ranking 'cost'.
+      scale| after network slimming), 'profile' (a tilt), 'probe' (the loss that
+      dropped channels cost), 'tournament' (those of the best candidate), 'full'
+      (nothing is cut).
+    ranking: A name of `rankings`, by which the scores are compared.
+    power: The exponent of the cost, with the ranking 'cost'.
     pretrain_epochs: Epochs for which the weights were trained before the
       search; at most (and inf: as many as) config.train.epochs.
     penalty: Weight of the L1 norm of the BatchNorm scales in network slimming.
@@ -57,7 +58,7 @@ class Arm:
   @property
   def untrained(self) -> bool:
     """Whether its scores need nothing but the cost model and the seed."""
-    return self.scores in ('full', 'equal', 'random')
+    return self.scores in ('full', 'equal', 'random', 'profile')
 
 
 # Fine-tuning starts at a tenth of the recipe's rate: at the whole rate the
@@ -71,9 +72,9 @@ WORDS: dict[str, dict[str, Any]] = {
   'shuffled': {'scores': 'shuffled'},
   'filters': {'scores': 'filters'},
   'slimming': {'scores': 'scales', 'penalty': 1e-4},
-  'layer_mean': {'ranking': 'layer_mean'},
-  'cost0.5': {'ranking': 'cost', 'power': 0.5},
-  'cost1': {'ranking': 'cost', 'power': 1.0},
+  'tournament': {'scores': 'tournament'},
+  'seeing': {'overrides': {'search.train_classifier': True}},
+  'epochs10': {'overrides': {'search.epochs': 10.0}},
   'min_share': {'overrides': {'budget.min_share': 0.25}},
   'scratch_b': {'overrides': {'train.scratch': 'B'}},
   'fine_tune': {
@@ -85,16 +86,44 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 
 
+def _ranking(word: str) -> dict[str, Any]:
+  """What the name of a ranking changes; unknown words list the known ones."""
+  if not rankings.known(word):
+    raise errors.UserError(
+      f'an arm must be of the words {", ".join(WORDS)} and the rankings '
+      f'{rankings.KNOWN} (X: a number), joined by +; got {word!r}.'
+    )
+  kind, number = rankings.parse(word)
+  if kind == 'cost':
+    return {'ranking': kind, 'power': 1.0 if number is None else number}
+  scores = {'tilt': 'profile', 'sensitivity': 'probe'}.get(kind)
+  return {'ranking': word, **({'scores': scores} if scores else {})}
+
+
+def check_candidate(name: str) -> None:
+  """Refuses the name of an arm that cannot take part in a tournament."""
+  arm, _, number = name.partition('#')
+  found = parse(arm)
+  changed = [k for k in found.overrides if not k.startswith('search.')]
+  scores = ('gates', 'equal', 'random', 'profile', 'probe')
+  if (
+    found.scores not in scores
+    or found.training != 'scratch'
+    or found.pretrain_epochs
+    or changed
+    or not (number.isdigit() if '#' in name else True)
+  ):
+    raise errors.UserError(
+      f'config.tournament.candidates must be searches, rankings, uniform or '
+      f'random, with #i for seed i; got {name!r}.'
+    )
+
+
 def parse(name: str) -> Arm:
   """The arm that words joined by '+' describe; unknown ones list the known."""
   fields: dict[str, Any] = {}
   for word in name.split('+'):
-    if word not in WORDS:
-      raise errors.UserError(
-        f'config.arms must be of the words {", ".join(WORDS)}, joined by +; '
-        f'got {name!r}.'
-      )
-    change = dict(WORDS[word])
+    change = dict(WORDS[word] if word in WORDS else _ranking(word))
     overrides = {**fields.get('overrides', {}), **change.pop('overrides', {})}
     fields = {**fields, **change, 'overrides': overrides}
   arm = Arm(**fields)
@@ -103,6 +132,9 @@ def parse(name: str) -> Arm:
     'equal',
     'random',
     'shuffled',
+    'profile',
+    'probe',
+    'tournament',
   ):
     raise errors.UserError(
       f'config.arms: {name!r} has no weights to start from.'

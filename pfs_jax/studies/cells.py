@@ -9,12 +9,17 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from pfs_jax import models, prune, runs, scores, stages, storage
-from pfs_jax import train as train_lib
-from pfs_jax.studies import arms, plan, products, results
+from pfs_jax import models, prune, runs, stages, storage
+from pfs_jax.studies import (
+  arms,
+  plan,
+  products,
+  results,
+  scoring,
+  tournament,
+)
 
 
 def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
@@ -37,64 +42,37 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
     if cell.arm.training != 'none':
       record |= _trained(cell, folder, root, found)
   storage.write_json(folder / 'cell.json', record)
-  _forget_programs()
+  products.forget_programs()
   return record
-
-
-def _forget_programs() -> None:
-  """Frees compiled programs: hardly a cell has the shapes of another.
-
-  What is needed again comes from the compilation cache on disk.
-  """
-  train_lib.compiled_call.cache_clear()
-  jax.clear_caches()
 
 
 # Structure.
 
 
-def scored(
-  cell: plan.Cell, cost_model, root: pathlib.Path
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """({layer: scores}, fields of the record that say what they are from)."""
-  arm, seed = cell.arm, cell.seed
-  if arm.scores in ('full', 'equal'):
-    return scores.equal(cost_model), {}
-  if arm.scores == 'random':
-    return scores.random(cost_model, seed), {}
-  if arm.scores in ('filters', 'scales'):
-    variables, folder = products.trained(cell, root, math.inf)
-    score = scores.filters if arm.scores == 'filters' else scores.scales
-    found = score(variables['params'], cost_model.layers)
-    return found, {'wide_seconds': products.seconds(folder)}
-  gates, folder = products.searched(cell, root)
-  facts = {
-    'search_seconds': products.seconds(folder / 'search'),
-    'search_epochs': cell.config.search.epochs,
-    'sparsity': cell.config.search.sparsity,
-    'pretrain_epochs': arm.pretrain_epochs,
-    'gate_means': {k: round(float(g.mean()), 4) for k, g in gates.items()},
-  }
-  return scores.ranked(gates, cost_model, arm.ranking, arm.power), facts
-
-
 def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
   """Writes structure.json; the record's fields about it."""
   job = stages.Job(cell.config, folder)
-  model, budget = job.network.cost_model, job.budgets[0]
-  found, facts = scored(cell, model, root)
-  structure = job.cut(found, budget)
-  if cell.arm.scores == 'shuffled':
-    found = scores.shuffled(model, structure.counts, cell.seed)
-    structure = job.cut(found, budget)
+  facts: dict[str, Any] = {}
+  if cell.arm.scores == 'tournament':
+    chosen = tournament.choose(job, root)
+    names = ('chosen', 'challenger', 'gain', 'error', 'share', 'seconds')
+    facts['tournament'] = {name: chosen[name] for name in names}
+    found = tournament.scored(job, chosen['chosen'], root)
+  else:
+    found = scoring.scored(cell, job, root)
+    facts |= found.facts
   structure = dataclasses.replace(
-    structure,
+    job.cut_plain(found.scores),
     model=job.network.description,
-    source={'budget': budget.name, 'seed': cell.seed, 'arm': cell.name},
+    source={
+      'budget': job.budgets[0].name,
+      'seed': cell.seed,
+      'arm': cell.name,
+    },
   )
   storage.write_text(folder / 'structure.json', structure.to_json() + '\n')
   if cell.arm.scores != 'full':
-    kept = prune.kept(found, structure)
+    kept = prune.kept(found.scores, structure)
     facts['kept'] = {name: results.bits(kept[name]) for name in kept}
   return {**_costs(job, structure), **facts}
 

@@ -75,7 +75,8 @@ class Cell:
     seed: The seed.
     variation: {field: value} where the varied field changes the work, else {}.
     config: The whole config of the run.
-    wide: That of what comes before the cut: without what the arm changes.
+    wide: That of what comes before the cut: of what the arm changes it has only
+      the fields of the search.
   """
 
   name: str
@@ -98,7 +99,11 @@ class Cell:
       *(['search'] if arm.searches else []),
       *([] if arm.training == 'none' else ['train']),
     )
-    fields |= _differing(self.config, 'budget')
+    fields |= differing(self.config, 'budget')
+    if arm.scores in ('probe', 'tournament'):
+      fields |= changed(self.config, 'train', 'probe')
+    if arm.scores == 'tournament':
+      fields |= changed(self.config, 'search', 'tournament')
     if arm.pretrain_epochs or not (arm.searches or arm.untrained):
       wide = changed(self.wide, 'train')
       fields |= {k.replace('config.', 'wide.'): v for k, v in wide.items()}
@@ -121,7 +126,8 @@ def _plain(*fields: str) -> Mapping[str, Any]:
   return config.flat(config.default(), *fields)
 
 
-def _differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
+def differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
+  """{field: value} of the fields and sections that are not the default."""
   plain = _plain(*fields)
   found = config.flat(c, *fields)
   return {k: v for k, v in found.items() if v != plain[k]}
@@ -129,8 +135,8 @@ def _differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
 
 def changed(c: ml_collections.ConfigDict, *sections: str) -> dict[str, Any]:
   """The fields of `config.identity` of these sections that are not default."""
-  known = set().union(*(config.identity(c, s) for s in ('search', 'train')))
-  fields = _differing(c, 'seed', 'dtype', 'model', 'data', *sections)
+  known = config.identity(c, *sections)
+  fields = differing(c, 'seed', 'dtype', 'model', 'data', *sections)
   fields = {k: v for k, v in fields.items() if k in known}
   return {'config.seed': c.seed, **fields}
 
@@ -141,9 +147,25 @@ def _arm_fields(arm: arms.Arm) -> dict[str, Any]:
   return {f'arm.{name}': value for name, value in fields.items()}
 
 
-def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
-  arm = arms.parse(name)
-  wide = study.base.copy_and_resolve_references()
+def cell(
+  base: ml_collections.ConfigDict,
+  name: str,
+  seed: int,
+  variation: Mapping[str, Any] | None = None,
+) -> Cell:
+  """The cell of an arm.
+
+  Args:
+    base: The config of one run.
+    name: Of the arm.
+    seed: The seed.
+    variation: {field: value} that is changed besides.
+
+  Raises:
+    errors.UserError: If the arm or a field is unknown.
+  """
+  arm, variation = arms.parse(name), variation or {}
+  wide = base.copy_and_resolve_references()
   fields = {'seed': seed, 'train.structure': '', 'train.reference': False}
   for field, value in variation.items():
     if field.startswith('arm.'):
@@ -156,10 +178,12 @@ def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
     wide.update_from_flattened_dict(fields)
   except (TypeError, ValueError) as e:
     raise errors.UserError(
-      f'config.field: {study.field} takes no such values: {e}.'
+      f'config.field: {", ".join(variation)} takes no such values: {e}.'
     ) from e
   if wide.model.width == wide.model.base_width:
     wide.model.width = 0  # The same network, so that it is the same cell.
+  searched = {k: v for k, v in arm.overrides.items() if 'search.' in k}
+  wide.update_from_flattened_dict(searched)
   c = wide.copy_and_resolve_references()
   c.update_from_flattened_dict(dict(arm.overrides))
   if arm.scores == 'full':  # The reference network, whatever is searched.
@@ -172,7 +196,7 @@ def _cell(study, name: str, seed: int, variation: Mapping[str, float]) -> Cell:
       f'arm.pretrain_epochs must be whole epochs, or all; got {epochs:g}.'
     )
   arm = dataclasses.replace(arm, pretrain_epochs=float(epochs))
-  return Cell(name, arm, seed, dict(variation), c, wide)
+  return Cell(name, arm, seed, variation, c, wide)
 
 
 def _check(study: ml_collections.ConfigDict) -> None:
@@ -235,12 +259,12 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
   for seed in study.seeds:
     for variation in variations:
       for name in study.arms:
-        cell = _cell(study, name, seed, variation)
-        config.validate(cell.config)
-        if cell.hash not in found:
-          found[cell.hash] = cell
-        elif found[cell.hash].name == name:  # The field changes nothing here.
-          found[cell.hash] = dataclasses.replace(found[cell.hash], variation={})
+        one = cell(study.base, name, seed, variation)
+        config.validate(one.config)
+        if one.hash not in found:
+          found[one.hash] = one
+        elif found[one.hash].name == name:  # The field changes nothing here.
+          found[one.hash] = dataclasses.replace(found[one.hash], variation={})
   known = dict.fromkeys([*study.arms, *(c.label for c in found.values())])
   if study.baseline and study.baseline not in known:
     raise errors.UserError(

@@ -5,13 +5,14 @@ goes on from its checkpoint if it was cut off:
 
     shared/search-<hash>/   a run folder; search/gates.npz
     shared/trained-<hash>/  metrics.jsonl checkpoints/ weights/<epoch>.npz
+    shared/probe-<hash>/    probe/probe.json
 """
 
 from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import config, runs, stages, storage
+from pfs_jax import config, runs, stages, storage, train
 from pfs_jax.studies import plan
 
 
@@ -28,9 +29,36 @@ class Busy(Exception):
   """Another process is making what is needed; come back later."""
 
 
-def _folder(root: pathlib.Path, kind: str, fields: Mapping[str, Any]):
+def folder(
+  root: pathlib.Path, kind: str, fields: Mapping[str, Any]
+) -> pathlib.Path:
+  """The folder of a product that depends on these fields."""
   digest = config.digest({**fields, 'revision': plan.REVISION})
   return root / 'shared' / f'{kind}-{digest}'
+
+
+def make(done: pathlib.Path, where: pathlib.Path, make_: Callable) -> None:
+  """Makes the file `done` by `make_()`, unless it is there.
+
+  Raises:
+    Busy: If another process holds the folder `where`.
+  """
+  if done.exists():
+    return
+  with storage.locked(where) as held:
+    if not held:
+      raise Busy(where.name)
+    if not done.exists():  # Another process may have finished it.
+      make_()
+
+
+def forget_programs() -> None:
+  """Frees compiled programs: hardly a training has the shapes of another.
+
+  What is needed again comes from the compilation cache on disk.
+  """
+  train.compiled_call.cache_clear()
+  jax.clear_caches()
 
 
 def renew_claim(folder: pathlib.Path) -> None:
@@ -100,15 +128,10 @@ def trained(cell: plan.Cell, root: pathlib.Path, epochs: float):
   """
   fields = plan.changed(cell.wide, 'train')
   fields['arm.penalty'] = cell.arm.penalty
-  folder = _folder(root, 'trained', fields)
+  where = folder(root, 'trained', fields)
   name = 'all' if epochs >= cell.wide.train.epochs else f'{epochs:g}'
-  path = folder / 'weights' / f'{name}.npz'
-  if not (folder / 'weights' / 'all.npz').exists():
-    with storage.locked(folder) as held:
-      if not held:
-        raise Busy(folder.name)
-      _train(cell, folder)
-  return _read_weights(path), folder
+  make(where / 'weights' / 'all.npz', where, lambda: _train(cell, where))
+  return _read_weights(where / 'weights' / f'{name}.npz'), where
 
 
 def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
@@ -151,18 +174,37 @@ def searched(cell: plan.Cell, root: pathlib.Path):
     variables, where = trained(cell, root, cell.arm.pretrain_epochs)
     fields['trained'] = where.name
     fields['arm.pretrain_epochs'] = cell.arm.pretrain_epochs
-  folder = _folder(root, 'search', fields)
-  path = folder / 'search' / 'gates.npz'
-  if not path.exists():
-    with storage.locked(folder) as held:
-      if not held:
-        raise Busy(folder.name)
-      job = stages.Job(cell.wide, folder)
-      if variables is not None:
-        job.search_weights = variables
-      renew_claim(folder / 'search')
-      stages.search(job)
-  return storage.read_arrays(path), folder
+  where = folder(root, 'search', fields)
+  path = where / 'search' / 'gates.npz'
+
+  def search() -> None:
+    job = stages.Job(cell.wide, where)
+    if variables is not None:
+      job.search_weights = variables
+    renew_claim(where / 'search')
+    stages.search(job)
+
+  make(path, where, search)
+  return storage.read_arrays(path), where
+
+
+def probed(cell: plan.Cell, root: pathlib.Path):
+  """(content of probe.json, folder) of the probe of a cell's budget.
+
+  Raises:
+    Busy: If another process is at it.
+  """
+  fields = plan.changed(cell.wide, 'train', 'probe')
+  fields |= plan.differing(cell.wide, 'budget')
+  where = folder(root, 'probe', fields)
+  path = where / 'probe' / 'probe.json'
+
+  def probe() -> None:
+    renew_claim(path.parent)
+    stages.probe(stages.Job(cell.wide, where), path.parent)
+
+  make(path, where, probe)
+  return storage.read_json(path), where
 
 
 def seconds(folder: pathlib.Path) -> float:

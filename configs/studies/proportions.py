@@ -1,0 +1,41 @@
+"""Does a search mend networks that are badly proportioned? 30 % of the MACs.
+
+Three networks: VGG16 with 24 channels in every layer (`full`), VGG16 at base
+width 16 with its first four layers tripled (`front`), and ResNet-20 with 24
+channels in every block (`resnet20`). RESULTS.md has the plan and what came out.
+
+  python main.py --config configs/studies/proportions.py --mode=study
+    --workdir=runs/studies --config.results_dir=results
+    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
+
+(one line; `proportions.py:front` and `proportions.py:resnet20` are the others)
+goes on where results/proportions.json ends; `--config.report_only=True` prints
+its tables alone. `smoke` runs the code on digits.
+"""
+
+from configs.studies import common
+
+FRONT = (48, 48, 96, 96, 64, 64, 64, 128, 128, 128, 128, 128, 128)
+NETWORKS = {
+  'full': ('vgg16', (24,) * 13),
+  'front': ('vgg16', FRONT),
+  'resnet20': ('resnet20', (24,) * 9),
+}
+
+
+def get_config(variant='full'):
+  """The study of one network, or its smoke variant."""
+  base = common.contest()
+  if variant in NETWORKS:
+    base.model.name, base.model.counts = NETWORKS[variant]
+  suffix = {'front': '_front', 'resnet20': '_resnet20'}.get(variant, '')
+  return common.study(
+    variant,
+    f'proportions{suffix}',
+    known=NETWORKS,
+    base=base,
+    arms=common.CONTEST_ARMS,
+    seeds=(100, 101, 102, 103, 104),
+    baseline='uniform',
+    smoke={'arms': ('sensitivity', 'uniform'), 'seeds': (0,)},
+  )

@@ -1,0 +1,244 @@
+"""Which layers are too wide or too narrow: the loss that dropped channels cost.
+
+A narrow network is trained for a short while with mild channel dropout. Then
+channels are dropped in one layer at a time, so that every layer loses about the
+same MACs, and the rise of the loss on images that the training did not use is
+divided by the MACs. Where it is high, more channels are worth their MACs; where
+it is low, some can go (Network Adjustment, arXiv 2004.02767, section 3). What
+carries no gate, such as the residual stream of a ResNet, is not probed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pfs_jax import costs, devices, scores
+
+# Of the cheapest layer's channels, the share that one draw drops.
+_SHARE = 0.25
+# A layer is out of proportion where its loss per MAC lies this factor off.
+FACTOR = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelDropout:
+  """A gated module that is trained with some of its channels dropped.
+
+  It is used like the module itself, without the collection `gates`. In training
+  each gate is 0 with probability `rate` and 1 / (1 - rate) else, drawn for each
+  image; in evaluation all are 1.
+
+  Attributes:
+    module: A module with `unit_gates` and the collection `gates`.
+    rate: 0..1.
+  """
+
+  module: nn.Module
+  rate: float
+
+  def gates(self, key: jax.Array, n: int) -> dict[str, Any]:
+    """The collection `gates` of n images, [n, C] each."""
+    ones, tree = jax.tree.flatten(self.module.unit_gates())
+    ends = np.cumsum([len(g) for g in ones])
+    kept = jax.random.bernoulli(key, 1 - self.rate, (n, ends[-1]))
+    parts = jnp.split(kept, ends[:-1], axis=1)  # One draw compiles faster.
+    found = [
+      part.astype(one.dtype) / (1 - self.rate)
+      for part, one in zip(parts, ones, strict=True)
+    ]
+    return jax.tree.unflatten(tree, found)
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    x: jax.Array,
+    train: bool = False,
+    rngs: dict[str, jax.Array] | None = None,
+    **kwargs,
+  ) -> Any:
+    """As `nn.Module.apply`."""
+    if train:
+      key = jax.random.fold_in((rngs or {})['dropout'], 1)
+      gates = self.gates(key, len(x))
+    else:
+      gates = self.module.unit_gates()
+    return self.module.apply(
+      {**variables, 'gates': gates}, x, train=train, rngs=rngs, **kwargs
+    )
+
+
+def dropped(cost_model: costs.CostModel) -> np.ndarray:
+  """Channels to drop in each layer [L], for about equal MACs.
+
+  A quarter of the channels in the layer where that is cheapest, as many MACs
+  in the others, at least one channel, at most half of them.
+
+  Args:
+    cost_model: Costs of the narrow network.
+  """
+  widths = np.array(cost_model.widths)
+  spent = scores.channel_costs(cost_model)
+  macs = (np.maximum(1, _SHARE * widths) * spent).min()
+  most = np.maximum(1, widths // 2)
+  return np.clip(np.rint(macs / spent).astype(int), 1, most)
+
+
+def drawn(
+  width: int, number: int, n: int, rng: np.random.Generator
+) -> np.ndarray:
+  """Gates [n, width] float32, `number` zeros at random for each image.
+
+  The other gates are scaled so that the sum stays.
+  """
+  ranks = rng.permuted(np.tile(np.arange(width), (n, 1)), axis=1)
+  return (ranks >= number).astype(np.float32) * (width / max(1, width - number))
+
+
+@functools.cache
+def _loss(module: nn.Module, augmentation: Any) -> Callable[..., jax.Array]:
+  def loss(variables, images, labels, weight):
+    logits = module.apply(variables, augmentation.test(images), train=False)
+    ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return (ce * weight).sum() / weight.sum()
+
+  return jax.jit(loss, out_shardings=devices.replicated())
+
+
+def rises(
+  module: nn.Module,
+  variables: Mapping[str, Any],
+  by_layer: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+  cost_model: costs.CostModel,
+  batches: Any,
+  n: int,
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """Rise of the loss for each million MACs dropped in a layer, [n, L].
+
+  Args:
+    module: The gated narrow module.
+    variables: Its trained `params` and `batch_stats`.
+    by_layer: Its collection `gates` -> {layer: [C]}, forward order.
+    cost_model: Costs of the narrow network: its widths are the module's.
+    batches: Held-out images, such as `pipeline.ArrayEvaluation`; each draw
+      takes the next batch of them, with other channels for each image.
+    n: Draws for each layer.
+    rng: Where the draws come from.
+  """
+  call = _loss(module, batches.augmentation)
+  paths = flax.traverse_util.flatten_dict(module.unit_gates())
+  names = by_layer(flax.traverse_util.unflatten_dict({p: p for p in paths}))
+  numbers = dropped(cost_model)
+  found = np.zeros((n, len(numbers)))
+  for i, batch in zip(range(n), _forever(batches), strict=False):
+
+    def loss(change, batch=batch):
+      images = batch[0].shape[0]
+      gates = {p: np.ones((images, len(g)), g.dtype) for p, g in paths.items()}
+      gates = flax.traverse_util.unflatten_dict({**gates, **change})
+      gates = devices.split_batch(gates)
+      return float(call({**variables, 'gates': gates}, *batch))
+
+    plain = loss({})
+    for j, layer in enumerate(cost_model.layers):
+      shape = cost_model.widths[j], numbers[j], batch[0].shape[0]
+      found[i, j] = loss({names[layer]: drawn(*shape, rng)}) - plain
+  macs = numbers * scores.channel_costs(cost_model)
+  return found / (macs / 1e6)[None]
+
+
+def _forever(batches):
+  while True:
+    yield from batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What the rises of the loss say about the widths.
+
+  Attributes:
+    losses: {layer: rise of the loss for each million MACs, > 0}.
+    errors: {layer: its standard error over draws}.
+    slope: Of the logarithm of the losses over depth, which runs from 0 to 1.
+    wide: Layers that are too wide: fewer channels would cost little.
+    narrow: Layers that are too narrow.
+  """
+
+  losses: dict[str, float]
+  errors: dict[str, float]
+  slope: float
+  wide: tuple[str, ...]
+  narrow: tuple[str, ...]
+
+  def verdict(self, layer: str) -> str:
+    """'too wide', 'too narrow' or ''."""
+    if layer in self.wide:
+      return 'too wide'
+    return 'too narrow' if layer in self.narrow else ''
+
+  @property
+  def sentence(self) -> str:
+    """One sentence for the user."""
+    lowest, highest = min(self.losses.values()), max(self.losses.values())
+    spread = (
+      f'the loss for each MAC differs {highest / lowest:.3g}-fold between '
+      f'layers, and its logarithm has the slope {self.slope:+.1f} over depth'
+    )
+    if not (self.wide or self.narrow):
+      return f'The layers are in proportion: {spread}.'
+    parts = [
+      f'{", ".join(layers)} {"is" if len(layers) == 1 else "are"} too {word}'
+      for word, layers in (('wide', self.wide), ('narrow', self.narrow))
+      if layers
+    ]
+    return f'Out of proportion: {" and ".join(parts)} ({spread}).'
+
+
+def finding(layers: Sequence[str], values: np.ndarray) -> Finding:
+  """What rises of the loss say.
+
+  A layer is out of proportion where its loss per MAC lies more than `FACTOR`
+  off the median layer's, by more than two standard errors. A loss that does not
+  rise by its standard error counts as that error.
+
+  Args:
+    layers: Their names, forward order.
+    values: [trainings, draws, L], as from `rises`. The standard error is that
+      over all draws, or that over trainings where it is larger.
+  """
+  flat = values.reshape(-1, len(layers))
+  error = _standard_error(flat)
+  if len(values) > 1:
+    error = np.maximum(error, _standard_error(values.mean(axis=1)))
+  tiny = 1e-9 * max(float(np.abs(flat).max()), 1e-30)
+  mean = np.maximum(np.maximum(flat.mean(axis=0), error), tiny)
+  middle = float(np.median(mean))
+  depth = np.linspace(0, 1, len(layers))
+  slope = np.polyfit(depth, np.log(mean), 1)[0] if len(layers) > 1 else 0.0
+  wide = mean + 2 * error < middle / FACTOR
+  narrow = mean - 2 * error > middle * FACTOR
+  return Finding(
+    losses=dict(zip(layers, mean.tolist(), strict=True)),
+    errors=dict(zip(layers, error.tolist(), strict=True)),
+    slope=float(slope),
+    wide=tuple(itertools.compress(layers, wide)),
+    narrow=tuple(itertools.compress(layers, narrow)),
+  )
+
+
+def _standard_error(values: np.ndarray) -> np.ndarray:
+  """[n, L] -> [L]; 0 for n = 1."""
+  n = len(values)
+  return values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else 0 * values[0]

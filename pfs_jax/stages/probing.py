@@ -1,0 +1,172 @@
+"""The probe stage: which layers of the network are too wide or too narrow."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pfs_jax import (
+  config,
+  console,
+  costs,
+  errors,
+  models,
+  probe,
+  profiles,
+  runs,
+  scores,
+  storage,
+)
+from pfs_jax.stages import cutting, training
+from pfs_jax.stages.job import Job
+
+
+def run(job: Job) -> None:
+  """Probes uniform width at the first budget; writes and prints probe.json."""
+  path = job.workdir / 'probe.json'
+  found = measure(job, job.workdir / 'probe')
+  storage.write_json(path, found)
+  console.table(
+    f'Rise of the loss for each million MACs, {found["budget"]}, {path}',
+    found['columns'],
+    found['rows'],
+  )
+  console.say(found['sentence'])
+
+
+def measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
+  """The probe of the first budget, made or read from the folder.
+
+  Raises:
+    errors.UserError: The probe costs more than config.probe.share of a
+      training, or no images are held out.
+  """
+  budget = job.budgets[0]
+  cutting.check_budget(job, budget)
+  fields = config.identity(job.config, 'train', 'probe')
+  runs.claim(folder, {**fields, 'budget': budget.name})
+  path = folder / 'probe.json'
+  if not path.exists():
+    _check(job)
+    storage.write_json(path, _measure(job, folder))
+    runs.barrier('probe')
+  return storage.read_json(path)
+
+
+def cost(job: Job) -> float:
+  """What a probe costs, as a share of one training of the narrow network.
+
+  A step of training counts as three forward passes.
+  """
+  c = job.config
+  epoch, every = (
+    job.data.train_source('train', hold_out=out).steps_per_epoch
+    * c.train.batch_size
+    for out in (True, False)
+  )
+  batch = min(c.data.eval_batch_size, job.data.validation().size)
+  layers = len(job.network.cost_model.layers) + 1
+  each = 3 * c.probe.epochs * epoch + layers * c.probe.draws * batch
+  return c.probe.seeds * c.probe.steps * each / (3 * c.train.epochs * every)
+
+
+def _check(job: Job) -> None:
+  """Refuses a probe without held-out images, and one that costs too much."""
+  c = job.config
+  if not c.data.validation_examples:
+    raise errors.UserError(
+      'config.data.validation_examples must be >= 1 for a probe; got 0.'
+    )
+  share = cost(job)
+  if share > c.probe.share:
+    raise errors.UserError(
+      f'config.probe.share must be >= {math.ceil(100 * share) / 100:g}, what '
+      f'the probe costs of a training of {c.train.epochs:g} epochs; got '
+      f'{c.probe.share:g}.'
+    )
+
+
+def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
+  """The content of probe.json: steps of probing and widening."""
+  c, model = job.config.probe, job.network.cost_model
+  after = dict.fromkeys(model.layers, 1.0)
+  clock = runs.Clock(folder)
+  for step in range(c.steps):
+    before = after
+    counts = job.cut_plain(job.widened(before)).counts
+    values = np.stack(
+      [
+        _rises(job.reseeded(i), counts, folder / f'step{step}-seed{i}')
+        for i in range(c.seeds)
+      ]
+    )
+    found = probe.finding(model.layers, values)
+    after = profiles.damped(found.losses, c.damping, before)
+  table = [
+    [
+      layer,
+      str(count),
+      f'{found.losses[layer]:.4g}',
+      f'{found.errors[layer]:.2g}',
+      found.verdict(layer),
+      f'{after[layer]:.2f}',
+    ]
+    for layer, count in zip(model.layers, counts, strict=True)
+  ]
+  return {
+    'budget': job.budgets[0].name,
+    'layers': list(model.layers),
+    'counts': list(counts),
+    'losses': values.reshape(-1, len(counts)).T.tolist(),
+    'mean': found.losses,
+    'error': found.errors,
+    'slope': found.slope,
+    'wide': list(found.wide),
+    'narrow': list(found.narrow),
+    'before': before,
+    'damping': c.damping,
+    'sentence': found.sentence,
+    'seconds': clock.seconds(),
+    'columns': ['layer', 'channels', 'loss', 'error', '', 'weight'],
+    'rows': table,
+  }
+
+
+def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
+  """Trains the narrow network with channel dropout and drops channels, [n, L].
+
+  The file of a finished part is read again.
+  """
+  path = folder / 'rises.npz'
+  if path.exists():
+    return storage.read_arrays(path)['rises']
+  c, wide = job.config, job.network.cost_model
+  module = job.network.narrow(counts, gated=True)
+  key = config.key(c.seed, 'probe weights')
+  variables = dict(models.init(module, key, job.image_shape))
+  del variables['gates']
+  state = training.fit(
+    job,
+    probe.ChannelDropout(module, c.probe.dropout),
+    folder,
+    'probe',
+    c.probe.epochs,
+    variables,
+    hold_out=True,
+  )
+  rises = probe.rises(
+    module,
+    state.variables,
+    job.network.by_layer,
+    costs.CostModel(wide.layers, counts, wide.ops),
+    job.data.validation(),
+    c.probe.draws,
+    scores.generator(c.seed, 'probe draws'),
+  )
+  storage.write_arrays(path, {'rises': rises})
+  runs.barrier('rises')
+  return rises

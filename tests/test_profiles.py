@@ -1,0 +1,166 @@
+"""Width profiles: scores against brute force, and rankings by name."""
+
+import numpy as np
+import pytest
+
+from pfs_jax import errors, models, profiles, prune, rankings, scores
+
+
+@pytest.fixture(scope='module')
+def small():
+  """VGG16 with 2, 4, 8 and 16 channels: every budget can be tried."""
+  return models.cost_model('vgg16', 10, 8, 1, 2)
+
+
+def counts_at(theta, weights, model):
+  """What a profile keeps at a threshold, straight from c ~ w * C / theta."""
+  wanted = [
+    weights[k] * w / theta
+    for k, w in zip(model.layers, model.widths, strict=True)
+  ]
+  # The k-th channel is kept where w * C / (k - 0.5) >= theta.
+  return [
+    min(int(np.floor(n + 0.5 + 1e-9)), w)
+    for n, w in zip(wanted, model.widths, strict=True)
+  ]
+
+
+def brute_force(weights, model, max_macs, least):
+  """The widest thresholded profile that fits, by trying every threshold."""
+  thresholds = {
+    weights[k] * w / (i + 0.5)
+    for k, w in zip(model.layers, model.widths, strict=True)
+    for i in range(w)
+  }
+  best = np.array(least)
+  for theta in sorted(thresholds, reverse=True):
+    counts = np.maximum(counts_at(theta, weights, model), least)
+    if model.macs(counts) > max_macs:
+      break
+    best = counts
+  return best
+
+
+@pytest.mark.parametrize('slope', [0.0, 1.0, -0.4, 2.5])
+@pytest.mark.parametrize('least', [1, 2])
+def test_a_profile_is_cut_in_proportion_at_every_budget(small, slope, least):
+  weights = profiles.tilt(small.layers, slope)
+  profile = prune.profile_scores(weights, scores.equal(small))
+  floor = prune.Budget(min_channels=least).least(small)
+  dearest = int(scores.channel_costs(small).max())
+  top = small.macs(small.widths)
+  for budget in range(small.macs(floor), top + 1, max(1, top // 200)):
+    found = prune.fit(profile, small, budget, min_channels=least)
+    expected = brute_force(weights, small, budget, floor)
+    # The prefix of the ranking may end among channels of one threshold, and
+    # the channels behind it that still fit are taken too.
+    assert (np.array(found.counts) >= expected).all()
+    assert found.macs <= budget
+    if found.counts != small.widths:
+      assert budget - found.macs < dearest
+
+
+@pytest.mark.parametrize('name,width', [('vgg16', 6), ('resnet20', 5)])
+def test_equal_weights_are_uniform_width_at_every_budget(name, width):
+  """The same counts as equal gates, exact ties between layers included."""
+  model = models.cost_model(name, 10, 16, 3, width)
+  ones = dict.fromkeys(model.layers, 1.0)
+  profile = prune.profile_scores(ones, scores.equal(model))
+  floor, top = (
+    model.macs(c) for c in (prune.Budget().least(model), model.widths)
+  )
+  for budget in np.linspace(floor, top, 60).astype(int):
+    uniform = prune.fit(scores.equal(model), model, budget)
+    assert prune.fit(profile, model, budget).counts == uniform.counts
+
+
+def test_channels_of_a_layer_keep_the_order_of_the_gates(small):
+  gates = scores.random(small, 3)
+  found = prune.profile_scores(profiles.tilt(small.layers, 1.0), gates)
+  for layer, gate in gates.items():
+    assert (np.argsort(-found[layer]) == np.argsort(-gate)).all()
+
+
+def test_guarded_channels_come_first(small):
+  weights = profiles.tilt(small.layers, 8.0)  # The first layers get nothing,
+  guarded = dict(zip(small.layers, small.widths, strict=True))
+  guarded = {k: n // 2 for k, n in guarded.items()}  # but for these.
+  profile = prune.profile_scores(weights, scores.equal(small), guarded)
+  budget = small.macs([n // 2 for n in small.widths])
+  assert list(prune.fit(profile, small, budget).counts) == [
+    n // 2 for n in small.widths
+  ]
+  plain = prune.profile_scores(weights, scores.equal(small))
+  assert prune.fit(plain, small, budget).counts[0] == 1
+
+
+def test_survivors_count_gates_above_zero():
+  gates = {'a': np.array([0.0, 0.5, 0.1, 0.0]), 'b': np.zeros(8)}
+  assert profiles.survivors(gates) == {'a': 0.5, 'b': 1 / 8}
+
+
+def test_damped_weights_by_hand():
+  """Losses 1, 4, 16: mean 4; their powers of 1/2 over it are 1/2, 1, 2."""
+  losses = {'a': 1.0, 'b': 4.0, 'c': 16.0}
+  found = profiles.damped(losses, 0.5)
+  assert found == pytest.approx({'a': 0.5, 'b': 1.0, 'c': 2.0})
+  again = profiles.damped(losses, 0.5, found)
+  assert again == pytest.approx({'a': 0.25, 'b': 1.0, 'c': 4.0})
+
+
+def test_every_ranking_cuts(small):
+  gates = scores.random(small, 0)
+  half = small.macs(small.widths) // 2
+  found = {
+    name: prune.fit(gates, small, half, ranking=name).counts
+    for name in [
+      *('global', 'layer_mean', 'cost', 'cost0.5', 'uniform', 'survivors'),
+      *('tilt1', 'blend0', 'blend0.5', 'blend1'),
+    ]
+  }
+  given = {'random', 'sensitivity'}  # Whoever cuts by these makes the scores.
+  kinds = {rankings.parse(name)[0] for name in found}
+  assert kinds == set(rankings.KINDS) - given
+  for name in given:
+    assert profiles.ranked(gates, small, name) == gates
+  assert found['survivors'] == found['uniform'] == found['blend0']
+  shares = {k: np.array(v) / small.widths for k, v in found.items()}
+  slack = 1.5 / np.array(small.widths)
+  low = np.minimum(shares['blend1'], shares['uniform']) - slack
+  high = np.maximum(shares['blend1'], shares['uniform']) + slack
+  assert (low <= shares['blend0.5']).all() and (
+    shares['blend0.5'] <= high
+  ).all()
+  # With the exponent 1 the blend is the shares of the gates, but for rounding.
+  assert (np.abs(shares['blend1'] - shares['global']) <= 2 * slack).all()
+
+
+def test_a_probe_s_profile_keeps_half_of_uniform_width(small):
+  half = small.macs(small.widths) // 2
+  uniform = prune.fit(scores.equal(small), small, half).counts
+  steep = profiles.tilt(small.layers, 20.0)
+  found = profiles.trusted(steep, scores.equal(small), uniform)
+  counts = prune.fit(found, small, half).counts
+  assert (np.array(counts) >= np.array(uniform) / 2).all()
+  assert counts[0] == -(-uniform[0] // 2) and counts[-1] == small.widths[-1]
+
+
+def test_the_number_of_cost_is_its_power(small):
+  gates = scores.random(small, 0)
+  half = scores.over_cost(gates, small, 0.5)
+  for found in (
+    profiles.ranked(gates, small, 'cost0.5'),
+    profiles.ranked(gates, small, 'cost', power=0.5),
+  ):
+    for layer, score in found.items():
+      assert (score == half[layer]).all()
+
+
+@pytest.mark.parametrize(
+  'name', ['', 'tilt', 'tiltx', 'tiltnan', 'tilt1e999', 'global2', 'mean']
+)
+def test_unknown_rankings_list_the_known(name):
+  with pytest.raises(errors.UserError, match='tiltX.*survivors') as e:
+    rankings.parse(name)
+  assert repr(name) in str(e.value) and '\n' not in str(e.value)
+  assert not rankings.known(name) and rankings.known('tilt-0.4')

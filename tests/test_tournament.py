@@ -1,0 +1,435 @@
+"""The tournament: its choice on planted losses, its refusals, its resumption.
+
+What trains here is a network of three layers on 8x8 digits: 4 s a test.
+"""
+
+import itertools
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from pfs_jax import (
+  config,
+  errors,
+  probe,
+  profiles,
+  prune,
+  scores,
+  stages,
+  storage,
+  structures,
+  train,
+)
+from pfs_jax.studies import arms, products, tournament
+
+CANDIDATES = ('tilt1', 'tilt-1', 'tilt2')
+
+
+class Tiny(nn.Module):
+  """Two layers of 6 and 8 channels."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    for width in (6, 8):
+      x = nn.Conv(width, (3, 3), strides=(2, 2), use_bias=False)(x)
+      x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+    return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+@pytest.fixture(autouse=True)
+def fast_compilation():
+  """XLA's optimisations cost more here than they win."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def small(**fields):
+  """The config of a tournament on digits."""
+  c = config.default()
+  c.model.factory = f'{__name__}:Tiny'
+  c.data.name = 'digits'
+  c.data.validation_examples = 300
+  c.data.eval_batch_size = 300
+  c.budget.keep = (0.5,)
+  c.train.epochs = 8.0
+  c.train.batch_size = 200
+  c.checkpoint_steps = 2
+  c.tournament.candidates = CANDIDATES
+  c.tournament.epochs = 1.0
+  c.tournament.seeds = 2
+  c.tournament.share = 20.0
+  c.update_from_flattened_dict(fields)
+  return c
+
+
+# The decision.
+
+
+@pytest.mark.parametrize('n', range(1, 20))
+def test_every_challenger_but_the_last_goes_in_some_round(n):
+  found = tournament.rounds(n, 0.5, 3)
+  assert found[0].challengers == n and found[0].epochs == 0.5
+  for a, b in itertools.pairwise(found):
+    assert b.challengers == a.challengers // 2
+    assert b.epochs == 2 * a.epochs
+  assert [r.seeds for r in found] == [1] * (len(found) - 1) + [3]
+  assert found[-1].challengers == 1
+
+
+@pytest.mark.parametrize(
+  ('gains', 'errors_', 'wins'),
+  [
+    ((0.1, 0.1, 0.1), 1.0, True),
+    ((0.1, 0.2, 0.0), 1.0, True),  # Mean 0.1, error 0.058.
+    ((0.1, 0.2, 0.0), 2.0, False),
+    ((0.0, 0.0, 0.0), 0.0, False),  # Equal is not better.
+    ((-0.1, -0.1, -0.1), 0.0, False),
+    ((0.3, -0.2, 0.2), 1.0, False),  # Mean 0.1, error 0.153.
+  ],
+)
+def test_the_incumbent_stays_unless_the_gain_is_clear(gains, errors_, wins):
+  uniform = np.array([0.5, 0.6, 0.55])
+  losses = {'uniform': uniform, 'tilt1': uniform - np.array(gains)}
+  found = tournament.decide(losses, errors_)
+  assert found.chosen == ('tilt1' if wins else 'uniform')
+  assert found.gain == pytest.approx(np.mean(gains))
+  assert found.error == pytest.approx(np.std(gains, ddof=1) / np.sqrt(3))
+
+
+def planted(monkeypatch, table):
+  """Trainings whose loss a table says: candidate -> f(epochs, seed number)."""
+  made = []
+
+  def training(job, structure, epochs, folder):
+    seed = next(
+      i for i in range(9) if config.other_seed(0, i) == job.config.seed
+    )
+    made.append((structure, epochs, seed))
+    return {
+      'name': f'{structure}{epochs}{seed}',
+      'loss': table[structure](epochs, seed),
+      'seconds': 1.0,
+    }
+
+  monkeypatch.setattr(tournament, '_training', training)
+  monkeypatch.setattr(
+    tournament,
+    'scored',
+    lambda job, name, root: tournament.scoring.Scored({'name': name}),
+  )
+  monkeypatch.setattr(stages.Job, 'cut_plain', lambda job, s: Named(s['name']))
+  monkeypatch.setattr(tournament, 'check', lambda job: None)
+  return made
+
+
+class Named(str):
+  """The name of a candidate in place of its structure."""
+
+  macs, counts = 1, ()
+
+
+def test_the_choice_on_planted_losses(tmp_path, monkeypatch):
+  """`slow` is worst in the first round, `steady` best where it counts."""
+  made = planted(
+    monkeypatch,
+    {
+      'uniform': lambda epochs, seed: 1.0 - 0.01 * seed,
+      'steady': lambda epochs, seed: 0.9 - 0.01 * seed + 0.001 * (seed % 2),
+      'early': lambda epochs, seed: 0.5 if epochs < 2 else 2.0,
+      'slow': lambda epochs, seed: 3.0 if epochs < 2 else 0.1,
+      'bad': lambda epochs, seed: 2.0,
+    },
+  )
+  names = ('bad', 'slow', 'early', 'steady')
+  c = small(**{'tournament.candidates': names, 'tournament.seeds': 3})
+  found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
+  assert found['chosen'] == 'steady'
+  assert found['gain'] == pytest.approx(0.1 - 0.001 * 2 / 3)
+  by_epochs = {
+    e: {(n, s) for n, epochs, s in made if epochs == e} for e in (1, 2, 4)
+  }
+  assert by_epochs[1] == {(n, 1) for n in ('uniform', *names)}
+  assert by_epochs[2] == {(n, 1) for n in ('uniform', 'early', 'steady')}
+  assert by_epochs[4] == {
+    (n, s) for n in ('uniform', 'steady') for s in (1, 2, 3)
+  }
+  assert 'steady beats uniform width' in found['sentence']
+  assert [r['epochs'] for r in found['rounds']] == [1, 2, 4]
+
+
+def test_uniform_width_stays_where_nothing_is_better(tmp_path, monkeypatch):
+  planted(
+    monkeypatch,
+    {
+      'uniform': lambda epochs, seed: 1.0,
+      'lucky': lambda epochs, seed: 1.0 + (-1) ** seed * 0.1,
+      'same': lambda epochs, seed: 1.0,
+    },
+  )
+  c = small(**{'tournament.candidates': ('same', 'lucky')})
+  found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
+  assert (found['chosen'], found['challenger']) == ('uniform', 'lucky')
+  assert 'Uniform width stays' in found['sentence']
+
+
+# Trainings.
+
+
+def without_times(found):
+  """What must be the same in every run."""
+  text = found['sentence'].partition(' It took')[0]
+  left_out = ('seconds', 'share', 'sentence')
+  return {**{k: v for k, v in found.items() if k not in left_out}, '': text}
+
+
+class Cut(BaseException):
+  """Ends a run as a signal would."""
+
+
+def test_what_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  """Cut within the second training and within the last, then finished."""
+  monkeypatch.setattr(products, 'forget_programs', lambda: None)
+  c = small(**{'tournament.candidates': ('tilt2',)})
+  tournament.run(c, tmp_path / 'whole')
+  whole = json.loads((tmp_path / 'whole/tournament.json').read_text())
+  assert whole['rounds'][0]['losses']['uniform'][0] > 0
+
+  plain, steps = train.loop, []
+
+  def loop(state, step_fn, source, *args, **kwargs):
+    class Counted:
+      """Batches that end after a number of steps."""
+
+      resident, draw = source.resident, staticmethod(source.draw)
+      steps_per_epoch = source.steps_per_epoch
+
+      def chunk(self, step, k):
+        steps.append(step)
+        if len(steps) in (9, 23):  # Four trainings have 6 steps each.
+          raise Cut
+        return source.chunk(step, k)
+
+    return plain(state, step_fn, Counted(), *args, **kwargs)
+
+  monkeypatch.setattr(train, 'loop', loop)
+  for _ in range(2):
+    with pytest.raises(Cut):
+      tournament.run(c, tmp_path / 'cut')
+  tournament.run(c, tmp_path / 'cut')
+  cut = json.loads((tmp_path / 'cut/tournament.json').read_text())
+  assert without_times(cut) == without_times(whole)
+  written = [
+    structures.Structure.from_json(
+      (tmp_path / f'{d}/structure.json').read_text()
+    )
+    for d in ('whole', 'cut')
+  ]
+  assert written[0].counts == written[1].counts
+  assert written[0].source['tournament']['chosen'] == whole['chosen']
+  assert list(written[0].counts) == whole['counts'][whole['chosen']]
+  n = len(steps)
+  tournament.run(c, tmp_path / 'cut')  # All is there: nothing is trained.
+  assert len(steps) == n
+
+
+def test_processes_share_the_candidates(tmp_path):
+  """A training that another process is at is left to it."""
+  c = small(**{'tournament.candidates': ('tilt2',), 'tournament.seeds': 2})
+  job = stages.Job(c, tmp_path)
+  structure = job.cut_plain(tournament.scored(job, 'tilt2', tmp_path).scores)
+  made = []
+  folder = tmp_path / 'held'
+
+  def task():
+    products.make(folder / 'done', folder, lambda: made.append(1))
+
+  with storage.locked(folder) as held:
+    assert held
+    with pytest.raises(products.Busy):
+      tournament.all_of({'theirs': task, 'ours': lambda: made.append(2)})
+    assert made == [2]  # What nobody is at was done all the same.
+  tournament.all_of({'theirs': task})
+  assert made == [2, 1]
+  assert structure.macs <= job.budgets[0].max_macs
+
+
+# The probe.
+
+
+def probed():
+  """The config of a probe: VGG16 with 2 to 16 channels, for 2 steps."""
+  c = small(**{'model.factory': '', 'model.name': 'vgg16'})
+  c.update_from_flattened_dict(
+    {'model.base_width': 2, 'probe.epochs': 0.4, 'probe.draws': 2}
+  )
+  c.probe.share = 1.0
+  return c
+
+
+def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
+  """Cut off before the second of two steps; then `--mode=prune` uses it."""
+  c = probed()
+  c.probe.steps = 2
+  c.probe.damping = 0.5
+  job = stages.Job(c, tmp_path / 'cut')
+  plain, trained = stages.fit, []
+
+  def fit(job, module, folder, *args, **kwargs):
+    trained.append(folder.name)
+    if len(trained) == 2:
+      raise Cut
+    return plain(job, module, folder, *args, **kwargs)
+
+  monkeypatch.setattr(stages.training, 'fit', fit)
+  with pytest.raises(Cut):
+    stages.MODES['probe'](job)
+  stages.MODES['probe'](job)
+  assert trained == ['step0-seed0', 'step1-seed0', 'step1-seed0']
+  shown = capsys.readouterr().out
+  found = storage.read_json(tmp_path / 'cut/probe.json')
+  assert found['sentence'] in shown and 'weight' in shown
+  layers = job.network.cost_model.layers
+  assert tuple(found['layers']) == tuple(found['mean']) == layers
+  assert np.shape(found['losses']) == (len(layers), 2)
+  # The second step probes the widths that the first one gave.
+  first = storage.read_arrays(tmp_path / 'cut/probe/step0-seed0/rises.npz')
+  finding = probe.finding(layers, first['rises'][None])
+  weights = profiles.damped(finding.losses, 0.5)
+  assert found['before'] == pytest.approx(weights)
+  counts = job.cut_plain(job.widened(weights)).counts
+  assert tuple(found['counts']) == counts
+  # As a ranking: the same weights, one step further.
+  c.budget.ranking = 'sensitivity'
+  job = stages.Job(c, tmp_path / 'cut')
+  gates = scores.random(job.network.cost_model, 0)
+  storage.write_arrays(tmp_path / 'cut/search/gates.npz', gates)
+  stages.cut(job)
+  profile = job.widened(profiles.probed(found), gates)
+  cut = structures.Structure.from_json(
+    (tmp_path / 'cut/structure.json').read_text()
+  )
+  assert cut.counts == job.cut_plain(profile).counts
+  assert (
+    cut.counts != job.cut_plain(scores.equal(job.network.cost_model)).counts
+  )
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'data.validation_examples': 0},
+      'config.data.validation_examples must be >= 1 for a probe; got 0.',
+    ),
+    (
+      {'probe.share': 0.01},
+      'config.probe.share must be >= 0.3, what .*; got 0.01.',
+    ),
+    ({'budget.keep': (0.0001,)}, 'cannot be met: the narrowest structure'),
+  ],
+)
+def test_what_cannot_be_probed_is_refused(tmp_path, fields, message):
+  c = probed()
+  c.update_from_flattened_dict(fields)
+  with pytest.raises(errors.UserError, match=message):
+    stages.MODES['probe'](stages.Job(c, tmp_path))
+
+
+def test_a_ranking_without_its_probe_is_refused(tmp_path):
+  c = probed()
+  c.budget.ranking = 'sensitivity'
+  job = stages.Job(c, tmp_path)
+  gates = scores.random(job.network.cost_model, 0)
+  storage.write_arrays(tmp_path / 'search/gates.npz', gates)
+  with pytest.raises(errors.UserError, match='run --mode=probe in this'):
+    stages.cut(job)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'tournament.candidates': ('tilt1', 'widest')},
+      r"an arm must be of the words .*tiltX.*; got 'widest'",
+    ),
+    (
+      {'tournament.candidates': ('filters+rewind',)},
+      r"config.tournament.candidates must be .*; got 'filters\+rewind'",
+    ),
+    (
+      {'tournament.candidates': ('searched#first',)},
+      r"config.tournament.candidates must be .*; got 'searched#first'",
+    ),
+    (
+      {'tournament.candidates': ('uniform',)},
+      r'config.tournament.candidates must name one besides uniform; got',
+    ),
+    ({'budget.keep': (0.0001,)}, 'cannot be met: the narrowest structure'),
+    ({'budget.keep': (0.3, 0.5)}, 'config.budget must name one budget'),
+    (
+      {'data.validation_examples': 0},
+      'config.data.validation_examples must be >= 1 for a tournament; got 0.',
+    ),
+    (
+      {'train.epochs': 1.5},
+      'config.tournament.epochs must be <= 0.75, so that the last of 2 rounds',
+    ),
+    (
+      {'tournament.share': 0.25},
+      r'config.tournament.share must be >= 1.29, what 4 candidates cost of a',
+    ),
+  ],
+)
+def test_what_cannot_be_a_tournament_is_refused(tmp_path, fields, message):
+  with pytest.raises(errors.UserError, match=message) as e:
+    tournament.choose(stages.Job(small(**fields), tmp_path), tmp_path)
+  assert str(e.value).count('\n') <= 2
+
+
+def test_the_cost_by_hand(tmp_path):
+  """4 candidates for 1 epoch, 2 for 2 epochs with 2 seeds, of 6 steps each.
+
+  An epoch with the held-out images has 7 steps: (4 + 8) * 6 of 8 * 7 steps.
+  """
+  job = stages.Job(small(), tmp_path)
+  assert tournament.cost(job) == pytest.approx(12 * 6 / (8 * 7))
+  job = stages.Job(
+    small(
+      **{'tournament.candidates': ('searched', 'layer_mean', 'searched#1')}
+    ),
+    tmp_path,
+  )
+  model, epochs = job.network.cost_model, job.config.search.epochs
+  wide = (
+    model.macs(model.widths)
+    / prune.cut(
+      {k: np.ones(n) for k, n in zip(model.layers, model.widths, strict=True)},
+      model,
+      job.budgets[0],
+    ).macs
+  )
+  # Two searches: layer means share the gates of the first.
+  searches = 2 * 2 / 3 * wide * epochs * 6
+  assert tournament.cost(job) == pytest.approx((12 * 6 + searches) / (8 * 7))
+
+
+# Arms by the names of rankings.
+
+
+def test_rankings_are_words_of_arms():
+  assert arms.parse('tilt-0.4').scores == 'profile'
+  assert arms.parse('searched+blend0.5').ranking == 'blend0.5'
+  assert arms.parse('cost0.5') == arms.parse('searched+cost0.5')
+  assert (arms.parse('cost1').ranking, arms.parse('cost1').power) == ('cost', 1)
+  assert arms.parse('sensitivity0.2').scores == 'probe'
+  with pytest.raises(errors.UserError, match='no weights to start from'):
+    arms.parse('tilt1+rewind')
