@@ -2,7 +2,7 @@
 
 Run by test_devices.py in processes of their own:
 
-  python -m tests.data_parallel [coordinator processes process]
+  python -m tests.data_parallel steps [coordinator processes process]
 """
 
 import json
@@ -14,8 +14,6 @@ import numpy as np
 
 from pfs_jax import devices, models, prune, search, train
 from pfs_jax.data import pipeline
-
-STEPS = 20
 
 
 def collective_bytes(text):
@@ -37,8 +35,9 @@ def collective_bytes(text):
 
 
 def main():
-  if len(sys.argv) > 1:
-    devices.start(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+  steps, *others = sys.argv[1:]
+  if others:
+    devices.start(others[0], int(others[1]), int(others[2]))
   dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
   module = models.build('resnet20', 10, 4, gated=True, dtype=dtype)
   variables = models.init(module, jax.random.key(0), (16, 16, 3))
@@ -59,14 +58,14 @@ def main():
     )
   )
   call = train.compiled_call(search.step, source.draw)
+  call = call.lower(state, source.resident, source.chunk(0, 1)).compile()
   losses = []
-  for step in range(STEPS):
+  for step in range(int(steps)):
     state, metrics = call(state, source.resident, source.chunk(step, 1))
     losses.append(float(metrics['ce'][0]))
   gates = models.gates_by_layer('resnet20', jax.device_get(state.gates))
   model = models.cost_model('resnet20', 10, 16, 3, 4)
   structure = prune.fit(gates, model, model.macs(model.widths) // 2)
-  lowered = call.lower(state, source.resident, source.chunk(0, 1)).compile()
   statistics = sum(a.size for a in jax.tree.leaves(state.batch_stats))
   if jax.process_index() == 0:
     print(
@@ -76,7 +75,7 @@ def main():
           'losses': losses,
           'gates': np.concatenate(list(gates.values())).tolist(),
           'counts': structure.counts,
-          'collectives': collective_bytes(lowered.as_text()),
+          'collectives': collective_bytes(call.as_text()),
           'gates_size': sum(map(len, gates.values())),
           'statistics_size': statistics,
           'weights_size': sum(a.size for a in jax.tree.leaves(state.params)),

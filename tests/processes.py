@@ -14,9 +14,10 @@ Or, where only the output of a script that must succeed matters:
 
 A process is a fork of a server that has imported JAX and pfs_jax and used
 neither, which takes milliseconds where a new interpreter takes seconds. A test
-of what is imported, or of two hosts, asks for a new interpreter: `fresh=True`.
+of what is imported asks for a new interpreter: `fresh=True`.
 """
 
+import atexit
 import multiprocessing
 import os
 import pathlib
@@ -91,14 +92,17 @@ def _child(arguments, env, cwd, out, err) -> None:
   os.chdir(cwd)
   first, *rest = arguments
   sys.argv = arguments
-  if first == '-c':
-    sys.argv = ['-c', *rest[1:]]
-    exec(compile(rest[0], '<string>', 'exec'), {'__name__': '__main__'})
-  elif first == '-m':
-    sys.argv = rest
-    runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
-  else:
-    runpy.run_path(first, run_name='__main__')
+  try:
+    if first == '-c':
+      sys.argv = ['-c', *rest[1:]]
+      exec(compile(rest[0], '<string>', 'exec'), {'__name__': '__main__'})
+    elif first == '-m':
+      sys.argv = rest
+      runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
+    else:
+      runpy.run_path(first, run_name='__main__')
+  finally:
+    atexit._run_exitfuncs()  # Such as leaving the other processes of JAX.
 
 
 class Started:

@@ -4,7 +4,6 @@ import json
 import pathlib
 import signal
 import socket
-import subprocess
 import time
 
 import numpy as np
@@ -18,9 +17,9 @@ def numbers(stdout):
   return json.loads(stdout.splitlines()[-1])
 
 
-def on_devices(n, x64):
-  args = ['-m', 'tests.data_parallel']
-  return numbers(processes.output(args, devices=n, x64=x64, timeout=400))
+def on_devices(n, x64, steps):
+  args = ['-m', 'tests.data_parallel', steps]
+  return numbers(processes.output(args, devices=n, x64=x64))
 
 
 def free_port():
@@ -29,40 +28,39 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start_two(args_of, n_devices, x64=False):
-  """Two processes that know of each other; args_of(port, i) -> arguments."""
-  port = free_port()
+def start_two(args_of, x64=False):
+  """Two processes of two devices; args_of(host and port, i) -> arguments."""
+  where = f'127.0.0.1:{free_port()}'
   return [
-    subprocess.Popen(
-      processes.command(args_of(f'127.0.0.1:{port}', i)),
-      env=processes.environment(n_devices, x64),
-      cwd=processes.ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
+    processes.start(args_of(where, i), devices=2, x64=x64) for i in range(2)
   ]
 
 
-def in_two_processes(x64):
+def in_two_processes(x64, steps):
   started = start_two(
-    lambda where, i: ['-m', 'tests.data_parallel', where, 2, i], 2, x64
+    lambda where, i: ['-m', 'tests.data_parallel', steps, where, 2, i], x64
   )
-  done = [p.communicate(timeout=400) for p in started]
-  assert [p.returncode for p in started] == [0, 0], done
-  return numbers(done[0][0])
+  done = [p.finish() for p in started]
+  assert [d.returncode for d in done] == [0, 0], done
+  return numbers(done[0].stdout)
 
 
 @pytest.fixture(scope='module')
 def one64():
-  return on_devices(1, x64=True)
+  return on_devices(1, True, 20)
 
 
-@pytest.mark.parametrize('where', ['8 devices', '2 processes'])
-def test_float64_searches_agree(one64, where):
-  many = on_devices(8, True) if where == '8 devices' else in_two_processes(True)
-  assert many['devices'] == {'8 devices': 8, '2 processes': 4}[where]
+@pytest.mark.parametrize(
+  'search,n',
+  [
+    (lambda: on_devices(8, True, 20), 8),
+    pytest.param(lambda: in_two_processes(True, 20), 4, marks=pytest.mark.slow),
+  ],
+  ids=['8 devices', '2 processes'],
+)
+def test_float64_searches_agree(one64, search, n):
+  many = search()
+  assert many['devices'] == n
   assert len(many['losses']) == 20
   np.testing.assert_allclose(many['losses'], one64['losses'], atol=1e-9)
   np.testing.assert_allclose(many['gates'], one64['gates'], atol=1e-9)
@@ -72,10 +70,8 @@ def test_float64_searches_agree(one64, where):
 
 
 def test_float32_losses_agree_and_little_is_sent():
-  one, eight = on_devices(1, False), on_devices(8, False)
-  np.testing.assert_allclose(
-    eight['losses'][:3], one['losses'][:3], rtol=0, atol=1e-5
-  )
+  one, eight = on_devices(1, False, 3), on_devices(8, False, 3)
+  np.testing.assert_allclose(eight['losses'], one['losses'], rtol=0, atol=1e-5)
   assert one['collectives'] == []
   # Gradients of the gates, sums of BatchNorm forward (mean, variance) and
   # backward (two more a channel), scalars: no weight's gradient, no image.
@@ -99,6 +95,7 @@ def test_same_gates_same_counts_anywhere():
   assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_both(tmp_path):
   def args_of(where, i):
     return [
@@ -115,7 +112,7 @@ def test_sigterm_to_one_of_two_saves_both(tmp_path):
       '--config.log_steps=5',
     ]
 
-  started = start_two(args_of, 2)
+  started = start_two(args_of)
   metrics = tmp_path / 'search' / 'metrics.jsonl'
   deadline = time.monotonic() + 120
   while time.monotonic() < deadline:
@@ -123,12 +120,11 @@ def test_sigterm_to_one_of_two_saves_both(tmp_path):
       break
     time.sleep(0.05)
   started[1].send_signal(signal.SIGTERM)
-  done = [p.communicate(timeout=120) for p in started]
-  assert [p.returncode for p in started] == [128 + signal.SIGTERM] * 2, done
+  done = [p.finish(120) for p in started]
+  assert [d.returncode for d in done] == [128 + signal.SIGTERM] * 2, done
   steps = {
     line.split(' step ')[1].split(';')[0]
-    for _, err in done
-    for line in err.splitlines()
+    for line in (done[0].stderr + done[1].stderr).splitlines()
     if 'saved. The same command continues' in line
   }
   assert len(steps) == 1, done
