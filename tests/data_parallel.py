@@ -40,7 +40,10 @@ def main():
     devices.start(others[0], int(others[1]), int(others[2]))
   dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
   module = models.build('resnet20', 10, 4, gated=True, dtype=dtype)
-  variables = models.init(module, jax.random.key(0), (16, 16, 3))
+  variables = jax.tree.map(
+    lambda v: v.astype(dtype),
+    models.init(module, jax.random.key(0), (16, 16, 3)),
+  )
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (256, 16, 16, 3), dtype=np.uint8)
   source = pipeline.ArraySource(

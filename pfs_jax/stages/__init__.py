@@ -6,6 +6,8 @@ another machine. All that passes from search to train is a structure file.
 
 from __future__ import annotations
 
+import contextlib
+
 from pfs_jax import errors, storage
 from pfs_jax.stages import (
   cutting,
@@ -37,11 +39,13 @@ def run(job: Job) -> None:
 
 
 def execute(mode: str, job: Job) -> None:
-  """Runs one mode; all but info hold the workdir."""
+  """Runs one mode; all but info hold the workdir, in the first process."""
   if mode == 'info':
     info(job)
     return
-  with storage.locked(job.workdir) as held:
+  first = storage.is_first_process()
+  lock = storage.locked(job.workdir) if first else contextlib.nullcontext(True)
+  with lock as held:
     if not held:
       raise errors.UserError(
         f'{job.workdir} is in use by another process; wait for it, or give '
