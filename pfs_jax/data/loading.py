@@ -148,11 +148,6 @@ def reason(e: Exception) -> str:
   return ' '.join(text.split())[:100] or type(e).__name__
 
 
-def silence_pillow() -> None:
-  """Ignores Pillow's warnings (odd EXIF and the like): the pixels count."""
-  warnings.filterwarnings('ignore', module=r'PIL\.')
-
-
 class Loader:
   """Batches in order, decoded ahead by threads; a context manager.
 
@@ -166,7 +161,8 @@ class Loader:
   """
 
   def __init__(self, batches: Batches, start: int, workers: int):
-    silence_pillow()
+    # Odd EXIF and the like: the pixels count.
+    warnings.filterwarnings('ignore', module=r'PIL\.')
     self.seconds_waited = 0.0
     self._batches = batches
     self._steps = iter(range(start, len(batches)))

@@ -333,8 +333,13 @@ def _names_and_labels(
   if isinstance(images, listing.Folder):
     return images.names, images.labels
   path = workdir / 'data' / f'{images.name}-{images.split}-names.npz'
-  found = prepare.read_cached(path)
-  if found is None or len(found['labels']) != len(images):
+
+  def check(arrays: dict[str, np.ndarray]) -> None:
+    if not len(arrays['names']) == len(arrays['labels']) == len(images):
+      raise ValueError('it is of other images')
+
+  found = prepare.read_cached(path, check)
+  if found is None:
     console.note(
       f'{images.name}: reading {len(images):,} names for the held-out split '
       '(once a workdir)'

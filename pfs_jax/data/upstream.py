@@ -14,8 +14,7 @@ import pathlib
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from typing import Any
+from concurrent import futures
 
 from pfs_jax import console, errors
 
@@ -44,14 +43,8 @@ class Unreachable(Exception):
   """A download failed; the message is the reason, in a few words."""
 
 
-# Data set -> files to use in place of TFDS's list: a mirror, or a test's own.
-OVERRIDES: dict[str, tuple[File, ...]] = {}
-
-
 def expected(name: str) -> tuple[File, ...]:
-  """The files that TFDS has registered for a data set, or its `OVERRIDES`."""
-  if name in OVERRIDES:
-    return OVERRIDES[name]
+  """The files that TFDS has registered for a data set."""
   import tensorflow_datasets as tfds
 
   urls = tfds.builder_cls(name).url_infos
@@ -62,19 +55,13 @@ def expected(name: str) -> tuple[File, ...]:
 
 
 def from_folder(name: str, folder: str) -> dict[str, bytes]:
-  """Reads a data set's files from `config.data.source_dir`; writes nothing.
+  """{file name: content} of a data set, from `config.data.source_dir`.
 
-  Args:
-    name: data set.
-    folder: directory with upstream's files under their own names, or Debian's
-      copies of Fashion-MNIST's.
-
-  Returns:
-    File name to content, as upstream published it.
+  The folder has upstream's files under their own names, or Debian's copies of
+  Fashion-MNIST's. Links are followed: the checksum says what may be read.
 
   Raises:
     errors.UserError: A file is missing, unreadable, or not the one expected.
-      (Links are followed: the checksum says what may be read.)
   """
   root = pathlib.Path(folder).expanduser()
   wanted = expected(name)
@@ -118,16 +105,10 @@ def _upstream_header(file: File, content: bytes) -> bytes:
 
 
 def download(name: str) -> dict[str, bytes]:
-  """Downloads a data set's files: one attempt, checksums verified.
-
-  Args:
-    name: data set.
-
-  Returns:
-    File name to content.
+  """{file name: content} of a data set, in one attempt, checksums verified.
 
   Raises:
-    Unreachable: no connection within `CONNECT_SECONDS`, an error status, a
+    Unreachable: No connection within `CONNECT_SECONDS`, an error status, a
       stalled, short, long or altered file.
   """
   return {file.name: _get(file) for file in expected(name)}
@@ -172,27 +153,15 @@ def _connect(url: str) -> http.client.HTTPResponse:
   addresses. Hence the thread, which is left behind when it is late.
   """
   request = urllib.request.Request(url, headers={'User-Agent': 'pfs_jax'})
-  return _within(
-    CONNECT_SECONDS,
-    lambda: urllib.request.urlopen(request, timeout=_STALL_SECONDS),
-  )
+  answer: futures.Future = futures.Future()
 
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-  """The result (or error) of `call()`; `TimeoutError` when it is late."""
-  outcome = {}
-
-  def run():
+  def ask() -> None:
     try:
-      outcome['result'] = call()
-    except Exception as e:  # Raised again below, in the caller's thread.
-      outcome['error'] = e
+      answer.set_result(urllib.request.urlopen(request, timeout=_STALL_SECONDS))
+    except Exception as e:  # Raised by `result`, in the caller's thread.
+      answer.set_exception(e)
 
-  thread = threading.Thread(target=run, daemon=True)
-  thread.start()
-  thread.join(seconds)
-  if 'error' in outcome:
-    raise outcome['error']
-  if 'result' not in outcome:
-    raise TimeoutError(f'no answer within {seconds:g} s')
-  return outcome['result']
+  threading.Thread(target=ask, daemon=True).start()
+  if not futures.wait([answer], CONNECT_SECONDS).done:
+    raise TimeoutError(f'no answer within {CONNECT_SECONDS:g} s')
+  return answer.result()
