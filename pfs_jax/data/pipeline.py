@@ -79,6 +79,23 @@ def crop_and_flip(
   return images
 
 
+def check_batch(field: str, batch_size: int, images: int) -> None:
+  """Refuses a batch that is too large or does not split over the devices."""
+  devices.check_batch(field, batch_size)
+  if not 1 <= batch_size <= images:
+    raise errors.UserError(
+      f'config.{field} must be in [1, {images}], the number of training '
+      f'images; got {batch_size}.'
+    )
+
+
+def keys_of_steps(key: jax.Array, step: int, k: int) -> tuple[jax.Array, Any]:
+  """(steps uint32 [k], key data [k, 2]), from which a draw makes its keys."""
+  steps = np.arange(step, step + k, dtype=np.uint32)
+  data = jax.random.key_data(key)
+  return devices.replicate((steps, np.broadcast_to(data, (k, *data.shape))))
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _permutation(key: jax.Array, n: int) -> jax.Array:
   return jax.random.permutation(key, n)
@@ -150,11 +167,7 @@ class ArraySource:
     key: jax.Array,
     augmentation: Augmentation,
   ):
-    if not 1 <= batch_size <= len(images):
-      raise errors.UserError(
-        f'batch_size must be in [1, {len(images)}], the number of training '
-        f'images; got {batch_size}.'
-      )
+    check_batch('batch_size', batch_size, len(images))
     self.resident = devices.replicate((images, labels.astype(np.int32)))
     self.steps_per_epoch = len(images) // batch_size
     self.draw = ArrayDraw(augmentation)
@@ -181,13 +194,8 @@ class ArraySource:
   def chunk(self, step: int, k: int) -> Any:
     """What `draw` needs for steps step .. step + k - 1, leading axis k."""
     indices = np.stack([self._indices(s) for s in range(step, step + k)])
-    steps = np.arange(step, step + k, dtype=np.uint32)
-    key = jax.random.key_data(self._augment_key)
-    keys = np.broadcast_to(key, (k, *key.shape))
-    return (
-      devices.split_batch(indices, axis=1),
-      devices.replicate((steps, keys)),
-    )
+    keys = keys_of_steps(self._augment_key, step, k)
+    return devices.split_batch(indices, axis=1), keys
 
 
 class ArrayEvaluation:
@@ -272,7 +280,7 @@ class Arrays:
     """Training batches of a stage ('search' or 'train').
 
     Args:
-      stage: The section of the config with the batch size.
+      stage: The section of the config with the recipe.
       hold_out: Whether the validation images are left out.
 
     Raises:
@@ -281,13 +289,8 @@ class Arrays:
     examples = (self._dataset.train_images, self._dataset.train_labels)
     if hold_out:
       examples, _ = self._split()
-    batch_size, n = self._config[stage].batch_size, len(examples[0])
-    devices.check_batch(f'{stage}.batch_size', batch_size)
-    if not 1 <= batch_size <= n:
-      raise errors.UserError(
-        f'config.{stage}.batch_size must be in [1, {n}], the number of '
-        f'training images; got {batch_size}.'
-      )
+    batch_size = self._config[stage].batch_size
+    check_batch(f'{stage}.batch_size', batch_size, len(examples[0]))
     return ArraySource(
       *examples,
       batch_size=batch_size,

@@ -24,6 +24,7 @@ from pfs_jax.data import (
   colour,
   listing,
   loading,
+  pipeline,
   prepare,
   shapes,
   specs,
@@ -70,7 +71,7 @@ class StreamSource:
     self.steps_per_epoch = batches.steps_per_epoch
     self.draw = draw
     self._batches, self._corrupt, self._workers = batches, corrupt, workers
-    self._key = np.asarray(jax.random.key_data(key))
+    self._key = key
     self._loader: loading.Loader | None = None
     self._next, self._waited = -1, 0.0
 
@@ -113,13 +114,8 @@ class StreamSource:
       stacked = parts[0][None] if k == 1 else np.stack(parts)
       return _global(stacked, 1, self._batches.batch_size)
 
-    steps = np.arange(step, step + k, dtype=np.uint32)
-    keys = np.broadcast_to(self._key, (k, *self._key.shape))
-    return (
-      joined('pixels'),
-      joined('labels'),
-      devices.replicate((steps, keys)),
-    )
+    keys = pipeline.keys_of_steps(self._key, step, k)
+    return joined('pixels'), joined('labels'), keys
 
 
 class StreamEvaluation:
@@ -200,25 +196,13 @@ class Streamed:
     self._workers = c.data.workers
 
   def train_source(self, stage: str, hold_out: bool) -> StreamSource:
-    """Training batches of a stage ('search' or 'train').
-
-    Args:
-      stage: The section of the config with batch size and augmentation.
-      hold_out: Whether the validation images are left out.
-
-    Raises:
-      errors.UserError: The batch is larger than the training set.
-    """
+    """Training batches of a stage; see `pipeline.Arrays.train_source`."""
     c, recipe = self._config, self._config[stage]
     chosen = np.arange(len(self._train))
     if hold_out:
       chosen = np.flatnonzero(~self._held_out)
-    devices.check_batch(f'{stage}.batch_size', recipe.batch_size)
-    if recipe.batch_size > len(chosen):
-      raise errors.UserError(
-        f'config.{stage}.batch_size must be in [1, {len(chosen)}], the number '
-        f'of training images; got {recipe.batch_size}.'
-      )
+    field = f'{stage}.batch_size'
+    pipeline.check_batch(field, recipe.batch_size, len(chosen))
     host_key, device_key = jax.random.split(config.key(c.seed, f'{stage} data'))
     augment = c.data.augment
     batches = loading.Batches(
