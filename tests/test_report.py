@@ -24,9 +24,10 @@ from pfs_jax import (
   storage,
   tables,
 )
-from pfs_jax.report import figures, page, run_logs, run_page, study_page
+from pfs_jax.report import figures, page, run_logs, run_page
 from pfs_jax.stages import cutting
-from pfs_jax.studies import plan, results
+from pfs_jax.studies import plan, results, statistics
+from pfs_jax.studies import tables as study_tables
 from tests import processes
 
 # Runs.
@@ -161,7 +162,7 @@ def check_page(workdir, names, stem='report'):
   return outline
 
 
-SEARCH_PICTURES = ['network', 'gates', 'gates-course', 'search']
+SEARCH_PICTURES = ['network', 'gates', 'search']
 
 
 def test_report_of_a_run(tmp_path):
@@ -171,11 +172,9 @@ def test_report_of_a_run(tmp_path):
   first_screen = outline.text.partition('Channels of each layer')[0]
   for said in (
     'vgg16 on digits, 2 budgets, seed 0',
-    "of the reference network's",
-    '1 of them are trained',
-    'keep0.3: 80.00% test accuracy with 2',
-    'That is 5.00 points below the reference network, trained in the same way '
-    '(85.00%): 15 of 300 images.',
+    'Budgets that are cut: 2; trained: 1.',
+    "keep0.3: 80.00% test accuracy with 29.7% of the reference network's MACs, "
+    '5.00 points below that network trained alike (15 of 300 images).',
     'one seed (n = 1)',
   ):
     assert said in first_screen, said
@@ -245,6 +244,30 @@ def test_what_else_a_training_leaves_is_shown(tmp_path):
     assert said in outline.text, said
 
 
+def test_a_probe_and_a_tournament_are_shown(tmp_path):
+  job = searched(tmp_path)
+  layers, n = list(job.network.cost_model.layers), 13
+  probe = {
+    'layers': layers,
+    'losses': [[0.1, 0.3]] * n,
+    'mean': dict.fromkeys(layers, 0.2),
+    'error': dict.fromkeys(layers, 0.1),
+  }
+  losses = {'uniform': [0.5, 0.7], 'tilt1': [0.4, 0.6]}
+  rounds = [{'epochs': 1, 'losses': losses}, {'epochs': 2, 'losses': losses}]
+  counts = {'uniform': [1] * n, 'tilt1': [2] * n}
+  tournament = {'layers': layers, 'rounds': rounds, 'counts': counts}
+  for name, content in (('probe', probe), ('tournament', tournament)):
+    words = {'columns': ['a', 'b'], 'rows': [[name, '1']], 'sentence': EVIL}
+    storage.write_json(tmp_path / f'{name}.json', content | words)
+  report.write(job.config, tmp_path)
+  names = ['network', 'probe', 'tournament', 'candidates', 'gates', 'search']
+  outline = check_page(tmp_path, names)
+  alts = [image['alt'] for image in outline.images]
+  assert f'{layers[0]}: 0.20 (0.10 to 0.30, n = 2)' in alts[1]
+  assert 'tilt1: 0.5 at 1, 0.5 at 2' in alts[2]
+
+
 def test_same_folder_gives_the_same_bytes(tmp_path):
   job = trained(tmp_path)
   report.write(job.config, tmp_path)
@@ -257,12 +280,12 @@ def test_same_folder_gives_the_same_bytes(tmp_path):
 def test_a_search_alone_and_a_search_under_way(tmp_path):
   report.write(searched(tmp_path).config, tmp_path)
   outline = check_page(tmp_path, SEARCH_PICTURES)
-  assert '0 of them are trained' in outline.text
+  assert 'Budgets that are cut: 2; trained: 0.' in outline.text
   assert 'images' not in outline.text and 'Training' not in outline.text
   for path in tmp_path.glob('*.json'):
     path.unlink()
   report.write(tiny(), tmp_path)
-  outline = check_page(tmp_path, SEARCH_PICTURES[2:])
+  outline = check_page(tmp_path, SEARCH_PICTURES[1:])
   assert 'The search is at step 30. No structure is cut yet.' in outline.text
 
 
@@ -326,8 +349,12 @@ ACCURACIES = {
   'random': (79, 82, 82),
   'full': (90, 91, 92),
 }
-# 2 -+ t(0.975, 2 degrees of freedom) / sqrt(3) = 2 -+ 4.3027 / 1.7321.
-SEARCHED = '+2.00 points (95% interval -0.48 to +4.48, 3 pairs of seeds)'
+# n, mean, sd, difference, interval: 2 -+ t(0.975, 2 degrees of freedom) *
+# sd / sqrt(3) = 2 -+ 4.3027 / 1.7321, and 0 -+ the same.
+SAME = 'indistinguishable'
+SEARCHED = ['3', '83.00', '1.73', '+2.00', '-0.48 .. +4.48', SAME]
+RANDOM = ['3', '81.00', '1.73', '+0.00', '-2.48 .. +2.48', SAME]
+FULL = ['3', '91.00', '1.00', '+10.00', '+7.52 .. +12.48', 'better']
 STUDY_PICTURES = ['accuracy', 'differences', 'macs', 'shares', 'similarity']
 
 
@@ -386,18 +413,21 @@ def test_report_of_a_study(tmp_path):
   (tmp_path / 'report-headline').mkdir()
   (tmp_path / 'report-headline' / 'varied.png').write_text('an earlier one')
   outline = reported(tmp_path, study_of(), STUDY_PICTURES)
-  first_screen = outline.text.partition('Contents')[0]
-  for said in (
-    'searched: 83.00% ± 1.73 (n = 3) at 50.0% of the MACs',
-    'uniform: 81.00% ± 1.00 (n = 3)',
-    'full: 91.00% ± 1.00 (n = 3) at 100.0%',
-    f'searched minus uniform: {SEARCHED}: the two are statistically indist',
-    'Of 3 arms compared with uniform: 1 better (full), 0 worse, 2 statist',
-    '12 of 12 cells are finished',
-  ):
-    assert said in first_screen, said
+  assert '12 of 12 cells are finished. The table shows' in outline.text
+  rows = re.findall(
+    '(?s)<tr>(.*?)</tr>', (tmp_path / 'report-headline.html').read_text()
+  )
+  cells = [re.findall('<t[hd].*?>(.*?)</t', row) for row in rows[:5]]
+  assert cells[1:] == [
+    ['1. searched', *SEARCHED, '50.0%', '60'],
+    ['2. uniform', '3', '81.00', '1.00', '', '', '', '50.0%', '60'],
+    ['3. random', *RANDOM, '50.0%', '60'],
+    ['4. full', *FULL, '100.0%', '60'],
+  ]
   assert '1 x abacus' in outline.text and 'abc123' in outline.text
-  similar = next(i['alt'] for i in outline.images if 'Correlation' in i['alt'])
+  similar = next(
+    i['alt'] for i in outline.images if 'Mean correlation' in i['alt']
+  )
   assert 'uniform' not in similar  # Its shares differ by rounding alone.
 
 
@@ -425,7 +455,7 @@ def test_report_of_a_study_of_structures_alone(tmp_path):
   with study.unlocked():
     study['values'] = (0.0, 1.0)
   outline = reported(tmp_path, study, ['shares', 'similarity'])
-  assert 'How alike are the structures of different seeds?' in outline.text
+  assert 'How alike are the structures?' in outline.text
 
 
 def test_study_over_a_field(tmp_path):
@@ -447,15 +477,14 @@ def test_study_without_a_cell_is_refused(tmp_path):
 @pytest.mark.parametrize(
   'numbers, said',
   [
-    ((3, 1, 0.5, 1.5), 'a is better'),
-    ((3, -1, -1.5, -0.5), 'a is worse'),
-    ((3, 1, -1, 3), 'statistically indistinguishable'),
-    ((1, 1, None, None), 'n = 1'),
+    ((3, 1, 0.5, 1.5), 'better'),
+    ((3, -1, -1.5, -0.5), 'worse'),
+    ((3, 1, -1, 3), SAME),
+    ((1, 1, None, None), SAME),
   ],
 )
 def test_verdicts(numbers, said):
-  difference = study_page.statistics.Difference(*numbers)
-  assert said in study_page.verdict('a', 'b', difference)
+  assert study_tables.verdict(statistics.Difference(*numbers)) == said
 
 
 # Pictures and text.
@@ -466,12 +495,6 @@ def test_lines_differ_in_more_than_colour():
   drawn, _ = figures.curves.__wrapped__({'loss': lines}, 'step')
   shapes = [(x.get_linestyle(), x.get_marker()) for x in drawn.axes[0].lines]
   assert len({str(s) for s in shapes if s[1] in tuple('osD^vP')}) == 6
-
-
-def test_block_means_leave_out_the_diagonal():
-  matrix = np.array([[1, 0.2, 0.3], [0.2, 1, 0.5], [0.3, 0.5, 1]])
-  found = figures.block_means(matrix, [('a', 2), ('b', 1)])
-  np.testing.assert_allclose(found, [[0.2, 0.4], [0.4, np.nan]])
 
 
 EVIL = '<script>document.title="evil"</script>\x07"\'&$x_{$'

@@ -16,13 +16,11 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import matplotlib
 import numpy as np
-from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
-from matplotlib import image as mpl_image
 from matplotlib import patheffects
 
 _WIDTH = 4.8  # Inches.
-_STYLE = {
+_STYLE: dict[Any, Any] = {
   'svg.hashsalt': 'pfs_jax',
   'svg.fonttype': 'path',
   'text.parse_math': False,  # A name may hold a '$'.
@@ -47,7 +45,6 @@ _MARKERS = 'osD^vPX*<>hp'
 _LINES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _HATCHES = ('////', '....', 'xxxx')
 _BINS = np.linspace(0, 1, 26)
-_CENTRED = {'ha': 'center', 'va': 'center'}
 _DIAMONDS = {  # {filled: how an interval is drawn}.
   True: {'color': _BLUE, 'markersize': 5.5},
   False: {'color': _GREY, 'markersize': 5.5, 'markerfacecolor': 'white'},
@@ -120,7 +117,7 @@ def _picture(
   return make
 
 
-def _drawing(height: float) -> tuple[mpl_figure.Figure, mpl_axes.Axes]:
+def _drawing(height: float) -> tuple[mpl_figure.Figure, Any]:
   """An empty figure of so many inches, and its axes."""
   drawn = mpl_figure.Figure((_WIDTH, height), layout='constrained')
   return drawn, drawn.subplots()
@@ -128,7 +125,7 @@ def _drawing(height: float) -> tuple[mpl_figure.Figure, mpl_axes.Axes]:
 
 def _ladder(
   labels: Sequence[str],
-) -> tuple[mpl_figure.Figure, mpl_axes.Axes, np.ndarray]:
+) -> tuple[mpl_figure.Figure, Any, np.ndarray]:
   """A figure with a horizontal row for each label, and the rows' places."""
   drawn, axes = _drawing(1.1 + 0.23 * len(labels))
   places = np.arange(len(labels))
@@ -183,20 +180,9 @@ def network(
   said = []
   for i, (name, counts) in enumerate(kept.items()):
     hatch = _HATCHES[i] if len(kept) <= len(_HATCHES) else None
-    bars(
-      counts,
-      color=blues[i],
-      edgecolor=_BLUE,
-      hatch=hatch,
-      label=_short(name, 18),
-    )
-    shares = np.divide(counts, searched)
-    least, most = shares.argmin(), shares.argmax()
-    said.append(
-      f'{name}: {sum(counts)} of {sum(searched)} channels, the largest share '
-      f'in {layers[most]} ({shares[most]:.0%}), the smallest in '
-      f'{layers[least]} ({shares[least]:.0%})'
-    )
+    style = {'color': blues[i], 'edgecolor': _BLUE, 'hatch': hatch}
+    bars(counts, label=_short(name, 18), **style)
+    said.append(f'{name}: {sum(counts)} of {sum(searched)} channels')
   if list(reference) != list(searched):
     ends = np.concatenate([reference, np.negative(reference)]) / 2
     style = {'marker': '|', 'linewidths': 2, 'label': 'reference'}
@@ -216,32 +202,8 @@ def network(
 
 
 @_picture
-def gates(kept: np.ndarray, dropped: np.ndarray) -> Drawn:
-  """A histogram of the gates, those of kept channels apart from the others."""
-  drawn, axes = _drawing(2.9)
-  labels = [f'kept ({kept.size})', f'dropped ({dropped.size})']
-  colours = ['#9ecae1', 'white']
-  style = {'stacked': True, 'edgecolor': _BLACK, 'linewidth': 0.6}
-  _, _, bars = axes.hist(
-    [kept, dropped], _BINS, label=labels, color=colours, **style
-  )
-  for patch in bars[0]:
-    patch.set_hatch('////')
-  axes.set(xlabel='gate', ylabel='channels', xlim=(0, 1))
-  axes.yaxis.get_major_locator().set_params(integer=True)
-  _legend(drawn)
-  said = [
-    f'{label} with mean {values.mean():.2f}'
-    for label, values in zip(labels, (kept, dropped), strict=True)
-    if values.size
-  ]
-  zero = np.mean(np.concatenate([kept, dropped]) == 0)
-  return drawn, f'{", ".join(said)}; {zero:.0%} of all are 0'
-
-
-@_picture
-def course(rows: Sequence[tuple[str, np.ndarray]]) -> Drawn:
-  """Histograms below each other, one for each (label, gates)."""
+def histograms(rows: Sequence[tuple[str, np.ndarray]]) -> Drawn:
+  """Histograms of gates below each other, one for each (label, gates)."""
   drawn, axes = _drawing(0.8 + 0.5 * len(rows))
   said = []
   for i, (label, values) in enumerate(rows):
@@ -261,94 +223,50 @@ def course(rows: Sequence[tuple[str, np.ndarray]]) -> Drawn:
 
 @_picture
 def heat(
-  rows: Sequence[str], columns: Sequence[str], values: np.ndarray, label: str
+  rows: Sequence[str],
+  columns: Sequence[str],
+  values: np.ndarray,
+  label: str,
+  digits: int = 0,
 ) -> Drawn:
-  """Shares in percent, as numbers on darker and lighter cells.
+  """Numbers on cells from light (the least, or 0) to dark (the most).
 
   Args:
-    rows: Names of the rows.
+    rows: Titles of the rows.
     columns: Titles of the columns; of '3. searched' the number is drawn.
-    values: [rows, columns], 0..1.
+    values: [rows, columns], NaN where there is none.
     label: What the columns are.
+    digits: Decimals that are shown.
   """
   drawn, axes = _drawing(1.1 + 0.2 * len(rows))
-  _cells(axes, 100 * values, 0, 100)
+  axes.grid(visible=False)
+  axes.spines[:].set_visible(False)
+  colours = matplotlib.colormaps['Blues'].with_extremes(bad='#eeeeee')
+  low, high = min(0, np.nanmin(values)), np.nanmax(values)
+  style = {'cmap': colours, 'aspect': 'auto', 'interpolation': 'nearest'}
+  axes.imshow(np.ma.masked_invalid(values), vmin=low, vmax=high, **style)
+  size = 7.5 if len(columns) <= 12 else 5.5
   for (i, j), value in np.ndenumerate(values):
-    ink, rim = ('white', '#08306b') if value > 0.6 else (_BLACK, 'white')
+    dark = value > low + 0.6 * (high - low)
+    ink, rim = ('white', '#08306b') if dark else (_BLACK, 'white')
     around = [patheffects.withStroke(linewidth=1.5, foreground=rim)]
-    style = {'fontsize': 7.5 if len(columns) <= 12 else 5.5, 'color': ink}
-    text = f'{100 * value:.0f}'
-    axes.text(j, i, text, **_CENTRED, path_effects=around, **style)
-  axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
+    style = {'ha': 'center', 'va': 'center', 'fontsize': size, 'color': ink}
+    text = '–' if np.isnan(value) else f'{value:.{digits}f}'
+    axes.text(j, i, text, path_effects=around, **style)
+  axes.set_yticks(range(len(rows)), [_short(r, 40) for r in rows], fontsize=7.5)
   axes.set_xticks(range(len(columns)), map(_number, columns))
   axes.xaxis.tick_top()
   axes.xaxis.set_label_position('top')
   axes.set_xlabel(label)
-  return drawn, '; '.join(
-    f'{title}: {rows[v.argmin()]} least ({v.min():.0%}), '
-    f'{rows[v.argmax()]} most ({v.max():.0%})'
-    for title, v in zip(columns, values.T, strict=True)
-  )
-
-
-def _cells(
-  axes: mpl_axes.Axes, values: np.ndarray, low: float, high: float
-) -> mpl_image.AxesImage:
-  """Cells from light (low) to dark (high)."""
-  axes.grid(visible=False)
-  axes.spines[:].set_visible(False)
-  colours = matplotlib.colormaps['Blues'].with_extremes(bad='#eeeeee')
-  style = {'cmap': colours, 'aspect': 'auto', 'interpolation': 'nearest'}
-  values = np.ma.masked_invalid(values)
-  return axes.imshow(values, vmin=low, vmax=high, **style)
-
-
-@_picture
-def similarity(matrix: np.ndarray, blocks: Sequence[tuple[str, int]]) -> Drawn:
-  """The correlation of every two structures, with the mean of each block.
-
-  Args:
-    matrix: [n, n], -1..1, NaN where there is none.
-    blocks: (title, members) of each group, in the matrix's order; of a title
-      such as '3. searched' the number is drawn.
-  """
-  drawn, axes = _drawing(_WIDTH)
-  low = min(0.0, float(np.floor(10 * np.nanmin(matrix)) / 10))
-  image = _cells(axes, matrix, low, 1)
-  edges = np.cumsum([0, *(n for _, n in blocks)])
-  middles = (edges[:-1] + edges[1:] - 1) / 2
-  for edge in edges[1:-1] - 0.5:
-    axes.axhline(edge, color='white', linewidth=2)
-    axes.axvline(edge, color='white', linewidth=2)
-  around = {'boxstyle': 'round,pad=0.15', 'fc': 'white', 'lw': 0}
-  style = {'bbox': around, 'fontsize': 8.5 if len(blocks) <= 7 else 6.5}
-  means = block_means(matrix, blocks)
-  for (i, j), mean in np.ndenumerate(means):
-    text = '–' if np.isnan(mean) else f'{mean:.2f}'
-    axes.text(middles[j], middles[i], text, **_CENTRED, **style)
-  labels = [_number(title) for title, _ in blocks]
-  axes.set_xticks(middles, labels, fontsize=8)
-  axes.set_yticks(middles, labels, fontsize=8)
-  axes.tick_params(length=0)
-  drawn.colorbar(image, ax=axes, shrink=0.75, label='correlation')
-  return drawn, '; '.join(
-    f'{title}: {mean:.2f}'
-    for (title, _), mean in zip(blocks, np.diag(means), strict=True)
-  )
-
-
-def block_means(
-  matrix: np.ndarray, blocks: Sequence[tuple[str, int]]
-) -> np.ndarray:
-  """[groups, groups] means of the blocks, without the diagonal and gaps."""
-  edges = np.cumsum([0, *(n for _, n in blocks)])
-  off = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
-  means = np.full((len(blocks), len(blocks)), np.nan)
-  for i, j in np.ndindex(means.shape):
-    block = off[edges[i] : edges[i + 1], edges[j] : edges[j + 1]]
-    block = block[~np.isnan(block)]
-    means[i, j] = block.mean() if block.size else np.nan
-  return means
+  said = []
+  for title, column in zip(columns, values.T, strict=True):
+    if not np.isnan(column).all():
+      least, most = int(np.nanargmin(column)), int(np.nanargmax(column))
+      said.append(
+        f'{title}: {rows[least]} least ({column[least]:.{digits}f}), '
+        f'{rows[most]} most ({column[most]:.{digits}f})'
+      )
+  return drawn, '; '.join(said)
 
 
 # Numbers.
@@ -414,8 +332,8 @@ def intervals(
   """
   drawn, axes, y = _ladder([row.label for row in rows])
   for place, row in zip(y, rows, strict=True):
-    style = {'facecolors': 'none', 'edgecolors': _GREY}
-    axes.scatter(row.dots, [place] * len(row.dots), 22, **style)
+    at = [place] * len(row.dots)
+    axes.scatter(row.dots, at, 22, facecolors='none', edgecolors=_GREY)
     half = [[row.mean - row.low], [row.high - row.mean]]
     style = _DIAMONDS[row.filled]
     axes.errorbar(row.mean, place, xerr=half, fmt='D', capsize=3, **style)

@@ -23,63 +23,40 @@ def chosen_gates(job: Job) -> dict[str, np.ndarray]:
 
 
 def gates(report: page.Page, job: Job) -> None:
-  """Adds the gates that were taken, and their course."""
+  """Adds histograms of the gates: at evaluations of the search, then chosen."""
+  paths = sorted((job.workdir / 'search' / 'gates').glob('[0-9]*.npz'))
+  found: dict[str, list[np.ndarray]] = {}
+  for i in thinned(len(paths), 8):
+    read = storage.read_arrays(paths[i])
+    found[f'step {int(paths[i].stem)}'] = list(read.values())
   chosen, path = chosen_gates(job), job.workdir / 'kept.json'
-  steps = sorted((job.workdir / 'search' / 'gates').glob('[0-9]*.npz'))
-  if steps or (chosen and path.exists()):
-    report.section('Gates')
   if chosen and path.exists():
-    _histogram(report, chosen, storage.read_json(path))
-  if steps:
-    _course(report, job, [steps[i] for i in thinned(len(steps), 8)])
-
-
-def _histogram(
-  report: page.Page,
-  gates: Mapping[str, np.ndarray],
-  kept: Mapping[str, Sequence[int]],
-) -> None:
-  parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-  for layer, values in gates.items():
-    mask = np.isin(np.arange(values.size), kept.get(layer, []))
-    parts[0].append(values.ravel()[mask])
-    parts[1].append(values.ravel()[~mask])
-  inside, outside = (np.concatenate(part) for part in parts)
-  edges = np.linspace(0, 1, 11)
-  found = [np.histogram(np.clip(v, 0, 1), edges)[0] for v in (inside, outside)]
-  rows = [
-    [f'{low:.1f} to {low + 0.1:.1f}', str(n), str(other)]
-    for low, n, other in zip(edges, *found, strict=False)
-  ]
-  size = inside.size + outside.size
-  report.figure(
-    figures.gates('gates', f'Histogram of {size} gates', inside, outside),
-    'The gates that the search chose. Those of kept channels (hatched, the '
-    'first budget) stand below those of dropped channels (white).',
-    Table('Gates', ['gate', 'kept', 'dropped'], rows),
-  )
-
-
-def _course(report: page.Page, job: Job, paths: Sequence[pathlib.Path]) -> None:
-  """The gates at some evaluations, with the validation accuracy there."""
-  log = {r['step']: r for r in runs.read_metrics(job.workdir / 'search')}
+    kept = storage.read_json(path)
+    masks = [
+      np.isin(np.arange(g.size), kept.get(k, [])) for k, g in chosen.items()
+    ]
+    pairs = list(zip(chosen.values(), masks, strict=True))
+    found['kept'] = [g[mask] for g, mask in pairs]
+    found['dropped'] = [g[~mask] for g, mask in pairs]
   drawn, rows = [], []
-  for path in paths:
-    step, arrays = int(path.stem), storage.read_arrays(path).values()
+  for label, arrays in found.items():
     values = np.concatenate([g.ravel() for g in arrays])
-    drawn.append((f'step {step}', values))
-    numbers = [values.mean(), *np.quantile(values, (0.1, 0.5, 0.9))]
-    accuracy = log.get(step, {}).get('validation_accuracy')
-    right = '-' if accuracy is None else f'{accuracy:.1%}'
-    shown = [f'{v:.3f}' for v in numbers]
-    rows.append([str(step), *shown, f'{np.mean(values == 0):.1%}', right])
-  columns = ['step', 'mean', '10%', '50%', '90%', 'at 0', 'validation']
-  title = f'Histograms of the gates at {len(rows)} steps'
+    if values.size:
+      drawn.append((label, values))
+      numbers = [values.mean(), *np.quantile(values, (0.1, 0.5, 0.9))]
+      shown = [f'{v:.3f}' for v in numbers]
+      zero = f'{np.mean(values == 0):.1%}'
+      rows.append([label, str(values.size), *shown, zero])
+  if not rows:
+    return
+  report.section('Gates')
+  columns = ['gates', 'number', 'mean', '10%', '50%', '90%', 'at 0']
   report.figure(
-    figures.course('gates-course', title, drawn),
-    'The course of the gates: a histogram at each evaluation of the search, '
-    'the first at the top. Each is scaled to its fullest bin.',
-    Table('Gates by step: mean and quantiles', columns, rows),
+    figures.histograms('gates', 'Histograms of the gates', drawn),
+    'The gates at evaluations of the search, the first at the top; then those '
+    'that the search chose, of the channels that the first budget keeps and '
+    'drops. Each histogram is scaled to its fullest bin.',
+    Table('Gates: mean and quantiles', columns, rows),
   )
 
 

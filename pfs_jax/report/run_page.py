@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pfs_jax import config, console, errors, models, runs, storage, structures
-from pfs_jax.report import figures, page, run_logs
+from pfs_jax.report import figures, page, run_choice, run_logs
 from pfs_jax.stages import Job
 from pfs_jax.tables import Table
 
@@ -21,14 +21,14 @@ class Cut(NamedTuple):
     counts: {layer: channels kept}.
     macs: MACs of the narrow network.
     params: Its parameters.
-    result: What result.json holds; None before the training.
+    result: What result.json holds; {} before the training.
   """
 
   name: str
   counts: Mapping[str, int]
   macs: int
   params: int
-  result: Mapping[str, Any] | None
+  result: Mapping[str, Any]
 
 
 def build(job: Job) -> tuple[str, list[figures.Picture]]:
@@ -43,6 +43,8 @@ def build(job: Job) -> tuple[str, list[figures.Picture]]:
   _first_screen(report, job, cuts)
   if cuts:
     _structure(report, job, cuts)
+  run_choice.probe(report, job)
+  run_choice.tournament(report, job)
   run_logs.gates(report, job)
   run_logs.search(report, job)
   trained = {cut.name: job.file('train', cut.name) for cut in cuts}
@@ -75,7 +77,7 @@ def _cuts(job: Job) -> list[Cut]:
     s = structures.Structure.from_json(path.read_text())
     name = s.source.get('budget', path.stem)
     counts = dict(zip(s.layers, s.counts, strict=True))
-    found[name] = Cut(name, counts, s.macs, s.params, None)
+    found[name] = Cut(name, counts, s.macs, s.params, {})
   for path in sorted(job.workdir.glob('result*.json')):
     r = storage.read_json(path)
     name = r['budget']
@@ -163,76 +165,60 @@ def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
     steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
     at = f'at step {steps[-1]}' if steps else 'at its start'
     return [f'The search is {at}. No structure is cut yet.']
-  whole = f"the reference network's {job.network.reference_macs:,} MACs"
-  shares = [_share(job, cut.macs) for cut in cuts]
-  if len(cuts) == 1:
-    cost = f'{cuts[0].macs:,} MACs an image, {shares[0]} of {whole}'
-    return [_outcome(cuts[0], cost)]
-  done = sum(cut.result is not None for cut in cuts)
-  lines = [
-    f'{len(cuts)} budgets, from {shares[0]} to {shares[-1]} of {whole}; '
-    f'{done} of them are trained.'
-  ]
-  for cut, share in zip(cuts, shares, strict=True):
-    if cut.result:
-      lines.append(_outcome(cut, f'{share} of the MACs'))
+  done = sum(bool(cut.result) for cut in cuts)
+  lines = [f'Budgets that are cut: {len(cuts)}; trained: {done}.']
+  for cut in cuts:
+    r, share = cut.result, _share(job, cut.macs)
+    if not r:
+      continue
+    text = (
+      f'{cut.name}: {r["test_accuracy"]:.2%} test accuracy with {share} of '
+    )
+    text += "the reference network's MACs"
+    if r['reference_test_accuracy'] is not None:
+      points = 100 * (r['test_accuracy'] - r['reference_test_accuracy'])
+      side = 'below' if points < 0 else 'above'
+      text += f', {abs(points):.2f} points {side} that network trained alike'
+      images = f'{abs(points) * r["test_examples"] / 100:.0f} of '
+      text += f' ({images}{r["test_examples"]:,} images)'
+    lines.append(f'{text}.')
   return lines
-
-
-def _outcome(cut: Cut, cost: str) -> str:
-  """The result of one budget in a sentence or two."""
-  if not cut.result:
-    return f'{cut.name} is cut to {cost}. It is not trained yet.'
-  accuracy, n = cut.result['test_accuracy'], cut.result['test_examples']
-  text = f'{cut.name}: {accuracy:.2%} test accuracy with {cost}.'
-  reference = cut.result['reference_test_accuracy']
-  if reference is None:
-    return f'{text} The reference network was not trained.'
-  points = 100 * (accuracy - reference)
-  side = 'below' if points < 0 else 'above'
-  return (
-    f'{text} That is {abs(points):.2f} points {side} the reference network, '
-    f'trained in the same way ({reference:.2%}): '
-    f'{abs(points) * n / 100:.0f} of {n:,} images.'
-  )
 
 
 def _networks(job: Job, cuts: Sequence[Cut]) -> Table:
   """Accuracy and costs of every network, with sizes and times where known."""
   network, model = job.network, job.network.cost_model
   results = [cut.result for cut in cuts if cut.result]
-  size = results[0]['test_examples'] if results else 0
-  reference = results[0]['reference_test_accuracy'] if results else None
-  timed = [r['latency'] for r in results if r.get('latency')]
+  known = results[0] if results else {}
+  times = [r['latency'] for r in results if r.get('latency')]
+  columns = ['network', 'test accuracy', '95% interval', 'MACs', 'share']
+  columns += ['parameters', 'float32 weights']
+  columns += [f'ms for {t["batch"]}' for t in times[:1]]
 
   def row(
-    label: str, macs: int, params: int, accuracy: float | None, ms: float | None
+    label: str, macs: int, params: int, accuracy: float | None, ms: Any
   ) -> list[str]:
     shown = ['-', '-']
     if accuracy is not None:
-      low, high = interval(accuracy, size)
+      low, high = interval(accuracy, known['test_examples'])
       shown = [f'{accuracy:.2%}', f'{100 * low:.1f} .. {100 * high:.1f}']
-    costs = [f'{macs:,}', _share(job, macs), f'{params:,}']
-    size_of_file = f'{4 * params / 1e6:.2f} MB'
-    times = ['-' if ms is None else f'{ms:.3g}'] * bool(timed)
-    return [label, *shown, *costs, size_of_file, *times]
+    size = f'{4 * params / 1e6:.2f} MB'
+    costs = [f'{macs:,}', _share(job, macs), f'{params:,}', size]
+    time = '-' if ms is None else f'{ms:.3g}'
+    return [label, *shown, *costs, time][: len(columns)]
 
   rows = []
   for cut in cuts:
-    r = cut.result or {}
-    ms = (r.get('latency') or {}).get('narrow_ms')
-    accuracy = r.get('test_accuracy')
-    rows.append(row(f'{cut.name}', cut.macs, cut.params, accuracy, ms))
-  costs = (network.reference_macs, network.reference_params)
-  ms = timed[0]['reference_ms'] if timed else None
-  rows.append(row('reference', *costs, reference, ms))
+    ms = cut.result.get('latency', {}).get('narrow_ms')
+    accuracy = cut.result.get('test_accuracy')
+    rows.append(row(cut.name, cut.macs, cut.params, accuracy, ms))
+  whole = (network.reference_macs, network.reference_params)
+  accuracy = known.get('reference_test_accuracy')
+  ms = times[0]['reference_ms'] if times else None
+  rows.append(row('reference', *whole, accuracy, ms))
   widest = (model.macs(model.widths), model.params(model.widths))
   rows.append(row('searched', *widest, None, None))
-  columns = ['test accuracy', '95% interval', 'MACs', 'share', 'parameters']
-  columns.append('float32 weights')
-  if timed:
-    columns.append(f'ms for {timed[0]["batch"]}')
-  return Table('Networks', ['network', *columns], rows)
+  return Table('Networks', columns, rows)
 
 
 def _costs(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
@@ -241,7 +227,7 @@ def _costs(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   trained = [cut for cut in reversed(cuts) if cut.result]
   if len(trained) < 2:
     return
-  results = [cut.result or {} for cut in trained]
+  results = [cut.result for cut in trained]
   costs = [(cut.macs, cut.params) for cut in trained]
   points = {'narrow networks': ([r['test_accuracy'] for r in results], costs)}
   reference = results[0]['reference_test_accuracy']
@@ -297,7 +283,7 @@ def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   trained = [cut for cut in cuts if cut.result]
   if not trained:
     return
-  cut, result = trained[0], trained[0].result or {}
+  cut, result = trained[0], trained[0].result
   path = job.file('train', cut.name) / 'mistakes.npz'
   report.section('Misclassified images')
   if not path.exists():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -16,33 +17,31 @@ from pfs_jax.report import figures, page
 from pfs_jax.studies import plan, results, statistics, tables
 from pfs_jax.tables import Table
 
-Groups = Mapping[str, Sequence[tables.Record]]
-
 
 class Arm(NamedTuple):
   """The runs of one arm at one value of the varied field.
 
   Attributes:
-    label: Its label.
-    title: The label with the arm's number, for pictures.
-    values: The test accuracy of each run, in percent.
-    total: Their mean and standard deviation.
-    share: MACs as a share of the reference network's, 0..1, the mean.
-    record: The first run.
+    title: Its label with its number, '3. random', for pictures and tables.
+    records: Its runs.
+    values: The test accuracy of each trained run, in percent.
+    versus: Its paired difference from the baseline.
   """
 
-  label: str
   title: str
+  records: Sequence[tables.Record]
   values: Sequence[float]
-  total: statistics.Summary
-  share: float
-  record: tables.Record
+  versus: statistics.Difference | None
 
   @property
-  def spread(self) -> str:
-    """'89.05% ± 0.35 (n = 5)'."""
-    sd = '' if self.total.sd is None else f' ± {self.total.sd:.2f}'
-    return f'{self.total.mean:.2f}%{sd} (n = {self.total.n})'
+  def total(self) -> statistics.Summary:
+    """Mean and standard deviation of the values."""
+    return statistics.summary(self.values)
+
+  @property
+  def share(self) -> float:
+    """MACs in percent of the reference network's, the mean."""
+    return 100 * float(np.mean([r['macs_share'] for r in self.records]))
 
 
 def build(
@@ -55,38 +54,43 @@ def build(
   """
   records, total = _records(study, workdir)
   groups = tables.grouped(records)
-  arms, compared = _arms(groups), tables.differences(study, groups)
+  compared = tables.differences(study, groups)
+  arms = [
+    Arm(f'{i}. {k}', g, list(tables.accuracies(g).values()), compared.get(k))
+    for i, (k, g) in enumerate(groups.items(), 1)
+  ]
+  trained = [arm for arm in arms if arm.values]
   name = study.base.model.name or study.base.model.factory
   report = page.Page(f'Study {study.study}: {name} on {study.base.data.name}')
-  for line in outcome(study, arms, compared) or [_likeness(groups)]:
-    report.paragraph(line, 'answer')
   count = f'{len(records)} of {total} cells are finished'
   if len(records) < total:
     count += '; the others may change what this page says'
-  report.paragraph(f'{count}. {_TRAINED if arms else _CUT}', 'soft')
-  table = tables.accuracy(study, records) if arms else _alike(groups)
-  report.table(*_numbered(table, groups))
-  if arms:
+  report.paragraph(f'{count}. {_TRAINED if trained else _CUT}', 'answer')
+  if trained:
+    report.table(*_numbered(tables.accuracy(study, records), arms))
     report.section('Accuracy')
-    _accuracy(report, arms)
-    _differences(report, study, compared, _titles(groups))
-    _costs(report, arms)
-    _varied(report, study, arms)
+    _accuracy(report, trained)
+    _differences(report, tables.against(study), trained)
+    _over(report, study, trained)
+  else:
+    report.table(*tables.similarity(records))
   report.section('Structures')
-  _shares(report, groups)
-  _similarity(report, groups)
+  _shares(report, arms)
+  _similarity(report, arms, linked=not trained)
   _made(report, study, records)
   return report.html(), report.pictures
 
 
 _TRAINED = (
-  'Test accuracy: mean ± standard deviation over n seeds. MACs: of one image, '
-  "as a share of the reference network's."
+  'The table shows the test accuracy of each arm: mean and standard deviation '
+  'over n seeds, and the mean difference from the baseline over pairs of seeds '
+  'with its 95% interval. An arm is indistinguishable from the baseline where '
+  "the interval holds 0. MACs are shares of the reference network's."
 )
 _CUT = (
-  'Correlation: that of the shares that the layers keep, its mean over pairs '
-  'of seeds, and that of the pairs least and most alike. Overlap: the Jaccard '
-  'index of the kept channels.'
+  'How alike are the structures? The table shows the correlation of the shares '
+  'that the layers keep: the mean over pairs, and that of the pairs least and '
+  'most alike. Overlap is the Jaccard index of the kept channels.'
 )
 
 
@@ -108,125 +112,11 @@ def _records(
   return [there[c.hash] for c in cells if c.hash in there], len(cells)
 
 
-def _titles(groups: Groups) -> dict[str, str]:
-  """{label: '3. label', with the number that stands for it in pictures}."""
-  return {label: f'{i}. {label}' for i, label in enumerate(groups, 1)}
-
-
-def _numbered(table: Table, groups: Groups) -> Table:
+def _numbered(table: Table, arms: Sequence[Arm]) -> Table:
   """The table with the arms' numbers in its first column."""
-  titles = _titles(groups)
+  titles = {arm.records[0]['label']: arm.title for arm in arms}
   rows = [[titles.get(first, first), *rest] for first, *rest in table.rows]
   return table._replace(rows=rows)
-
-
-def _arms(groups: Groups) -> list[Arm]:
-  """The groups that have accuracies."""
-  found = []
-  for label, title in _titles(groups).items():
-    values = list(tables.accuracies(groups[label]).values())
-    if values:
-      total = statistics.summary(values)
-      share = float(np.mean([r['macs_share'] for r in groups[label]]))
-      found.append(Arm(label, title, values, total, share, groups[label][0]))
-  return found
-
-
-# The first screen.
-
-
-def _alike(groups: Groups) -> Table:
-  """How alike the seeds of each arm are."""
-  found = tables.between_seeds(groups).items()
-  columns = ['arm', *tables.similarity([]).columns[1:]]
-  rows = [[label, *alike.texts] for label, alike in found]
-  return Table('Likeness between seeds', columns, rows)
-
-
-def outcome(
-  study: ml_collections.ConfigDict,
-  arms: Sequence[Arm],
-  compared: Mapping[str, statistics.Difference],
-) -> list[str]:
-  """Sentences: the main arm beside baseline and full network, and verdicts.
-
-  There are none without a training.
-  """
-  plain = (study.baseline, 'full')
-  others = [arm for arm in arms if arm.label not in plain]
-  if not arms:
-    return []
-  main = (others or list(arms))[0]
-  text = f'{main.label}: {main.spread} at {main.share:.1%} of the MACs'
-  for arm in arms:
-    same = arm.record['variation'] in ({}, main.record['variation'])
-    is_plain = arm.label in plain or (same and arm.record['arm'] in plain)
-    if arm is not main and is_plain:
-      text += f'; {arm.label}: {arm.spread} at {arm.share:.1%}'
-  lines = [f'{text}.']
-  if main.label in compared:
-    lines.append(verdict(main.label, study.baseline, compared[main.label]))
-  if len(compared) > 1:
-    lines.append(_tally(tables.against(study), compared))
-  return lines
-
-
-def _side(versus: statistics.Difference) -> str:
-  """'better', 'worse' or 'indistinguishable'."""
-  if versus.low is not None and versus.low > 0:
-    return 'better'
-  if versus.high is not None and versus.high < 0:
-    return 'worse'
-  return 'indistinguishable'
-
-
-def verdict(label: str, baseline: str, versus: statistics.Difference) -> str:
-  """A paired difference in words.
-
-  >>> verdict('a', 'b', statistics.Difference(3, 1.0, 0.5, 1.5))
-  'a minus b: +1.00 points (95% interval +0.50 to +1.50, 3 pairs of seeds): a is better here.'
-  """  # noqa: E501
-  text = f'{label} minus {baseline}: {versus.mean:+.2f} points'
-  if versus.low is None:
-    return f'{text} with one seed (n = 1), so there is no interval.'
-  text += f' (95% interval {versus.low:+.2f} to {versus.high:+.2f}, '
-  text += f'{versus.n} pairs of seeds)'
-  side = _side(versus)
-  if side == 'indistinguishable':
-    return f'{text}: the two are statistically indistinguishable.'
-  return f'{text}: {label} is {side} here.'
-
-
-def _tally(baseline: str, compared: Mapping[str, statistics.Difference]) -> str:
-  """How many arms are better, worse, or neither, and which."""
-  sides = {label: _side(versus) for label, versus in compared.items()}
-  text = f'Of {len(sides)} arms compared with {baseline}: '
-  for side in ('better', 'worse'):
-    names = [label for label, found in sides.items() if found == side]
-    text += f'{len(names)} {side}' + f' ({"; ".join(names)})' * bool(names)
-    text += ', '
-  open_ = list(sides.values()).count('indistinguishable')
-  return f'{text}{open_} statistically indistinguishable.'
-
-
-def _likeness(groups: Groups) -> str:
-  """The answer of a study without trainings: are the seeds alike?"""
-  known = {
-    label: alike.correlation
-    for label, alike in tables.between_seeds(groups).items()
-    if alike.correlation is not None
-  }
-  if not known:
-    return 'There are only structures so far, and too few to compare.'
-  said = '; '.join(f'{k}: {v:.2f}' for k, v in list(known.items())[:3])
-  if len(known) > 3:
-    others = list(known.values())[3:]
-    said += f'; the others: {min(others):.2f} to {max(others):.2f}'
-  n = max(len(group) for group in groups.values())
-  return (
-    'How alike are the structures of different seeds? The shares that the '
-    f'layers keep correlate, over {n} seeds, at {said}.'
-  )
 
 
 # Accuracy.
@@ -240,143 +130,121 @@ def _accuracy(report: page.Page, arms: Sequence[Arm]) -> None:
     mean, sd = arm.total.mean, arm.total.sd or 0
     interval = (mean, mean - sd, mean + sd, arm.values)
     rows.append(figures.Interval(arm.title, *interval))
-  picture = figures.intervals(
-    'accuracy',
-    'Test accuracy of each arm in %, mean ± standard deviation',
-    rows,
-    'test accuracy in %',
-    {True: 'mean ± standard deviation'},
-  )
+  meaning = 'mean ± standard deviation'
+  title = f'Test accuracy of each arm in %, {meaning}'
+  xlabel = 'test accuracy in %'
   report.figure(
-    picture,
+    figures.intervals('accuracy', title, rows, xlabel, {True: meaning}),
     'Test accuracy of every run (circles), and the mean and standard deviation '
     'of each arm (diamonds). The number of an arm is the same in all pictures.',
     numbers=_NUMBERS,
   )
 
 
-def _differences(
-  report: page.Page,
-  study: ml_collections.ConfigDict,
-  compared: Mapping[str, statistics.Difference],
-  titles: Mapping[str, str],
-) -> None:
-  if not compared:
+def _differences(report: page.Page, baseline: str, arms: Sequence[Arm]) -> None:
+  rows = []
+  for arm in arms:
+    if arm.versus:
+      mean, low, high = arm.versus.mean, arm.versus.low, arm.versus.high
+      ends = (mean if low is None else low, mean if high is None else high)
+      filled = tables.verdict(arm.versus) != 'indistinguishable'
+      rows.append(figures.Interval(arm.title, mean, *ends, (), filled))
+  if not rows:
     return
-  baseline, rows = tables.against(study), []
-  for label, v in compared.items():
-    low, high = (v.mean if end is None else end for end in (v.low, v.high))
-    filled = _side(v) != 'indistinguishable'
-    rows.append(figures.Interval(titles[label], v.mean, low, high, (), filled))
-  picture = figures.intervals(
-    'differences',
-    f'Accuracy minus that of {baseline}, in points, with 95% intervals',
-    rows,
-    f'accuracy in points, minus that of\n{baseline}',
-    {True: 'interval without 0', False: 'interval with 0, or n = 1'},
-  )
+  title = f'Accuracy minus that of {baseline}, in points, with 95% intervals'
+  xlabel = f'accuracy in points, minus that of\n{baseline}'
+  meanings = {True: 'interval without 0', False: 'interval with 0, or n = 1'}
   report.figure(
-    picture,
+    figures.intervals('differences', title, rows, xlabel, meanings),
     f'Accuracy minus that of {baseline}, paired by seed, with 95% intervals '
     "(Student's t). A diamond is filled where the interval does not hold 0. "
-    f'The {len(compared)} intervals are not corrected for their number: even '
-    'if no arm differed, one in 20 would miss 0 by chance.',
+    f'The {len(rows)} intervals are not corrected for their number: even if no '
+    'arm differed, one in 20 would miss 0 by chance.',
     numbers=_NUMBERS,
   )
 
 
-def _costs(report: page.Page, arms: Sequence[Arm]) -> None:
-  """Accuracy against MACs, where arms differ in them."""
-  places = Counter(round(100 * arm.share) for arm in arms)
-  if len(places) < 2:
-    return
-  lines, drawn = [], Counter[int]()
-  for arm in arms:
-    place = round(100 * arm.share)  # Arms at one place stand side by side.
-    x = 100 * arm.share + drawn[place] - (places[place] - 1) / 2
-    drawn[place] += 1
-    point = ([x], [arm.total.mean], [arm.total.sd or 0])
-    lines.append(figures.Line(arm.title, *point))
-  panels = {'test accuracy in %': lines}
-  xlabel = "MACs in % of the reference network's"
-  report.figure(
-    figures.curves('macs', 'Accuracy against MACs', panels, xlabel),
-    'Test accuracy against MACs. Bars reach one standard deviation up and '
-    'down. Arms with the same MACs are drawn side by side; the table has the '
-    'exact shares.',
-    numbers=_NUMBERS,
-  )
-
-
-def _varied(
+def _over(
   report: page.Page, study: ml_collections.ConfigDict, arms: Sequence[Arm]
 ) -> None:
-  """Accuracy over the values of the study's field."""
-  points: dict[str, list[tuple[float, float, float]]] = {}
+  """Accuracy over the MACs, and over the values of the study's field."""
+  places = Counter(round(arm.share) for arm in arms)
+  costs, drawn = [], Counter[int]()
+  varied: dict[str, list[tuple[float, float, float]]] = {}
   for arm in arms:
-    if study.field in arm.record['variation']:
-      value = float(arm.record['variation'][study.field])
-      found = points.setdefault(arm.record['arm'], [])
-      found.append((value, arm.total.mean, arm.total.sd or 0.0))
-  if not any(len(found) > 1 for found in points.values()):
-    return
-  lines = [
-    figures.Line(name, *zip(*sorted(found), strict=True))
-    for name, found in points.items()
-  ]
-  title = f'Test accuracy over {study.field}'
-  panels = {'test accuracy in %': lines}
-  report.figure(
-    figures.curves('varied', title, panels, study.field),
-    f'{title}: mean and standard deviation.',
-    numbers=_NUMBERS,
-  )
+    place, first = round(arm.share), arm.records[0]
+    y = (arm.total.mean, arm.total.sd or 0.0)
+    if study.field in first['variation']:
+      value = float(first['variation'][study.field])
+      varied.setdefault(first['arm'], []).append((value, *y))
+    # Arms with the same MACs stand side by side.
+    x = arm.share + drawn[place] - (places[place] - 1) / 2
+    drawn[place] += 1
+    costs.append(figures.Line(arm.title, [x], [y[0]], [y[1]]))
+  pictures = []
+  if len(places) > 1:
+    xlabel = "MACs in % of the reference network's"
+    pictures.append(('macs', xlabel, costs))
+  if any(len(points) > 1 for points in varied.values()):
+    lines = [
+      figures.Line(name, *zip(*sorted(points), strict=True))
+      for name, points in varied.items()
+    ]
+    pictures.append(('varied', study.field, lines))
+  for name, xlabel, lines in pictures:
+    title, panels = f'Test accuracy over {xlabel}', {'accuracy in %': lines}
+    report.figure(
+      figures.curves(name, title, panels, xlabel),
+      f'{title}: mean and standard deviation. Arms at one place are drawn side '
+      'by side.',
+      numbers=_NUMBERS,
+    )
 
 
 # Structures.
 
 
-def _shares(report: page.Page, groups: Groups) -> None:
+def _shares(report: page.Page, arms: Sequence[Arm]) -> None:
   """The mean share that each arm keeps of each layer."""
-  some = {k: g for k, g in groups.items() if g[0]['arm'] != 'full'} or groups
-  layers = list(next(iter(some.values()))[0]['counts'])
+  some = [arm for arm in arms if arm.records[0]['arm'] != 'full'] or arms
+  table = tables.counts({arm.title: arm.records for arm in some})
+  layers, titles = list(table.columns[2:]), [arm.title for arm in some]
   values = [
-    np.mean([tables.shares(r) for r in group], 0) for group in some.values()
+    100 * np.mean([tables.shares(r) for r in arm.records], 0) for arm in some
   ]
-  titles = [_titles(groups)[label] for label in some]
-  title = f'Share kept of each of {len(layers)} layers, mean over seeds'
+  title = f'Share in % that is kept of {len(layers)} layers, mean over seeds'
   args = (layers, titles, np.stack(values, 1), 'number of the arm')
   report.figure(
     figures.heat('shares', title, *args),
     "The share of each layer's channels that the arms keep, in %, mean over "
     'the seeds. A column stands for an arm, by its number.',
-    _numbered(tables.counts(some), groups),
+    table,
   )
 
 
-def _similarity(report: page.Page, groups: Groups) -> None:
-  """The correlation of the shares kept, between all structures."""
-  some = {k: g for k, g in groups.items() if tables.has_shape(g[0])}
-  records = [r for group in some.values() for r in group]
-  matrix = tables.correlations(records)
-  if not (~np.isnan(matrix) & ~np.eye(len(matrix), dtype=bool)).any():
+def _similarity(report: page.Page, arms: Sequence[Arm], linked: bool) -> None:
+  """The mean correlation of the shares kept, between every two arms."""
+  some = [arm for arm in arms if tables.has_shape(arm.records[0])]
+  values = np.full((len(some), len(some)), np.nan)
+  for i, j in np.ndindex(values.shape):
+    pairs = list(itertools.product(some[i].records, some[j].records))
+    if i == j:
+      pairs = list(itertools.combinations(some[i].records, 2))
+    found = tables.correlations(pairs)
+    values[i, j] = np.mean(found) if found else np.nan
+  if np.isnan(values).all():
     return
-  blocks = [(_titles(groups)[label], len(g)) for label, g in some.items()]
-  rows = [
-    [title, *('-' if np.isnan(v) else f'{v:.2f}' for v in row)]
-    for (title, _), row in zip(
-      blocks, figures.block_means(matrix, blocks), strict=True
-    )
-  ]
-  columns = ['arm', *(title.partition('.')[0] for title, _ in blocks)]
-  title = f'Correlation between {len(records)} structures, by seeds of one arm'
+  titles = [arm.title for arm in some]
+  records = [r for arm in some for r in arm.records]
+  table = tables.similarity(records)
+  title = f'Mean correlation between the structures of {len(some)} arms'
+  args = (titles, titles, values, 'number of the arm', 2)
   report.figure(
-    figures.similarity('similarity', title, matrix, blocks),
-    'How the shares that the layers keep correlate between every two '
-    'structures. A small square is a pair, a block two arms (by number); the '
-    'number in a block is its mean without the diagonal.',
-    Table('Mean correlation, by number of the arm', columns, rows),
-    tables.similarity(records),
+    figures.heat('similarity', title, *args),
+    'How the shares that the layers keep correlate between the structures of '
+    'two arms: the mean over pairs of seeds.',
+    *([] if linked else [table]),
+    numbers=table.title if linked else '',
   )
 
 

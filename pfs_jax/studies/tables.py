@@ -6,11 +6,10 @@ its value. The terminal, the report and RESULTS.md show the same tables.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -111,24 +110,33 @@ def accuracy(
       continue
     total, versus = statistics.summary(found), compared.get(label)
     sd = '-' if total.sd is None else f'{total.sd:.2f}'
-    row = [label, str(total.n), f'{total.mean:.2f}', sd, '', '']
+    row = [label, str(total.n), f'{total.mean:.2f}', sd, '', '', '']
     if versus is not None:
       pairs = '' if versus.n == total.n else f' (n = {versus.n})'
-      row[4:] = [f'{versus.mean:+.2f}{pairs}', limits(versus)]
+      limits = '-'
+      if versus.low is not None and versus.high is not None:
+        limits = f'{versus.low:+.2f} .. {versus.high:+.2f}'
+      row[4:] = [f'{versus.mean:+.2f}{pairs}', limits, verdict(versus)]
     share = np.mean([r['macs_share'] for r in group])
     seconds = np.mean([r['seconds'] for r in group])
     rows.append([*row, f'{share:.1%}', f'{seconds:.0f}'])
   other = against(study)
-  difference = f'minus {other}' if other else 'difference'
-  columns = ['arm', 'n', 'mean', 'sd', difference, '95 %', 'MACs', 'seconds']
-  return Table('Test accuracy in %', columns, rows)
+  minus = f'minus {other}' if other else 'difference'
+  columns = ['arm', 'n', 'mean', 'sd', minus, '95 %', 'verdict', 'MACs']
+  return Table('Test accuracy in %', [*columns, 'seconds'], rows)
 
 
-def limits(versus: statistics.Difference) -> str:
-  """The 95 % interval of a difference, '-' where there is none."""
-  if versus.low is None:
-    return '-'
-  return f'{versus.low:+.2f} .. {versus.high:+.2f}'
+def verdict(versus: statistics.Difference) -> str:
+  """'better', 'worse' or, where the interval holds 0, 'indistinguishable'.
+
+  >>> verdict(statistics.Difference(3, 1.0, 0.5, 1.5))
+  'better'
+  """
+  if versus.low is not None and versus.low > 0:
+    return 'better'
+  if versus.high is not None and versus.high < 0:
+    return 'worse'
+  return 'indistinguishable'
 
 
 # Structures.
@@ -174,8 +182,7 @@ def overlap(a: Record, b: Record) -> tuple[float, float]:
   return float(np.mean(found)), float(np.mean(chance))
 
 
-@dataclasses.dataclass(frozen=True)
-class Similarity:
+class Similarity(NamedTuple):
   """How alike pairs of structures are; None where nothing can be said.
 
   Attributes:
@@ -195,62 +202,47 @@ class Similarity:
   overlap: float | None
   chance: float | None
 
-  @property
-  def texts(self) -> list[str]:
-    """The cells of a row of the table of similarity."""
-    pairs, *values = dataclasses.astuple(self)
-    return [str(pairs), *('-' if v is None else f'{v:.2f}' for v in values)]
+
+Pairs = Sequence[tuple[Record, Record]]
 
 
-def compare(pairs: Sequence[tuple[Record, Record]]) -> Similarity:
+def correlations(pairs: Pairs) -> list[float]:
+  """Of the shares that the layers keep, for the pairs that have one."""
+  found = (statistics.correlation(shares(a), shares(b)) for a, b in pairs)
+  return [value for value in found if value is not None]
+
+
+def compare(pairs: Pairs) -> Similarity:
   """How alike the two structures of each pair are."""
-  correlations, found = [], []
-  for a, b in pairs:
-    value = statistics.correlation(shares(a), shares(b))
-    if value is not None:
-      correlations.append(value)
-    if _chose(a) and _chose(b) and a['widths'] == b['widths']:
-      found.append(overlap(a, b))
-  known = list(zip(*found, strict=True)) or [(), ()]
-  mean, *means = (
-    float(np.mean(v)) if v else None for v in (correlations, *known)
-  )
-  low, high = min(correlations, default=None), max(correlations, default=None)
-  return Similarity(len(pairs), mean, low, high, *means)
-
-
-def correlations(records: Sequence[Record]) -> np.ndarray:
-  """[n, n] correlations, NaN where a structure keeps one share everywhere."""
-  found = np.full((len(records), len(records)), np.nan)
-  vectors = [shares(r) for r in records]
-  for i, j in np.ndindex(found.shape):
-    value = statistics.correlation(vectors[i], vectors[j])
-    found[i, j] = np.nan if value is None else value
-  return found
-
-
-def between_seeds(groups: Groups) -> dict[str, Similarity]:
-  """{label: how alike its seeds are}, where there are pairs with a shape."""
-  found = {}
-  for label, group in groups.items():
-    pairs = list(itertools.combinations(group, 2))
-    if pairs and has_shape(group[0]):
-      found[label] = compare(pairs)
-  return found
+  values = correlations(pairs)
+  chosen = [
+    overlap(a, b)
+    for a, b in pairs
+    if _chose(a) and _chose(b) and a['widths'] == b['widths']
+  ]
+  found, chance = np.mean(chosen, 0) if chosen else (None, None)
+  mean = float(np.mean(values)) if values else None
+  low, high = min(values, default=None), max(values, default=None)
+  return Similarity(len(pairs), mean, low, high, found, chance)
 
 
 def similarity(records: Sequence[Record]) -> Table:
   """Structures of different seeds, then those of one seed along a variation."""
-  groups = grouped([r for r in records if has_shape(r)])
-  rows = [[f'{k}: seeds', *v.texts] for k, v in between_seeds(groups).items()]
+  groups, rows = grouped([r for r in records if has_shape(r)]), []
+
+  def row(label: str, pairs: Pairs) -> None:
+    if pairs:
+      n, *values = compare(pairs)
+      shown = ('-' if v is None else f'{v:.2f}' for v in values)
+      rows.append([label, str(n), *shown])
+
+  for label, group in groups.items():
+    row(f'{label}: seeds', list(itertools.combinations(group, 2)))
   for a, b in itertools.combinations(groups, 2):
-    if groups[a][0]['arm'] != groups[b][0]['arm']:
-      continue
-    other = {r['seed']: r for r in groups[b]}
-    same = [(r, other[r['seed']]) for r in groups[a] if r['seed'] in other]
-    if same:
-      label = f'{a} / {b.rpartition(", ")[2]}: same seed'
-      rows.append([label, *compare(same).texts])
+    if groups[a][0]['arm'] == groups[b][0]['arm']:
+      other = {r['seed']: r for r in groups[b]}
+      same = [(r, other[r['seed']]) for r in groups[a] if r['seed'] in other]
+      row(f'{a} / {b.rpartition(", ")[2]}: same seed', same)
   columns = ('pairs', 'correlation', 'lowest', 'highest', 'overlap')
   title = 'Similarity of structures'
   return Table(title, ['between', *columns, 'by chance'], rows)
