@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from pfs_jax import data, export
 from tests import processes
 
+pytestmark = pytest.mark.slow
+
 
 def command(mode, workdir):
   config = '--config=configs/digits.py'

@@ -486,45 +486,28 @@ def test_many_differences_are_counted_not_listed(tmp_path):
 
 
 HOLD = """
-  import pathlib, sys
+  import pathlib, time
   from pfs_jax import storage
-  with storage.locked(pathlib.Path({folder!r})) as held:
-    print('held' if held else 'refused', flush=True)
-    if held:
-      sys.stdin.readline()
+  folder = pathlib.Path({folder!r})
+  with storage.locked(folder) as held:
+    (folder / f'held={{held}}').touch()
+    time.sleep(60 * held)
   """
 
 
-def _start(code, **options):
-  return subprocess.Popen(
-    processes.command(code),
-    env=processes.environment(),
-    cwd=processes.ROOT,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    **options,
-  )
-
-
 def test_a_second_process_on_a_folder_is_refused(tmp_path):
-  folder = tmp_path / 'run'
-  with _start(HOLD.format(folder=str(folder))) as first:
-    try:
-      assert first.stdout.readline() == 'held\n', first.stderr.read()
-      with storage.locked(folder) as held:
-        assert not held
-      first.kill()  # A crash frees the folder.
-      first.wait(30)
-      with storage.locked(folder) as held:
-        assert held
-        second = processes.output(HOLD.format(folder=str(folder)))
-      assert second == 'refused'
-    finally:
-      first.kill()
-  with storage.locked(folder) as held:
+  code = HOLD.format(folder=str(tmp_path))
+  first = processes.start(code)
+  while first.poll() is None and not (tmp_path / 'held=True').exists():
+    time.sleep(0.01)
+  with storage.locked(tmp_path) as held:
+    assert not held
+  first.send_signal(signal.SIGKILL)  # A crash frees the folder.
+  assert first.finish().returncode == -signal.SIGKILL
+  with storage.locked(tmp_path) as held:
     assert held
+    processes.output(code)
+  assert (tmp_path / 'held=False').exists()
 
 
 def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
@@ -657,38 +640,24 @@ def test_the_commit_is_that_of_the_checkout():
   assert head.startswith(runs.commit().removesuffix('-dirty'))
 
 
-def test_results_make_no_commit_dirty(tmp_path):
+def test_results_make_no_commit_dirty(tmp_path, monkeypatch):
   """A study writes into the checkout while it runs."""
-
-  def commit():
-    code = 'from pfs_jax import runs; print(runs.commit())'
-    done = subprocess.run(
-      processes.command(code),
-      cwd=tmp_path,
-      env=processes.environment(),
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-    return done.stdout.strip()
 
   def git(*args):
     who = ('-c', 'user.name=t', '-c', 'user.email=t@example.org')
     subprocess.run(['git', *who, *args], cwd=tmp_path, check=True)
 
-  shutil.copytree(processes.ROOT / 'pfs_jax', tmp_path / 'pfs_jax')
-  for name in ('configs', 'results'):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / 'a.json').write_text('[]')
-  for name in ('main.py', 'requirements.txt'):
-    shutil.copy(processes.ROOT / name, tmp_path)
-  (tmp_path / '.gitignore').write_text('__pycache__/')
+  files = ('pfs_jax/runs.py', 'configs/a.py', 'results/a.json', 'main.py')
+  for path in map(tmp_path.joinpath, files):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('1')
   git('init', '-q')
   git('add', '.')
   git('commit', '-qm', 'All')
-  clean = commit()
+  monkeypatch.setattr(runs, '__file__', str(tmp_path / files[0]))
+  clean = runs.commit.__wrapped__()
   assert len(clean) == 12
-  (tmp_path / 'results' / 'a.json').write_text('[1]')
-  assert commit() == clean
-  (tmp_path / 'main.py').write_text('')
-  assert commit() == f'{clean}-dirty'
+  (tmp_path / 'results' / 'a.json').write_text('2')
+  assert runs.commit.__wrapped__() == clean
+  (tmp_path / 'main.py').write_text('2')
+  assert runs.commit.__wrapped__() == f'{clean}-dirty'
