@@ -6,8 +6,13 @@ The loss is the mean cross-entropy plus
 
 with K the number of gates of the network: one global mean, pulled towards
 `sparsity`, the mean gate aimed at (a share to *keep*). Gates start at 1, are
-moved by Adam and clipped to [0, 1] after each step. Weights, convolutions and
-BatchNorm's scale and bias alike, are frozen; BatchNorm uses batch statistics.
+moved by Adam and clipped to [0, 1] after each step. All weights, also
+BatchNorm's scale and bias, are frozen; BatchNorm uses batch statistics.
+
+Random frozen weights include those of the classifier, which keep the
+cross-entropy near chance. `init(..., classifier=path)` trains that one layer
+along with the gates, by the same optimiser; the paper does not, and no weight
+is part of what a search gives.
 
 A gate that reaches 0 never returns: ReLU'(0) = 0 stops the gradient of the
 cross-entropy (`jax.nn.relu`; `jnp.maximum(x, 0)` would give 0.5), sign(0) = 0
@@ -17,7 +22,7 @@ that of the regulariser.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -26,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pfs_jax import train
+from pfs_jax import errors, train
 
 
 class SearchState(flax.struct.PyTreeNode):
@@ -43,6 +48,7 @@ class SearchState(flax.struct.PyTreeNode):
     rng: Key data (uint32 [2]) that dropout draws from, with the step.
     module: The gated module (static).
     optimizer: The masked optimiser over {params, gates} (static).
+    classifier: Path of the layer in `params` that is trained too (static).
   """
 
   step: jax.Array
@@ -55,6 +61,7 @@ class SearchState(flax.struct.PyTreeNode):
   rng: jax.Array
   module: nn.Module = flax.struct.field(pytree_node=False)
   optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+  classifier: str | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -66,16 +73,44 @@ class SearchState(flax.struct.PyTreeNode):
     }
 
 
+def _is_in(layer: str, path: tuple[Any, ...]) -> bool:
+  """Whether a path of `tree_map_with_path` leads into a layer of `params`."""
+  names = ['params', *layer.split('/')]
+  return [entry.key for entry in path[: len(names)]] == names
+
+
+def _trained_mask(classifier: str | None, tree: Any) -> Any:
+  """True for the leaves of {params, gates} that are trained, else False."""
+  if classifier is None:
+    return {'params': False, 'gates': True}
+
+  def trained(path, _) -> bool:
+    return path[0].key == 'gates' or _is_in(classifier, path)
+
+  return jax.tree_util.tree_map_with_path(trained, tree)
+
+
 @functools.cache
-def optimizer(learning_rate: float) -> optax.GradientTransformation:
-  """Adam on the gates, nothing on the weights.
+def optimizer(
+  learning_rate: float, classifier: str | None = None
+) -> optax.GradientTransformation:
+  """Adam for the gates (and the classifier), no updates for the weights.
 
   Both masks are needed: `optax.masked` alone passes the other gradients through
-  as updates. Cached, since jit compares transformations by identity.
+  as updates. Cached, because jit compares transformations by identity.
+
+  Args:
+    learning_rate: Adam's learning rate.
+    classifier: Path of a layer in `params` that is trained too.
   """
+  trained = functools.partial(_trained_mask, classifier)
+
+  def frozen(tree: Any) -> Any:
+    return jax.tree.map(lambda on: not on, trained(tree))
+
   return optax.chain(
-    optax.masked(optax.adam(learning_rate), {'params': False, 'gates': True}),
-    optax.masked(optax.set_to_zero(), {'params': True, 'gates': False}),
+    optax.masked(optax.adam(learning_rate), trained),
+    optax.masked(optax.set_to_zero(), frozen),
   )
 
 
@@ -87,6 +122,7 @@ def init(
   balance: float,
   learning_rate: float,
   key: jax.Array | None = None,
+  classifier: str | None = None,
 ) -> SearchState:
   """The state before the first step.
 
@@ -96,12 +132,20 @@ def init(
       absent they start at 1 (`module.unit_gates()`).
     sparsity: r, the mean gate aimed at, 0..1.
     balance: lambda, >= 0.
-    learning_rate: Of Adam.
-    key: For a model with dropout; key 0 if None.
+    learning_rate: Adam's learning rate.
+    key: The key of a model's dropout; None: key 0.
+    classifier: Path of the layer in `params` that is trained along with the
+      gates, such as `last_dense` finds; None: all weights stay frozen (the
+      paper).
+
+  Raises:
+    errors.UserError: There are no weights at `classifier`.
   """
   params = variables['params']
   gates = variables['gates'] if 'gates' in variables else module.unit_gates()
-  tx = optimizer(float(learning_rate))
+  if classifier is not None:
+    _check_layer(classifier, params)
+  tx = optimizer(float(learning_rate), classifier)
   dtype = jnp.result_type(*jax.tree.leaves(gates))
   return SearchState(
     step=jnp.zeros((), jnp.int32),
@@ -114,7 +158,49 @@ def init(
     rng=jax.random.key_data(jax.random.key(0) if key is None else key),
     module=module,
     optimizer=tx,
+    classifier=classifier,
   )
+
+
+def _check_layer(classifier: str, params: Mapping[str, Any]) -> None:
+  paths = flax.traverse_util.flatten_dict(params, sep='/')
+  layers = {path.rpartition('/')[0]: None for path in paths}
+  if classifier not in layers:
+    raise errors.UserError(
+      f'config.search.classifier must be a layer of the model; got '
+      f'{classifier!r}. The last ones: {", ".join([*layers][-5:])}.'
+    )
+
+
+def last_dense(
+  module: nn.Module, variables: Mapping[str, Any], image_shape: Sequence[int]
+) -> str:
+  """The path in `params` of the dense layer that a model calls last.
+
+  Args:
+    module: Any Linen module.
+    variables: Its variables.
+    image_shape: (height, width, channels) of an image.
+
+  Raises:
+    errors.UserError: The model has no dense layer.
+  """
+  found = []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, nn.Dense):
+      found.append('/'.join(context.module.path))
+    return call(*args, **kwargs)
+
+  x = jnp.zeros((1, *image_shape))
+  with nn.intercept_methods(note):
+    jax.eval_shape(functools.partial(module.apply, train=False), variables, x)
+  if not found:
+    raise errors.UserError(
+      'config.search.train_classifier must be False for a model without a '
+      'dense layer, or config.search.classifier must name a layer.'
+    )
+  return found[-1]
 
 
 def mean_gate(gates: Any) -> jax.Array:
@@ -173,8 +259,8 @@ def step(
 ) -> tuple[SearchState, dict[str, jax.Array]]:
   """One step of the search.
 
-  No gradient of a weight is computed: nothing uses it, since the masked update
-  of the weights is zero, and the compiler drops it.
+  No gradient of a frozen weight is computed: its masked update is zero, so that
+  nothing uses the gradient, and the compiler drops it.
 
   Args:
     state: From `init` or the step before.
@@ -189,17 +275,32 @@ def step(
   gradient = jax.grad(loss, has_aux=True)
   grads, (batch_stats, metrics) = gradient(trained, state, x, y)
   updates, opt_state = state.optimizer.update(grads, state.opt_state, trained)
-  # The weights' updates are zeros; adding them would copy every weight in every
-  # step (and turn -0.0 into 0.0), so only the gates are moved.
   gates = optax.apply_updates(state.gates, updates['gates'])
   gates = jax.tree.map(lambda g: jnp.clip(g, 0.0, 1.0), gates)
   state = state.replace(
     step=state.step + 1,
+    params=_moved_classifier(state, updates['params']),
     batch_stats=batch_stats,
     gates=gates,
     opt_state=opt_state,
   )
   return state, metrics
+
+
+def _moved_classifier(state: SearchState, updates: Any) -> Any:
+  """The weights after a step: only the classifier's, if any, are moved.
+
+  Other updates are zeros; adding them would copy every weight in every step
+  (and turn -0.0 into 0.0).
+  """
+  if state.classifier is None:
+    return state.params
+
+  def moved(path, weight, update):
+    inside = _is_in(state.classifier, (jax.tree_util.DictKey('params'), *path))
+    return optax.apply_updates(weight, update) if inside else weight
+
+  return jax.tree_util.tree_map_with_path(moved, state.params, updates)
 
 
 def select(records: Iterable[Mapping[str, Any]], sparsity: float) -> int | None:

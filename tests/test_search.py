@@ -2,13 +2,15 @@
 
 import json
 
+import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from pfs_jax import models, search, train
+from pfs_jax import errors, models, search, train
 from tests import processes
 
 
@@ -65,6 +67,38 @@ def test_optimizer_freezes_weights_by_mask():
   assert sum(a.size for a in moments) == 4  # Two moments of two gates.
 
 
+@pytest.mark.parametrize('classifier', [None, 'classifier'])
+def test_of_the_weights_only_the_classifier_is_trained(classifier):
+  state = state_of(classifier=classifier)
+  after, _ = search.step(state, *batch())
+  moved = {
+    path
+    for (path, old), new in zip(
+      flax.traverse_util.flatten_dict(state.params, sep='/').items(),
+      jax.tree.leaves(after.params),
+      strict=True,
+    )
+    if (np.asarray(old) != np.asarray(new)).any()
+  }
+  leaves = {'classifier/kernel', 'classifier/bias'}
+  assert moved == (leaves if classifier else set())
+  # Adam's first step is its rate times the sign of the gradient.
+  move = after.params['classifier']['bias'] - state.params['classifier']['bias']
+  expected = 0.01 if classifier else 0
+  np.testing.assert_allclose(np.abs(move), expected, rtol=1e-3)
+
+
+def test_a_trained_classifier_sees():
+  """It fits a batch that frozen weights keep at chance (ln 10 = 2.303)."""
+  final = {}
+  for classifier in (None, 'classifier'):
+    state = state_of(classifier=classifier, balance=0.0)
+    for _ in range(30):
+      state, metrics = search.step(state, *batch())
+    final[classifier] = float(metrics['ce'])
+  assert final['classifier'] < 0.7 * final[None]
+
+
 def test_no_gradient_of_a_weight_is_computed():
   """FLOPs of the compiled search step <= 0.70 of the full training step's."""
   search_state = state_of('vgg16', 8)
@@ -80,6 +114,41 @@ def test_no_gradient_of_a_weight_is_computed():
 
   ratio = flops(search.step, search_state) / flops(train.step, train_state)
   assert 0.3 < ratio <= 0.70
+
+
+class Head(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, name='last')(nn.relu(nn.Dense(4, name='first')(x)))
+
+
+class Nested(nn.Module):
+  """A convolution, and dense layers in a submodule."""
+
+  dense: bool = True
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(3, (3, 3), name='conv')(x).mean((1, 2))
+    return Head(name='head')(x) if self.dense else x
+
+
+def test_the_last_dense_layer_is_found():
+  for module, expected in (
+    (Nested(), 'head/last'),
+    (models.build('vgg16', 10, 4), 'classifier'),
+  ):
+    variables = jax.eval_shape(module.init, jax.random.key(0), batch()[0])
+    assert search.last_dense(module, variables, (8, 8, 3)) == expected
+
+
+def test_a_classifier_that_is_not_there_is_refused():
+  with pytest.raises(errors.UserError, match="'head'. The last ones: .*conv2/"):
+    state_of(classifier='head')
+  module = Nested(dense=False)
+  variables = jax.eval_shape(module.init, jax.random.key(0), batch()[0])
+  with pytest.raises(errors.UserError, match='without a dense layer'):
+    search.last_dense(module, variables, (8, 8, 3))
 
 
 def test_the_second_step_does_not_compile_again():
@@ -145,7 +214,7 @@ def test_regulariser_gradient(sparsity):
 SCALE_FREEDOM = """
   import json
   import jax, jax.numpy as jnp, numpy as np
-  from pfs_jax import models, search
+  from pfs_jax import errors, models, search
   name = {name!r}
   module = models.build(name, 10, 8, gated=True, dtype=jnp.float64)
   variables = models.init(module, jax.random.key(0), (16, 16, 3))

@@ -36,6 +36,7 @@ def _search(job: Job, folder: pathlib.Path) -> None:
     balance=c.search.balance,
     learning_rate=c.search.learning_rate,
     key=config.key(c.seed, 'search dropout'),
+    classifier=_classifier(job),
   )
 
   def evaluate(state, step):
@@ -65,6 +66,16 @@ def _search(job: Job, folder: pathlib.Path) -> None:
       )
   runs.barrier('search')
   _select(job, folder, network.by_layer(jax.device_get(state.gates)))
+
+
+def _classifier(job: Job) -> str | None:
+  """Path of the layer that is trained along with the gates; None: none is."""
+  c = job.config.search
+  if not c.train_classifier:
+    return None
+  return c.classifier or search_lib.last_dense(
+    job.network.gated, job.search_weights, job.image_shape
+  )
 
 
 def _select(job: Job, folder: pathlib.Path, last) -> None:
