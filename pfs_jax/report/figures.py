@@ -232,8 +232,8 @@ def heat(
   """Numbers on cells from light (the least, or 0) to dark (the most).
 
   Args:
-    rows: Titles of the rows.
-    columns: Titles of the columns; of '3. searched' the number is drawn.
+    rows: Titles of the rows; of '3. searched' the number is drawn.
+    columns: Titles of the columns.
     values: [rows, columns], NaN where there is none.
     label: What the columns are.
     digits: Decimals that are shown.
@@ -252,8 +252,9 @@ def heat(
     around = [patheffects.withStroke(linewidth=1.5, foreground=rim)]
     style = {'ha': 'center', 'va': 'center', 'fontsize': size, 'color': ink}
     text = '–' if np.isnan(value) else f'{value:.{digits}f}'
+    text = text.replace('0.', '.')
     axes.text(j, i, text, path_effects=around, **style)
-  axes.set_yticks(range(len(rows)), [_short(r, 40) for r in rows], fontsize=7.5)
+  axes.set_yticks(range(len(rows)), map(_number, rows), fontsize=7.5)
   axes.set_xticks(range(len(columns)), map(_number, columns))
   axes.xaxis.tick_top()
   axes.xaxis.set_label_position('top')

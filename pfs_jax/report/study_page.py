@@ -72,11 +72,9 @@ def build(
     _accuracy(report, trained)
     _differences(report, tables.against(study), trained)
     _over(report, study, trained)
-  else:
-    report.table(*tables.similarity(records))
   report.section('Structures')
   _shares(report, arms)
-  _similarity(report, arms, linked=not trained)
+  _similarity(report, arms)
   _made(report, study, records)
   return report.html(), report.pictures
 
@@ -88,9 +86,9 @@ _TRAINED = (
   "the interval holds 0. MACs are shares of the reference network's."
 )
 _CUT = (
-  'How alike are the structures? The table shows the correlation of the shares '
-  'that the layers keep: the mean over pairs, and that of the pairs least and '
-  'most alike. Overlap is the Jaccard index of the kept channels.'
+  'How alike are the structures? Correlation is that of the shares that the '
+  'layers keep: its mean over pairs, and the lowest and highest of the pairs. '
+  'Overlap is the Jaccard index of the kept channels.'
 )
 
 
@@ -222,7 +220,13 @@ def _shares(report: page.Page, arms: Sequence[Arm]) -> None:
   )
 
 
-def _similarity(report: page.Page, arms: Sequence[Arm], linked: bool) -> None:
+def _similar(arms: Sequence[Arm]) -> Table:
+  """The table of how alike structures are, with the numbers of the arms."""
+  records = ({**r, 'label': a.title} for a in arms for r in a.records)
+  return tables.similarity(list(records))
+
+
+def _similarity(report: page.Page, arms: Sequence[Arm]) -> None:
   """The mean correlation of the shares kept, between every two arms."""
   some = [arm for arm in arms if tables.has_shape(arm.records[0])]
   values = np.full((len(some), len(some)), np.nan)
@@ -235,16 +239,13 @@ def _similarity(report: page.Page, arms: Sequence[Arm], linked: bool) -> None:
   if np.isnan(values).all():
     return
   titles = [arm.title for arm in some]
-  records = [r for arm in some for r in arm.records]
-  table = tables.similarity(records)
   title = f'Mean correlation between the structures of {len(some)} arms'
   args = (titles, titles, values, 'number of the arm', 2)
   report.figure(
     figures.heat('similarity', title, *args),
     'How the shares that the layers keep correlate between the structures of '
     'two arms: the mean over pairs of seeds.',
-    *([] if linked else [table]),
-    numbers=table.title if linked else '',
+    _similar(arms),
   )
 
 
