@@ -8,7 +8,7 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, devices, errors, report, stages, studies
+from pfs_jax import console, errors, peers, report, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
@@ -17,6 +17,9 @@ MODES = [*stages.MODES, 'tournament', 'study', 'report']
 MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
+)
+OUT = flags.DEFINE_string(
+  'out', None, 'Folder of an export or report; default: in the workdir.'
 )
 COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'Of several processes: host:port of the first, or auto.'
@@ -49,16 +52,17 @@ def parse(argv: list[str]) -> list[str]:
 def main(_: list[str]) -> None:
   """Runs one mode in the workdir."""
   logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
-  devices.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   c, mode = CONFIG.value, MODE.value
+  out = pathlib.Path(OUT.value) if OUT.value else None
   if mode == 'report':
-    report.write(c, workdir())
+    report.write(c, workdir(), out)
   elif studies.asked(mode, c):
     studies.run(c, workdir())
   elif mode == 'tournament':
     studies.tournament.run(c, workdir())
   else:
-    stages.execute(mode, stages.Job(c, workdir()))
+    stages.execute(mode, stages.Job(c, workdir()), out)
 
 
 if __name__ == '__main__':

@@ -37,7 +37,8 @@ class Checkpoints:
       enable_async_checkpointing=False,  # An error shows where it happens.
     )
     try:
-      self._manager = ocp.CheckpointManager(self._folder, options=options)
+      with _quiet():
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
     except OSError as e:
       storage.refuse_write(self._folder, e, 0)
     self._passed_over: list[int] = []
@@ -88,9 +89,7 @@ class Checkpoints:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     storage.refuse_write(self._folder / str(step), e, size)
 
-  def restore(
-    self, target: Any, step: int | None = None
-  ) -> tuple[int, Any, Any] | None:
+  def restore(self, target: Any) -> tuple[int, Any, Any] | None:
     """(step, state, notes) of the newest good checkpoint.
 
     One that cannot be read, or does not match its checksum, is passed over for
@@ -98,7 +97,6 @@ class Checkpoints:
 
     Args:
       target: A state with the shapes and shardings wanted.
-      step: If given: the only step that will do.
 
     Returns:
       None if there is no checkpoint at all.
@@ -108,7 +106,7 @@ class Checkpoints:
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     wrong: list[str] = []
-    for candidate in steps if step is None else [s for s in steps if s == step]:
+    for candidate in steps:
       found = self._read(candidate, target)
       if not isinstance(found, str):
         for line in wrong:
@@ -118,13 +116,19 @@ class Checkpoints:
       wrong.append(f'checkpoint {candidate} {found}')
     if not steps:
       return None
-    if step is not None:
-      there = wrong[0] if wrong else f'checkpoint {step} is missing'
-      raise errors.UserError(f'{self._folder}: {there}.')
     raise errors.UserError(
       f'no checkpoint under {self._folder} can be read (steps '
       f'{", ".join(map(str, steps))}); delete that folder to start over.'
     )
+
+  def restore_step(self, target: Any, step: int) -> Any:
+    """The state of one step; raises UserError unless it is there and good."""
+    found: Any = 'is missing'
+    if step in self._manager.all_steps():
+      found = self._read(step, target)
+    if isinstance(found, str):
+      raise errors.UserError(f'{self._folder}: checkpoint {step} {found}.')
+    return found[0]
 
   def _read(self, step: int, target: Any) -> tuple[Any, Any] | str:
     """(state, notes), or what is wrong with the checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from pfs_jax import errors
+from pfs_jax import errors, peers
 
 
 def say(text: str) -> None:
@@ -148,8 +149,10 @@ def table(
 
 
 def _fail(text: str, code: int) -> NoReturn:
-  print(text, file=sys.stderr)
-  sys.exit(code)
+  """Prints an error, tells other processes of it, and ends this one."""
+  print(text, file=sys.stderr, flush=True)
+  peers.tell(text.removeprefix('error: '))
+  peers.leave(code)
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +160,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
   A user error is printed as one to three lines on stderr, with exit code 2. An
   interrupted run ends with 128 + the signal's number. All other exceptions are
-  mistakes of ours and keep their traceback.
+  mistakes of ours and keep their traceback. Of several processes, one that
+  fails tells the others why.
   """
 
   @functools.wraps(function)
@@ -166,10 +170,18 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
       return function(*args)
     except errors.UserError as e:
       _fail(f'error: {e}', 2)
-    except errors.Interrupted as e:
-      _fail(str(e), 128 + e.signal)
+    except errors.Interrupted as e:  # All processes stop at the same step.
+      print(e, file=sys.stderr)
+      sys.exit(128 + e.signal)
     except KeyboardInterrupt:
       _fail('interrupted.', 130)
+    except Exception as e:
+      if not peers.joined():
+        raise
+      if peers.lost(e):
+        _fail('error: the connection to another process broke.', 1)
+      traceback.print_exc()
+      _fail(f'error: {type(e).__name__}: {e}', 1)
 
   return run
 

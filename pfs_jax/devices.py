@@ -20,39 +20,6 @@ from pfs_jax import errors
 _STEPS_PER_CALL = 16
 
 
-def start(coordinator: str | None, processes: int, process: int) -> None:
-  """Joins this process with the others; before anything else asks JAX.
-
-  Args:
-    coordinator: None for a single process; 'auto' where JAX finds the others by
-      itself (TPU pods, Slurm, Open MPI); else host:port of process 0.
-    processes: Number of processes, with host:port.
-    process: The number of this one, from 0, with host:port.
-
-  Raises:
-    errors.UserError: If the others cannot be joined.
-  """
-  if coordinator is None:
-    return
-  given = {}
-  if coordinator != 'auto':
-    if not 0 <= process < processes:
-      raise errors.UserError(
-        f'--process must be in [0, --processes); got {process} of {processes}.'
-      )
-    given = {
-      'coordinator_address': coordinator,
-      'num_processes': processes,
-      'process_id': process,
-    }
-  try:
-    jax.distributed.initialize(**given)
-  except (RuntimeError, ValueError) as e:
-    raise errors.UserError(
-      f'--coordinator={coordinator} failed: {str(e).splitlines()[0]}'
-    ) from e
-
-
 @functools.cache
 def mesh() -> Mesh:
   """All devices of all processes along the axis 'data'."""

@@ -19,9 +19,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import jax
+import msgspec
 from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -104,6 +105,49 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
       f'{folder} holds the work of another config: {shown}{more}.\n'
       'Give another --workdir, or delete that folder.'
     )
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Result(TypedDict):
+  """result.json, which the training of a narrow network ends with."""
+
+  test_accuracy: _Share
+  reference_test_accuracy: _Share | None
+  test_examples: _Count
+  macs: _Count
+  params: _Count
+  counts: dict[str, _Count]
+  budget: str
+  class_names: list[str]
+  steps: _Count
+  seconds: Annotated[float, msgspec.Meta(ge=0)]
+  # More, which only people and reports read.
+  test_loss: NotRequired[float]
+  reference_macs: NotRequired[_Count]
+  reference_params: NotRequired[_Count]
+  searched_macs: NotRequired[_Count]
+  macs_share: NotRequired[float]
+  model: NotRequired[dict[str, Any]]
+  seed: NotRequired[int]
+  versions: NotRequired[dict[str, Any]]
+  config: NotRequired[dict[str, Any]]
+
+
+def read_result(path: pathlib.Path) -> Result:
+  """result.json of a finished training.
+
+  Raises:
+    errors.UserError: There is none, or it is not what the training wrote.
+  """
+  if not path.exists():
+    raise errors.UserError(
+      f'{path} does not exist: no training has finished here. Run --mode=train '
+      'with this config and workdir first.'
+    )
+  return cast(Result, storage.read_json(path, Result))
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 
-from pfs_jax import devices, models, prune, search, train
+from pfs_jax import devices, models, peers, prune, search, train
 from pfs_jax.data import pipeline
 
 
@@ -37,7 +37,7 @@ def collective_bytes(text):
 def main():
   steps, *others = sys.argv[1:]
   if others:
-    devices.start(others[0], int(others[1]), int(others[2]))
+    peers.start(others[0], int(others[1]), int(others[2]))
   dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
   module = models.build('resnet20', 10, 4, gated=True, dtype=dtype)
   variables = jax.tree.map(

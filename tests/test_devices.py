@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from pfs_jax import devices, errors
+from pfs_jax import devices, errors, peers
 from tests import processes
 
 
@@ -134,7 +134,7 @@ def test_sigterm_to_one_of_two_saves_both(tmp_path):
 
 def test_refusals(tmp_path):
   with pytest.raises(errors.UserError, match='--process must be in'):
-    devices.start('127.0.0.1:1', 2, 2)
+    peers.start('127.0.0.1:1', 2, 2)
   devices.check_batch('train.batch_size', 3)  # One device takes any.
   done = processes.run(
     [

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
   {'errors', 'fields', 'rankings', 'tables'},
-  {'storage'},
+  {'peers', 'storage'},
   {
     'checkpointing',
     'config',

@@ -6,7 +6,7 @@ another machine. All that passes from search to train is a structure file.
 
 from __future__ import annotations
 
-import contextlib
+import pathlib
 
 from pfs_jax import errors, storage
 from pfs_jax.stages import (
@@ -38,14 +38,23 @@ def run(job: Job) -> None:
   train(job)
 
 
-def execute(mode: str, job: Job) -> None:
-  """Runs one mode; all but info hold the workdir, in the first process."""
-  if mode == 'info':
-    info(job)
+def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
+  """Runs one mode.
+
+  Modes that write into the workdir hold it; the others only read there.
+
+  Args:
+    mode: One of `MODES`.
+    job: Config and workdir.
+    out: The folder of an export; None is the one in the workdir.
+  """
+  if mode == 'export':
+    export(job, out)
     return
-  first = storage.is_first_process()
-  lock = storage.locked(job.workdir) if first else contextlib.nullcontext(True)
-  with lock as held:
+  if mode in ('info', 'eval'):
+    MODES[mode](job)
+    return
+  with storage.locked(job.workdir) as held:
     if not held:
       raise errors.UserError(
         f'{job.workdir} is in use by another process; wait for it, or give '

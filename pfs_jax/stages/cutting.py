@@ -32,7 +32,9 @@ def cut(job: Job) -> None:
       f'{path} does not exist: run --mode=search in this workdir first.'
     )
   runs.claim(path.parent, config.identity(job.config, 'search'))
-  gates = storage.read_arrays(path)
+  model = job.network.cost_model
+  shapes = {n: (w,) for n, w in zip(model.layers, model.widths, strict=True)}
+  gates = storage.read_arrays(path, shapes)
   rows = []
   for budget in job.budgets:
     check_budget(job, budget)
@@ -83,6 +85,7 @@ def write(
   storage.write_json(
     job.file('kept', budget.name, '.json'),
     {layer: indices.tolist() for layer, indices in kept.items()},
+    sealed=True,
   )
   return structure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 from pfs_jax import console, data, runs, storage
 from pfs_jax import export as export_lib
@@ -10,14 +11,15 @@ from pfs_jax.stages import cutting, training
 from pfs_jax.stages.job import Job
 
 
-def export(job: Job) -> None:
-  """Writes the trained narrow network to export/, checked; see export.save.
+def export(job: Job, out: pathlib.Path | None = None) -> None:
+  """Writes the trained narrow network to `out`, checked; see `export.save`.
 
-  It computes in float32, whatever it was trained in.
+  By default `out` is the folder export/ of the workdir. The network computes in
+  float32, whatever it was trained in.
   """
   name, structure = cutting.read(job)
   state = training.restore(job, name, structure)[-1]
-  folder = job.file('export', name)
+  folder = out or job.file('export', name)
   if storage.is_first_process():
     manifest = export_lib.save(
       folder,
@@ -33,10 +35,7 @@ def export(job: Job) -> None:
 
 def _spec(job: Job, name: str) -> data.Spec:
   """The facts of the data; folders named the classes when it was trained."""
-  result = job.file('result', name, '.json')
-  if not result.exists():
-    return job.spec
-  names = storage.read_json(result).get('class_names', job.spec.class_names)
+  names = runs.read_result(job.file('result', name, '.json'))['class_names']
   return dataclasses.replace(job.spec, class_names=tuple(names))
 
 

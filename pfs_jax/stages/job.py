@@ -157,5 +157,9 @@ class Job:
 
   def note_config(self) -> None:
     """Writes the whole config and the versions beside what they produce."""
-    storage.write_json(self.workdir / 'config.json', self.config.to_dict())
-    storage.write_json(self.workdir / 'versions.json', runs.versions())
+    storage.write_json(
+      self.workdir / 'config.json', self.config.to_dict(), sealed=True
+    )
+    storage.write_json(
+      self.workdir / 'versions.json', runs.versions(), sealed=True
+    )

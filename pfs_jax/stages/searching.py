@@ -19,8 +19,8 @@ def search(job: Job) -> None:
     cutting.check_budget(job, budget)
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
-  job.note_config()
   if not (folder / 'gates.npz').exists():
+    job.note_config()
     _search(job, folder)
   cutting.cut(job)
 
@@ -41,7 +41,8 @@ def _search(job: Job, folder: pathlib.Path) -> None:
 
   def evaluate(state, step):
     gates = network.by_layer(jax.device_get(state.gates))
-    storage.write_arrays(folder / 'gates' / f'{step:08d}.npz', gates)
+    path = folder / 'gates' / f'{step:08d}.npz'
+    storage.write_arrays(path, gates, sealed=True)
     numbers = {
       'gates_mean': float(search_lib.mean_gate(gates)),
       'gates_density': float(search_lib.density(gates)),
@@ -86,5 +87,5 @@ def _select(job: Job, folder: pathlib.Path, last) -> None:
   )
   if step is not None:
     gates = storage.read_arrays(folder / 'gates' / f'{step:08d}.npz')
-  storage.write_arrays(folder / 'gates.npz', gates)
+  storage.write_arrays(folder / 'gates.npz', gates, sealed=True)
   runs.barrier('gates')

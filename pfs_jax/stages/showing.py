@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pfs_jax import console, prune, storage
+from pfs_jax import console, prune, runs
 from pfs_jax.stages.job import Job
 
 
 def show(job: Job, name: str, structure: prune.Structure) -> None:
   """The closing tables."""
-  result = storage.read_json(job.file('result', name, '.json'))
+  result = runs.read_result(job.file('result', name, '.json'))
   network, model = job.network, job.network.cost_model
   searched = (model.macs(model.widths), model.params(model.widths))
   reference = (network.reference_macs, network.reference_params)

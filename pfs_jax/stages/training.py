@@ -36,7 +36,7 @@ def _train_identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
 def _kept(job: Job, name: str, structure: prune.Structure) -> dict[str, Any]:
   """Which channels the cut kept; read only where weights come along."""
   path = job.file('kept', name, '.json')
-  kept = storage.read_json(path)
+  kept = storage.read_json(path, dict[str, list[int]])
   lengths = {layer: len(indices) for layer, indices in kept.items()}
   expected = dict(zip(structure.layers, structure.counts, strict=True))
   if lengths != expected:
@@ -75,8 +75,8 @@ def train(job: Job) -> None:
   name, structure = cutting.read(job)
   folder = job.file('train', name)
   runs.claim(folder, _train_identity(job, structure))
-  job.note_config()
   if not job.file('result', name, '.json').exists():
+    job.note_config()
     epochs = job.config.train.epochs
     if job.config.train.scratch == 'B':
       epochs *= job.network.reference_macs / structure.macs
@@ -181,9 +181,9 @@ def _reference_accuracy(job: Job) -> float | None:
     module = job.network.reference
     state = fit(job, module, folder, 'reference', job.config.train.epochs)
     accuracy, _ = _test(job, module, state)
-    storage.write_json(result, {'test_accuracy': accuracy})
+    storage.write_json(result, {'test_accuracy': accuracy}, sealed=True)
     runs.barrier('reference')
-  return storage.read_json(result)['test_accuracy']
+  return storage.read_json(result, dict[str, float])['test_accuracy']
 
 
 def _write_result(job, name, structure, module, state, folder, reference):
@@ -210,25 +210,32 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'versions': runs.versions(),
     'config': c.to_dict(),
   }
-  storage.write_json(job.file('result', name, '.json'), result)
+  storage.write_json(job.file('result', name, '.json'), result, sealed=True)
   runs.barrier('result')
 
 
 def restore(job: Job, name: str, structure: prune.Structure):
-  """(folder, step, module, state) of the trained narrow network."""
+  """(folder, step, module, state) of the trained narrow network.
+
+  Raises:
+    errors.UserError: The training has not finished, or the state after its last
+      step cannot be read. No other state will do.
+  """
   folder = job.file('train', name)
-  if not (folder / 'checkpoints').exists():
-    raise errors.UserError(
-      f'{folder} holds no checkpoint: run --mode=train in this workdir first.'
-    )
+  path = job.file('result', name, '.json')
+  step = runs.read_result(path)['steps']
   runs.claim(folder, _train_identity(job, structure))
   module = job.network.narrow(structure.counts)
   state = devices.replicate(_initial(job, module, 1, 'train'))
-  with checkpointing.Checkpoints(folder) as checkpoints:
-    found = checkpoints.restore(state)
-  if found is None:
-    raise errors.UserError(f'{folder} holds no checkpoint yet.')
-  return folder, found[0], module, found[1]
+  with checkpointing.Checkpoints(folder, read_only=True) as checkpoints:
+    try:
+      state = checkpoints.restore_step(state, step)
+    except errors.UserError as e:
+      raise errors.UserError(
+        f'{e}\nDelete {path} and run --mode=train: it goes on from the newest '
+        'checkpoint that is good.'
+      ) from e
+  return folder, step, module, state
 
 
 def evaluate(job: Job) -> None:

@@ -1,0 +1,189 @@
+"""Several processes of one run: how they join, and how they end together.
+
+JAX's coordination service notices that a process has died, and ends the others
+by an abort with a long dump; an exception on one process leaves the others
+waiting in a collective. So that all of them end soon, with one line that says
+which process failed and why:
+
+- `start` forks. The child does the work; the parent waits for it, keeps what
+  libraries in C++ print, and says in one line why a child was aborted.
+- A process that fails tells the others through the coordination service
+  (`tell`); a thread of each waits for such news.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import jax
+
+from pfs_jax import errors
+
+# Seconds without a sign of life until a process counts as dead. All processes
+# end within twice this time of a failure.
+HEARTBEAT = int(os.environ.get('PFS_JAX_HEARTBEAT', 30))
+_GRACE = 2.0  # Seconds for what fails on all processes to be said by each.
+_KEY = 'pfs_jax/failed'
+_CONTINUE = 'The same commands continue.'
+_LOST = ('Gloo', 'NCCL', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'coordination')
+
+
+def start(coordinator: str | None, processes: int, process: int) -> None:
+  """Joins this process with the others; before anything else asks JAX.
+
+  Args:
+    coordinator: None for a single process; 'auto' where JAX finds the others by
+      itself (TPU pods, Slurm, Open MPI); else host:port of process 0.
+    processes: Number of processes, with host:port.
+    process: The number of this one, from 0, with host:port.
+
+  Raises:
+    errors.UserError: If the others cannot be joined.
+  """
+  if coordinator is None:
+    return
+  given: dict[str, str | int] = {}
+  if coordinator != 'auto':
+    if not 0 <= process < processes:
+      raise errors.UserError(
+        f'--process must be in [0, --processes); got {process} of {processes}.'
+      )
+    if not re.fullmatch(r'.+:\d{1,5}', coordinator):
+      raise errors.UserError(
+        f'--coordinator must be host:port, or auto; got {coordinator}.'
+      )
+    given = {
+      'coordinator_address': coordinator,
+      'num_processes': processes,
+      'process_id': process,
+    }
+  _fork(process)
+  try:
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
+  except (RuntimeError, ValueError) as e:
+    raise errors.UserError(
+      f'--coordinator={coordinator} failed: {str(e).splitlines()[0]}'
+    ) from e
+  threading.Thread(target=_listen, daemon=True).start()
+
+
+# The parent of the process that works.
+
+
+def _fork(process: int) -> None:
+  """Returns in the child; the parent ends with it."""
+  read, write = os.pipe()
+  child = os.fork()
+  if child == 0:
+    os.close(read)
+    with contextlib.suppress(OSError, AttributeError):  # Linux: die with it.
+      ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # Python's own messages go where they went; what C++ prints to the parent.
+    sys.stderr = os.fdopen(os.dup(2), 'w', buffering=1)
+    os.dup2(write, 2)
+    os.close(write)
+    return
+  os.close(write)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda n, _: os.kill(child, n))
+  with os.fdopen(read, errors='replace') as pipe:
+    last = collections.deque(pipe, maxlen=200)
+  code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  if code < 0:
+    print(f'error: {_reason(process, -code, "".join(last))}', file=sys.stderr)
+    code = 1
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def _reason(process: int, number: int, text: str) -> str:
+  """Why a child was ended by a signal, in one line."""
+  if number == signal.SIGABRT and 'coordination' in text:
+    tasks = re.search(
+      r'heartbeats?\W[^/]*/\D*\d*/task:(\d+)|Task (\d+) h', text
+    )
+    who = next(filter(None, tasks.groups())) if tasks else '0'
+    return f'process {who} has died; process {process} ends too. {_CONTINUE}'
+  name = signal.Signals(number).name
+  more = next((t for t in reversed(text.splitlines()) if t.strip()), '')
+  return f'process {process} was ended by {name}. {_CONTINUE} {more}'.strip()
+
+
+# News of a failure.
+
+
+def _client():
+  """The client of the coordination service; None for a single process."""
+  from jax._src import distributed  # There is no public way.
+
+  return distributed.global_state.client
+
+
+def joined() -> bool:
+  """Whether this process is one of several."""
+  return _client() is not None
+
+
+def tell(reason: str) -> None:
+  """Tells the other processes, if there are any, why this one fails.
+
+  Process 0 then waits a little, since the news ends with it.
+  """
+  client = _client()
+  if client is None:
+    return
+  with contextlib.suppress(Exception):  # Another one was first.
+    client.key_value_set(_KEY, f'process {jax.process_index()}: {reason}')
+  if jax.process_index() == 0:
+    time.sleep(2 * _GRACE)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process; without waiting for the others if it failed.
+
+  JAX would wait for all processes at a barrier, for minutes.
+  """
+  if not joined():
+    sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def lost(e: Exception) -> bool:
+  """Whether an exception says that the connection to another process broke.
+
+  Then JAX will soon know which one has died, and end this process, unless it
+  has told the reason before.
+  """
+  if not joined() or not any(word in str(e) for word in _LOST):
+    return False
+  time.sleep(HEARTBEAT + 15)
+  return True
+
+
+def _listen() -> None:
+  """Ends this process if another one fails and this one does not notice."""
+  client = _client()
+  while True:
+    try:
+      reason = client.blocking_key_value_get(_KEY, 3_600_000)
+    except Exception as e:
+      if 'DEADLINE_EXCEEDED' in str(e):
+        continue
+      return  # The service is gone, and so is this process.
+    if reason.startswith(f'process {jax.process_index()}:'):
+      return
+    time.sleep(_GRACE)
+    lines = reason.splitlines() or ['']
+    print(f'error: {lines[0]} This one ends too.', file=sys.stderr, flush=True)
+    os._exit(1)
