@@ -30,7 +30,7 @@ from pfs_jax import errors
 
 # Seconds without a sign of life until a process counts as dead. All processes
 # end within twice this time of a failure.
-HEARTBEAT = int(os.environ.get('PFS_JAX_HEARTBEAT', 30))
+_HEARTBEAT = 30
 _GRACE = 2.0  # Seconds for what fails on all processes to be said by each.
 _KEY = 'pfs_jax/failed'
 _CONTINUE = 'The same commands continue.'
@@ -68,12 +68,16 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
     }
   _fork(process)
   try:
-    jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat())
   except (RuntimeError, ValueError) as e:
     raise errors.UserError(
       f'--coordinator={coordinator} failed: {str(e).splitlines()[0]}'
     ) from e
   threading.Thread(target=_listen, daemon=True).start()
+
+
+def _heartbeat() -> int:
+  return int(os.environ.get('PFS_JAX_HEARTBEAT', _HEARTBEAT))
 
 
 # The parent of the process that works.
@@ -108,10 +112,10 @@ def _fork(process: int) -> None:
 def _reason(process: int, number: int, text: str) -> str:
   """Why a child was ended by a signal, in one line."""
   if number == signal.SIGABRT and 'coordination' in text:
-    tasks = re.search(
-      r'heartbeats?\W[^/]*/\D*\d*/task:(\d+)|Task (\d+) h', text
+    named = re.search(
+      r'heartbeat[^/]*/\D*\d*/task:(\d+)|Task (\d+) heart', text
     )
-    who = next(filter(None, tasks.groups())) if tasks else '0'
+    who = next(filter(None, named.groups())) if named else '0'
     return f'process {who} has died; process {process} ends too. {_CONTINUE}'
   name = signal.Signals(number).name
   more = next((t for t in reversed(text.splitlines()) if t.strip()), '')
@@ -167,7 +171,7 @@ def lost(e: Exception) -> bool:
   """
   if not joined() or not any(word in str(e) for word in _LOST):
     return False
-  time.sleep(HEARTBEAT + 15)
+  time.sleep(_heartbeat() + 15)
   return True
 
 

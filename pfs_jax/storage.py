@@ -307,7 +307,8 @@ def locked(
 
   The system frees it when the process ends, however it ends. A folder in which
   nothing can be written, and a file system without locks, count as held: there
-  is nothing to protect, or no way to.
+  is nothing to protect, or no way to. Of several processes of one run the first
+  holds it for all.
 
   Args:
     folder: Is made if need be.
@@ -320,6 +321,9 @@ def locked(
   Raises:
     errors.UserError: The folder cannot be made.
   """
+  if not is_first_process():
+    yield True
+    return
   try:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / '.lock').open('a+')
