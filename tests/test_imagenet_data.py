@@ -340,6 +340,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow  # Three new interpreters.
 def test_two_processes_make_the_batches_of_one(folder, tmp_path):
   root = tmp_path / 'one_corrupt'
   shutil.copytree(folder, root)
@@ -727,25 +728,17 @@ TRAINED = """
 """
 
 
-@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_a_training_with_its_threads(folder, tmp_path, how):
-  process = subprocess.Popen(
-    [*processes.command(TRAINED), str(folder), str(tmp_path)],
-    env=processes.environment(),
-    cwd=processes.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  try:
-    assert 'train 10/' in process.stdout.readline()
-    process.send_signal(how)
-    _, err = process.communicate(timeout=60)
-  finally:
-    process.kill()
-  assert process.returncode == 128 + how, err
-  assert 'saved. The same command continues.' in err
-  assert len(err.strip().splitlines()) == 1
+def test_ctrl_c_ends_a_training_with_its_threads(folder, tmp_path):
+  process = processes.start(['-c', textwrap.dedent(TRAINED), folder, tmp_path])
+  deadline = time.monotonic() + 60
+  while 'train 10/' not in process.stdout():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  done = process.finish(60)
+  assert done.returncode == 130, done
+  assert 'saved. The same command continues.' in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
 
 
 # TFDS.
