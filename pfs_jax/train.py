@@ -310,6 +310,7 @@ def loop(
   folder: pathlib.Path,
   label: str,
   evaluate: Callable[[Any, int], dict[str, float]] | None = None,
+  finish: Callable[[Any], Any] | None = None,
 ) -> Any:
   """Makes the steps of a plan, or those that are left of it.
 
@@ -321,6 +322,8 @@ def loop(
     folder: Receives checkpoints and metrics.
     label: What the progress line says.
     evaluate: (state, step) -> numbers for the log, at each evaluation.
+    finish: state -> state, once after the last step, before it is evaluated and
+      saved.
 
   Returns:
     The state after the last step.
@@ -349,6 +352,8 @@ def loop(
       done += k
       progress.update(done)
       last = done == plan.total_steps
+      if last and finish:
+        state = finish(state)
       record = {}
       if done % plan.log_steps == 0 or last:
         record, recent = _means(recent), []

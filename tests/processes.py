@@ -124,6 +124,10 @@ class Started:
     """The exit code, or None while it runs."""
     return self._process.exitcode
 
+  def output(self) -> str:
+    """What it has printed so far."""
+    return self._files[0].read_text()
+
   def send_signal(self, number: int) -> None:
     """Sends a signal to the process, which must still run."""
     os.kill(self.pid, number)

@@ -24,7 +24,7 @@ FLOORS = [
   {'budgets', 'data', 'layers', 'latency', 'profiles', 'scores'},
   {'prune'},
   {'models', 'interop'},
-  {'train'},
+  {'norms', 'train'},
   {'search', 'probe', 'surgery', 'export'},
   {'stages'},
   {'studies', 'report', 'predict'},

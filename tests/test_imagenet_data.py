@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import textwrap
 import threading
 import time
 
@@ -731,7 +732,7 @@ TRAINED = """
 def test_ctrl_c_ends_a_training_with_its_threads(folder, tmp_path):
   process = processes.start(['-c', textwrap.dedent(TRAINED), folder, tmp_path])
   deadline = time.monotonic() + 60
-  while 'train 10/' not in process.stdout():
+  while 'train 10/' not in process.output():
     assert time.monotonic() < deadline
     time.sleep(0.05)
   process.send_signal(signal.SIGINT)

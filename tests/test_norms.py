@@ -1,0 +1,123 @@
+"""BatchNorm's statistics in short runs, with models as users write them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pfs_jax import data, norms, train
+from pfs_jax.data import pipeline
+
+
+class Habit(nn.Module):
+  """Flax's own default: BatchNorm without a momentum is one of 0.99."""
+
+  momentum: float = 0.99
+  frozen: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    for features in (8, 16):
+      x = nn.Conv(features, (3, 3), use_bias=False)(x)
+      x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(x)
+      x = nn.relu(x)
+    if self.frozen:
+      x = nn.BatchNorm(use_running_average=True, name='frozen')(x)
+    return nn.Dense(10)(x.mean((1, 2)))
+
+
+AUGMENTATION = pipeline.Augmentation((0.3,), (0.38,))
+
+
+@pytest.fixture(scope='module')
+def digits():
+  found = data.load('digits')
+  source = pipeline.ArraySource(
+    found.train_images,
+    found.train_labels,
+    batch_size=100,
+    key=jax.random.key(0),
+    augmentation=AUGMENTATION,
+  )
+  test = pipeline.ArrayEvaluation(
+    found.test_images,
+    found.test_labels,
+    batch_size=297,
+    augmentation=AUGMENTATION,
+  )
+  return found, source, test
+
+
+def _state(module):
+  variables = module.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
+  return train.init(module, variables, optax.adam(0.01))
+
+
+def _trained(module, source, steps):
+  state, call = _state(module), train.compiled_call(train.step, source.draw)
+  for i in range(steps):
+    state, metrics = call(state, source.resident, source.chunk(i, 1))
+  return state, float(metrics['accuracy'][0])
+
+
+def test_a_short_run_with_slow_statistics_is_worth_what_it_learnt(digits):
+  _, source, test = digits
+  state, accuracy = _trained(Habit(), source, 60)
+  running = train.evaluate(Habit(), state.variables, test)['accuracy']
+  settled = norms.estimated(state, source, 60)
+  found = train.evaluate(Habit(), settled.variables, test)['accuracy']
+  assert accuracy > 0.8
+  assert running < accuracy - 0.2  # What users saw.
+  assert found > accuracy - 0.1
+  # Nothing but the statistics has changed.
+  assert settled.params is state.params and settled.step is state.step
+
+
+def test_estimates_are_the_statistics_of_all_images(digits):
+  """One epoch of whole batches: the mean and variance of these images."""
+  found, source, _ = digits
+  state = _state(Habit())
+  settled = norms.estimated(state, source, 0)
+  kernel = state.params['Conv_0']['kernel']
+  x = AUGMENTATION.test(jnp.asarray(found.train_images))
+  y = jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  stats = settled.batch_stats['BatchNorm_0']
+  np.testing.assert_allclose(stats['mean'], y.mean((0, 1, 2)), atol=1e-4)
+  np.testing.assert_allclose(stats['var'], y.var((0, 1, 2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize('momentum', [0.5, 0.9, 0.99, 0.999])
+def test_no_layer_has_to_say_its_momentum(momentum, digits):
+  _, source, _ = digits
+  state = _state(Habit(momentum))
+  found = norms.longest_momentum(state, source)
+  assert abs(found - momentum) < 1e-5
+  # The estimate does not depend on it.
+  one = norms.estimated(state, source, 0).batch_stats['BatchNorm_1']
+  other = norms.estimated(_state(Habit()), source, 0).batch_stats['BatchNorm_1']
+  np.testing.assert_allclose(one['var'], other['var'], rtol=2e-3)
+
+
+def test_frozen_statistics_stay(digits):
+  _, source, _ = digits
+  state = _state(Habit(frozen=True))
+  assert abs(norms.longest_momentum(state, source) - 0.99) < 1e-5
+  settled = norms.estimated(state, source, 0)
+  np.testing.assert_array_equal(settled.batch_stats['frozen']['mean'], 0)
+  np.testing.assert_array_equal(settled.batch_stats['frozen']['var'], 1)
+
+
+def test_a_model_without_batchnorm_has_no_memory(digits):
+  _, source, _ = digits
+
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(10)(x.reshape(len(x), -1))
+
+  assert norms.longest_momentum(_state(Plain()), source) == 0.0
+  assert not norms.is_short(0.0, 1)
