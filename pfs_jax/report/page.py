@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from pfs_jax import config, tables
+from pfs_jax import fields, tables
 from pfs_jax.report import figures
 from pfs_jax.tables import Table, escape
 
@@ -166,8 +166,15 @@ class Page:
 
   def config(self, run: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     """Adds what a run's config changes, and a config as a whole, folded."""
-    columns = ['field', 'value', 'default']
-    self.table('Fields that are not the default', columns, changed_rows(run))
+    rows = []
+    for field in fields.FIELDS:
+      section, _, name = field.name.rpartition('.')
+      there = run.get(section, {}) if section else run
+      value, plain = json.dumps(there.get(name)), json.dumps(field.default)
+      if name in there and (value != plain or name == 'seed'):
+        rows.append([field.name, value, plain, field.doc])
+    columns = ['field', 'value', 'default', 'meaning']
+    self.table('Fields that are not the default', columns, rows)
     text = escape(json.dumps(whole, indent=2, sort_keys=True))
     self._add(_details('The whole config', f'<pre>{text}</pre>'))
 
@@ -197,32 +204,3 @@ def _folded(table: Table) -> str:
   return _details(
     f'{table.title} ({len(table.rows)} rows)', tables.html(*table)
   )
-
-
-def changed_rows(fields: Mapping[str, Any]) -> list[list[str]]:
-  """(field, value, default) of the fields of a run's config that differ.
-
-  >>> changed_rows({'seed': 7})
-  [['seed', '7', '0']]
-  """
-  plain = _flat(config.default().to_dict())
-  return [
-    [name, _shown(value), _shown(plain.get(name, '-'))]
-    for name, value in sorted(_flat(fields).items())
-    if name == 'seed' or value != plain.get(name)
-  ]
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'train.epochs': 8.0}; sequences are lists, as JSON has them."""
-  found: dict[str, Any] = {}
-  for name, value in fields.items():
-    if isinstance(value, Mapping):
-      found |= _flat(value, f'{prefix}{name}.')
-    else:
-      found[prefix + name] = list(value) if isinstance(value, tuple) else value
-  return found
-
-
-def _shown(value: Any) -> str:
-  return value or "''" if isinstance(value, str) else json.dumps(value)
