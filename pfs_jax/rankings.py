@@ -1,32 +1,31 @@
 """The names of rankings: how channels of different layers are compared.
 
 A name is a kind, for some kinds with a number behind it: `layer_mean`,
-`cost0.5`, `tilt-0.4`. `profiles.scores` says what each kind does.
+`cost0.5`, `tilt-0.4`. `profiles.ranked` says what each kind does.
 """
 
 from __future__ import annotations
 
-import math
+import re
 
 from pfs_jax import errors
 
-# Kind -> whether a number follows: never, always, or where the default is not
-# meant.
-KINDS = {
-  'global': 'never',
-  'layer_mean': 'never',
-  'cost': 'sometimes',
-  'uniform': 'never',
-  'random': 'never',
-  'tilt': 'always',
-  'blend': 'always',
-  'survivors': 'never',
-  'sensitivity': 'sometimes',
-}
-_SUFFIX = {'never': '', 'always': 'X', 'sometimes': '[X]'}
-KNOWN = ', '.join(kind + _SUFFIX[number] for kind, number in KINDS.items())
+_NUMBER = r'-?\d+(\.\d+)?'
+_NAME = re.compile(
+  r'(global|layer_mean|uniform|random|survivors)'
+  rf'|(tilt|blend){_NUMBER}|(cost|sensitivity)({_NUMBER})?'
+)
+KNOWN = (
+  'global, layer_mean, uniform, random, survivors, tiltX, blendX, cost[X], '
+  'sensitivity[X]'
+)
 # What a field with a ranking must be, X being a number.
 RULE = f'a ranking ({KNOWN})'
+
+
+def known(name: str) -> bool:
+  """Whether a ranking has this name."""
+  return _NAME.fullmatch(name) is not None
 
 
 def parse(name: str) -> tuple[str, float | None]:
@@ -36,30 +35,10 @@ def parse(name: str) -> tuple[str, float | None]:
   (('tilt', -0.4), ('cost', None), ('layer_mean', None))
 
   Raises:
-    errors.UserError: The name is unknown, or a number is missing, too many or
-      not finite.
+    errors.UserError: No ranking has this name.
   """
-  kind = max((k for k in KINDS if name.startswith(k)), key=len, default='')
-  text = name[len(kind) :]
-  try:
-    number = float(text) if text else None
-  except ValueError:
-    number = math.nan
-  wanted = KINDS.get(kind)
-  if (
-    wanted is None
-    or (wanted == 'always' and number is None)
-    or (wanted == 'never' and text)
-    or (number is not None and not math.isfinite(number))
-  ):
+  if not known(name):
     raise errors.UserError(f'the ranking must be {RULE}; got {name!r}.')
-  return kind, number
-
-
-def known(name: str) -> bool:
-  """Whether a ranking has this name."""
-  try:
-    parse(name)
-  except errors.UserError:
-    return False
-  return True
+  kind = name.rstrip('-.0123456789')
+  number = name.removeprefix(kind)
+  return kind, float(number) if number else None

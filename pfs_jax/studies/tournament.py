@@ -38,26 +38,19 @@ Losses = Mapping[str, Sequence[float]]
 _POLL_SECONDS = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Round:
-  """Candidates besides the incumbent, epochs of each training, and seeds."""
+def rounds(
+  challengers: int, epochs: float, seeds: int
+) -> list[tuple[int, float, int]]:
+  """(challengers, epochs, seeds) of each round; only the last has all seeds.
 
-  challengers: int
-  epochs: float
-  seeds: int
-
-
-def rounds(challengers: int, epochs: float, seeds: int) -> list[Round]:
-  """The rounds of a tournament; the last one has one challenger and all seeds.
-
-  >>> [(r.challengers, r.epochs, r.seeds) for r in rounds(6, 1.0, 3)]
+  >>> rounds(6, 1.0, 3)
   [(6, 1.0, 1), (3, 2.0, 1), (1, 4.0, 3)]
   """
   found = []
   while challengers > 1:
-    found.append(Round(challengers, epochs, 1))
+    found.append((challengers, epochs, 1))
     challengers, epochs = challengers // 2, 2 * epochs
-  return [*found, Round(1, epochs, seeds)]
+  return [*found, (1, epochs, seeds)]
 
 
 def best(losses: Losses, n: int) -> list[str]:
@@ -110,31 +103,23 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       break
     except products.Busy:
       time.sleep(_POLL_SECONDS)  # Other processes are at all that is left.
+  names, budget = ('chosen', 'gain', 'error', 'share'), job.budgets[0]
+  structure = dataclasses.replace(
+    job.cut_plain(chosen),
+    model=job.network.description,
+    source={
+      'budget': budget.name,
+      'seed': c.seed,
+      'tournament': {name: found[name] for name in names},
+    },
+  )
   with storage.locked(workdir, wait=lambda: None):
     job.note_config()
     storage.write_json(workdir / 'tournament.json', found)
-    structure = dataclasses.replace(
-      job.cut_plain(chosen),
-      model=job.network.description,
-      source=source(job, found),
-    )
-    stages.write(job, job.budgets[0], structure, chosen)
-  console.table(
-    f'Loss on held-out images, {job.budgets[0].name}, {workdir}',
-    found['columns'],
-    found['rows'],
-  )
+    stages.write(job, budget, structure, chosen)
+  title = f'Loss on held-out images, {budget.name}, {workdir}'
+  console.table(title, found['columns'], found['rows'])
   console.say(found['sentence'])
-
-
-def source(job: stages.Job, found: Mapping[str, Any]) -> dict[str, Any]:
-  """Where a structure of a tournament comes from."""
-  names = ('chosen', 'gain', 'error', 'share')
-  return {
-    'budget': job.budgets[0].name,
-    'seed': job.config.seed,
-    'tournament': {name: found[name] for name in names},
-  }
 
 
 def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
@@ -156,32 +141,39 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
   if path.exists():
     return storage.read_json(path)
   check(job)
-  structures: dict[str, prune.Structure] = {}
-  made: dict[str, float] = {}
-  entries = {n: functools.partial(scored, job, n, root) for n in candidates(c)}
-  for name, entry in all_of(entries).items():
-    structures[name] = job.cut_plain(entry.scores)
-    made |= entry.seconds
+  entries = all_of(
+    {n: functools.partial(scored, job, n, root) for n in candidates(c)}
+  )
+  structures = {n: job.cut_plain(e.scores) for n, e in entries.items()}
+  seconds: dict[str, float] = {}
+  for entry in entries.values():
+    seconds |= entry.seconds
   names, log = list(structures), []
-  for round_ in _rounds(c):
-    seeds = range(round_.seeds)
+  for challengers, epochs, seeds in _rounds(c):
     done = all_of(
       {
         (n, i): functools.partial(
-          _training, job.reseeded(i + 1), structures[n], round_.epochs, folder
+          _training, job.reseeded(i + 1), structures[n], epochs, folder
         )
-        for i in seeds
+        for i in range(seeds)
         for n in names
       }
     )
-    losses = {n: [done[n, i]['loss'] for i in seeds] for n in names}
-    log.append({'epochs': round_.epochs, 'losses': losses})
-    made |= {t['name']: t['seconds'] for t in done.values()}
-    last = done[INCUMBENT, 0]
-    names = [INCUMBENT, *best(losses, round_.challengers // 2)]
-  whole = last['seconds'] / _cost_of_training(job, round_.epochs)
-  decision = decide(losses, c.tournament.standard_errors)
-  found = _facts(job, decision, log, structures, sum(made.values()), whole)
+    losses = {n: [done[n, i]['loss'] for i in range(seeds)] for n in names}
+    log.append({'epochs': epochs, 'losses': losses})
+    seconds |= {t['name']: t['seconds'] for t in done.values()}
+    names = [INCUMBENT, *best(losses, challengers // 2)]
+  one_training = done[INCUMBENT, 0]['seconds'] / _share(job, epochs)
+  found = {
+    **dataclasses.asdict(decide(losses, c.tournament.standard_errors)),
+    'rounds': log,
+    'layers': list(job.network.cost_model.layers),
+    'counts': {name: list(s.counts) for name, s in structures.items()},
+    'macs': {name: s.macs for name, s in structures.items()},
+    'seconds': round(sum(seconds.values()), 1),
+    'share': round(sum(seconds.values()) / one_training, 3),
+  }
+  found |= _told(found)
   storage.write_json(path, found)
   return found
 
@@ -191,13 +183,13 @@ def candidates(c: ml_collections.ConfigDict) -> list[str]:
   return list(dict.fromkeys([INCUMBENT, *c.tournament.candidates]))
 
 
-def _rounds(c: ml_collections.ConfigDict) -> list[Round]:
+def _rounds(c: ml_collections.ConfigDict) -> list[tuple[int, float, int]]:
   fields = c.tournament
   return rounds(len(candidates(c)) - 1, fields.epochs, fields.seeds)
 
 
 def scored(job: stages.Job, name: str, root: pathlib.Path) -> scoring.Scored:
-  """The scores of a candidate: an arm, with '#i' those of another seed.
+  """The scores of a candidate: those of an arm, of another seed with '#i'.
 
   Raises:
     products.Busy: If another process is at its search or probe.
@@ -208,10 +200,8 @@ def scored(job: stages.Job, name: str, root: pathlib.Path) -> scoring.Scored:
 def _cell(job: stages.Job, name: str) -> plan.Cell:
   """The candidate as a cell of a study, with nothing ranked after its arm."""
   arm, _, number = name.partition('#')
-  plain = {'budget.ranking': 'global'}
-  return plan.cell(
-    job.config, arm, config.other_seed(job.config.seed, int(number or 0)), plain
-  )
+  seed = config.other_seed(job.config.seed, int(number or 0))
+  return plan.cell(job.config, arm, seed, {'budget.ranking': 'global'})
 
 
 def all_of(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
@@ -250,48 +240,79 @@ def _training(
   return storage.read_json(path)
 
 
+def _told(found: Mapping[str, Any]) -> dict[str, Any]:
+  """The table and the sentence that say what came out."""
+  log = found['rounds']
+  rows = []
+  for name, macs in found['macs'].items():
+    losses = [r['losses'].get(name) for r in log]
+    cells = ['' if v is None else f'{np.mean(v):.4f}' for v in losses]
+    mark = 'chosen' if name == found['chosen'] else ''
+    rows.append([name, *cells, f'{macs:,}', mark])
+  n = len(log[-1]['losses'][INCUMBENT])
+  time_ = console.duration(found['seconds'])
+  who = f'{found["challenger"]} beats uniform width'
+  if found['chosen'] == INCUMBENT:
+    who = f'Uniform width stays: {found["challenger"]} does not clearly beat it'
+  return {
+    'columns': [
+      'candidate',
+      *(f'{r["epochs"]:g} epochs' for r in log),
+      'MACs',
+      '',
+    ],
+    'rows': rows,
+    'sentence': f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
+    f'{found["error"]:.4f}, n = {n}). It took '
+    f'{time_}, {found["share"]:.0%} of a training.',
+  }
+
+
 # Checks and costs.
 
 
 def check(job: stages.Job) -> None:
   """Refuses what cannot be a tournament, before anything is trained."""
-  c = job.config
-  if len(job.budgets) > 1:
-    raise errors.UserError(
-      f'config.budget must name one budget for a tournament; '
-      f'got {", ".join(b.name for b in job.budgets)}.'
-    )
-  stages.check_budget(job, job.budgets[0])
-  if not c.data.validation_examples:
-    raise errors.UserError(
-      'config.data.validation_examples must be >= 1 for a tournament; got 0.'
-    )
-  for name in candidates(c):
+  c, names = job.config, candidates(job.config)
+  for name in names:
     arms.check_candidate(name)
-  if len(candidates(c)) < 2:
-    raise errors.UserError(
-      f'config.tournament.candidates must name one besides {INCUMBENT}; '
-      f'got {c.tournament.candidates!r}.'
-    )
-  last = _rounds(c)[-1]
-  if last.epochs > c.train.epochs:
-    most = c.train.epochs * c.tournament.epochs / last.epochs
-    raise errors.UserError(
-      f'config.tournament.epochs must be <= {most:.3g}, so that the last of '
-      f'{len(_rounds(c))} rounds is no longer than the training of '
-      f'{c.train.epochs:g} epochs; got {c.tournament.epochs:g}.'
-    )
+  stages.check_budget(job, job.budgets[0])
+  longest = _rounds(c)[-1][1]
+
+  def require(holds: bool, field: str, rule: str, got: object) -> None:
+    if not holds:
+      raise errors.UserError(f'config.{field} must {rule}; got {got}.')
+
+  one = [b.name for b in job.budgets]
+  require(len(one) == 1, 'budget', 'name one budget for a tournament', one)
+  held_out = c.data.validation_examples
+  require(
+    held_out > 0, 'data.validation_examples', 'be >= 1 for a tournament', 0
+  )
+  require(
+    len(names) > 1,
+    'tournament.candidates',
+    f'name one besides {INCUMBENT}',
+    c.tournament.candidates,
+  )
+  require(
+    longest <= c.train.epochs,
+    'tournament.epochs',
+    f'be <= {c.train.epochs * c.tournament.epochs / longest:.3g}, so that the '
+    f'last round is no longer than the training of {c.train.epochs:g} epochs',
+    c.tournament.epochs,
+  )
   share = cost(job)
-  if share > c.tournament.share:
-    raise errors.UserError(
-      f'config.tournament.share must be >= {math.ceil(100 * share) / 100:g}, '
-      f'what {len(candidates(c))} candidates cost of a training of '
-      f'{c.train.epochs:g} epochs; got {c.tournament.share:g}. Take fewer '
-      'candidates, seeds or epochs.'
-    )
+  require(
+    share <= c.tournament.share,
+    'tournament.share',
+    f'be >= {math.ceil(100 * share) / 100:g}, what {len(names)} candidates '
+    f'cost of a training of {c.train.epochs:g} epochs (or take fewer)',
+    c.tournament.share,
+  )
 
 
-def _cost_of_training(job: stages.Job, epochs: float) -> float:
+def _share(job: stages.Job, epochs: float) -> float:
   """Epochs without the held-out images, as a share of one whole training."""
   held_out, every = (
     job.data.train_source('train', hold_out=out).steps_per_epoch
@@ -307,65 +328,14 @@ def cost(job: stages.Job) -> float:
   counts as two thirds of a training step of the wide network.
   """
   c, model = job.config, job.network.cost_model
-  total = sum(
-    _cost_of_training(job, (r.challengers + 1) * r.seeds * r.epochs)
-    for r in _rounds(c)
-  )
+  epochs = sum((n + 1) * seeds * epochs for n, epochs, seeds in _rounds(c))
   cells = [_cell(job, name) for name in candidates(c)]
-  if any(cell.arm.scores == 'probe' for cell in cells):
-    total += stages.probe_cost(job)
   wide = model.macs(model.widths) / job.cut_plain(scores.equal(model)).macs
   searches = {
     cell.wide.to_json(): cell.wide.search.epochs
     for cell in cells
     if cell.arm.searches
   }
-  return total + sum(
-    _cost_of_training(job, 2 / 3 * wide * epochs)
-    for epochs in searches.values()
-  )
-
-
-# What is told.
-
-
-def _facts(job, decision, log, structures, seconds, whole) -> dict[str, Any]:
-  """The content of tournament.json."""
-  columns = ['candidate', *(f'{r["epochs"]:g} epochs' for r in log), 'MACs', '']
-  rows = []
-  for name, structure in structures.items():
-    cells = [
-      f'{np.mean(r["losses"][name]):.4f}' if name in r['losses'] else ''
-      for r in log
-    ]
-    mark = 'chosen' if name == decision.chosen else ''
-    rows.append([name, *cells, f'{structure.macs:,}', mark])
-  n = len(log[-1]['losses'][INCUMBENT])
-  numbers = (
-    f'{decision.gain:+.4f}, standard error {decision.error:.4f}, n = {n}'
-  )
-  if decision.chosen == INCUMBENT:
-    sentence = (
-      f'Uniform width stays: the best challenger, {decision.challenger}, does '
-      f'not beat it clearly (gain in loss {numbers}).'
-    )
-  else:
-    sentence = (
-      f'{decision.chosen} beats uniform width (gain in loss {numbers}).'
-    )
-  share = seconds / whole
-  return {
-    'chosen': decision.chosen,
-    'challenger': decision.challenger,
-    'gain': decision.gain,
-    'error': decision.error,
-    'rounds': log,
-    'layers': list(job.network.cost_model.layers),
-    'counts': {name: list(s.counts) for name, s in structures.items()},
-    'seconds': round(seconds, 1),
-    'share': round(share, 3),
-    'columns': columns,
-    'rows': rows,
-    'sentence': f'{sentence} It took {console.duration(seconds)}, '
-    f'{share:.0%} of one training.',
-  }
+  epochs += 2 / 3 * wide * sum(searches.values())
+  probed = any(cell.arm.scores == 'probe' for cell in cells)
+  return _share(job, epochs) + (stages.probe_cost(job) if probed else 0)
