@@ -8,7 +8,7 @@ scores of it, so that `prune.cut` cuts it to a budget like gates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -114,9 +114,23 @@ def damped(
   }
 
 
-def probed(
-  found: Mapping[str, Any], damping: float | None = None
-) -> dict[str, float]:
+class Probe(TypedDict):
+  """What is read of probe.json; `stages.probing` writes more.
+
+  Attributes:
+    mean: {layer: rise of the loss for each million MACs, > 0}.
+    before: {layer: weight of the widths that were probed}.
+    damping: That of the config.
+    sentence: What it comes to.
+  """
+
+  mean: dict[str, float]
+  before: dict[str, float]
+  damping: float
+  sentence: str
+
+
+def probed(found: Probe, damping: float | None = None) -> dict[str, float]:
   """The width profile of a probe.
 
   Args:

@@ -23,7 +23,7 @@ from pfs_jax import (
   structures,
   train,
 )
-from pfs_jax.studies import arms, products, tournament
+from pfs_jax.studies import arms, plan, products, tournament
 
 CANDIDATES = ('tilt1', 'tilt-1', 'tilt2')
 
@@ -431,3 +431,6 @@ def test_rankings_are_words_of_arms():
   assert arms.parse('sensitivity0.2').scores == 'probe'
   with pytest.raises(errors.UserError, match='no weights to start from'):
     arms.parse('tilt1+rewind')
+  cell = plan.cell(small(), 'seeing+epochs10', 3)
+  for c in (cell.wide, cell.config):
+    assert c.search.train_classifier and c.search.epochs == 10

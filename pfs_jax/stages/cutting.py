@@ -102,7 +102,10 @@ def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
     raise errors.UserError(
       f'{path} does not exist: run --mode=probe in this workdir first.'
     )
-  return job.widened(profiles.probed(storage.read_json(path), damping), gates)
+  found = storage.read_json(path, profiles.Probe)
+  if not set(gates) == set(found['mean']) == set(found['before']):
+    raise errors.UserError(f'{path} is the probe of another network.')
+  return job.widened(profiles.probed(found, damping), gates)
 
 
 def _fit(job: Job, budget: prune.Budget, gates) -> prune.Structure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pfs_jax import console, prune, runs
+from pfs_jax import console, profiles, prune, runs, storage
 from pfs_jax.stages.job import Job
 
 
@@ -59,6 +59,11 @@ def info(job: Job) -> None:
     rows,
   )
   _info_totals(job, network, model, total)
+  probe = job.workdir / 'probe.json'
+  if probe.exists():
+    console.say(storage.read_json(probe, profiles.Probe)['sentence'])
+  else:
+    console.say('--mode=probe tells which layers are out of proportion.')
 
 
 def _info_row(op, model, total, gated, inputs, outputs):
