@@ -66,7 +66,7 @@ def variables(name):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _gradients(name, gate_site, epsilon, weights, gates, x, y):
   # Epsilon is traced, so that one program serves all its values.
-  module = build(name, x.dtype, gate_site).clone(epsilon=epsilon)
+  module = build(name, x.dtype, gate_site).with_fields(epsilon=epsilon)
 
   def loss(gates):
     logits, _ = module.apply(

@@ -101,7 +101,7 @@ def table() -> list[tuple[str, int, object]]:
   ]
 
 
-def reasons(sites: surgery.Sites) -> str:
+def reasons(sites: surgery.Table) -> str:
   """Why layers were left alone, each kind of reason once, with its number."""
   kinds = collections.Counter()
   for path, reason in sites.left_alone.items():

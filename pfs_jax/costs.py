@@ -1,12 +1,11 @@
 """MACs and parameters of a network, as exact polynomials in channel counts.
 
-A network is traced once, abstractly, with a *distinct* number of channels in
-every gated layer. The sizes that its convolutions and dense layers then show
-say which layer feeds which, so the cost of any narrower network is a small
-polynomial of degree two in the counts: exact integers in microseconds, and no
-formula kept by hand for any family.
+`record` traces a network abstractly and lists the calls of its layers.
+`groups.Table` says which channels each layer reads and makes, so the cost of
+any narrower network is a small polynomial of degree two in the counts: exact
+integers in microseconds, and no formula is kept by hand for any family.
 
-Counting rules (those of the published implementation, one multiply-accumulate
+Counting rules (those of the published implementation; one multiply-accumulate
 is 1 MAC):
 
 * convolution: kernel_h * kernel_w * C_in * C_out / groups per output position;
@@ -23,7 +22,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,18 +30,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A number of channels as an affine function of the counts: pairs (layer,
-# multiple) that are added up; layer FIXED stands for the number 1.
+# A number of channels as an affine function of the counts: pairs (group,
+# multiple) that are added up. Group FIXED stands for the number 1.
 FIXED = -1
 Size = tuple[tuple[int, int], ...]
+Terms = dict[tuple[int, int], int]
 
-# Widths that no real layer has mark the gated layers in the trace.
-_FIRST_MARK = 10_007
+MIXING = ('conv', 'dense')  # Kinds of layers that make channels of their own.
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-  """One recorded call of a layer that costs something.
+class Layer:
+  """One call of a layer, as a trace showed it.
 
   Attributes:
     path: Module path, joined by '/'.
@@ -56,11 +55,17 @@ class Call:
     vectors: Parameter vectors of `outputs` channels: a bias counts 1, a
       normalisation with scale and bias 2.
     output_size: Spatial output size, () where there is none.
-    again: Whether an earlier call already had the parameters (a module that is
-      called more than once).
     input_size: Spatial input size, () where there is none.
     kernel: Kernel size of a convolution.
     strides: Strides of a convolution.
+    again: Whether an earlier call already had the parameters (a module that is
+      called more than once).
+    ndim: Rank of the input.
+    obstacle: Why surgery cannot follow channels through it, '' if it can.
+    dtype: Dtype of the parameters.
+    low_precision: Whether it computes in fewer than 32 bits.
+    reads: `inputs` as a function of the counts; fixed by default.
+    makes: `outputs` as a function of the counts; fixed by default.
   """
 
   path: str
@@ -72,190 +77,271 @@ class Call:
   groups: int = 1
   vectors: int = 0
   output_size: tuple[int, ...] = ()
-  again: bool = False
   input_size: tuple[int, ...] = ()
   kernel: tuple[int, ...] = ()
   strides: tuple[int, ...] = ()
+  again: bool = False
+  ndim: int = 0
+  obstacle: str = ''
+  dtype: Any = np.float32
+  low_precision: bool = False
+  reads: Size = ()
+  makes: Size = ()
+
+  def __post_init__(self):
+    if not self.reads:
+      object.__setattr__(self, 'reads', ((FIXED, self.inputs),))
+    if not self.makes:
+      object.__setattr__(self, 'makes', ((FIXED, self.outputs),))
 
   @property
-  def macs(self) -> int:
-    """Multiply-accumulates of one image."""
-    if self.kind == 'norm':
-      return 0
+  def multiplier(self) -> int:
+    """Output channels of a depthwise convolution for each input channel."""
+    return self.outputs // self.inputs if self.kind == 'depthwise' else 0
+
+  def _kernel_terms(self) -> Terms:
+    """Products inputs * outputs / groups as {(group, group): coefficient}."""
+    if self.kind in ('norm', 'pool'):
+      return {}
+    if self.kind == 'depthwise':  # One filter per output channel.
+      return {(i, FIXED): self.taps * a for i, a in self.makes}
+    terms = collections.Counter()
+    for i, a in self.reads:
+      for j, b in self.makes:
+        terms[min(i, j), max(i, j)] += self.taps * a * b // self.groups
+    return terms
+
+  def macs_terms(self) -> Terms:
+    """MACs as {(group, group): coefficient}."""
     if self.kind == 'pool':
-      return self.inputs * self.positions
-    return (
-      self.positions * self.taps * self.inputs * self.outputs // self.groups
-    )
+      return {(i, FIXED): a * self.positions for i, a in self.reads}
+    return {k: v * self.positions for k, v in self._kernel_terms().items()}
 
-  @property
-  def params(self) -> int:
-    """Parameters, without running statistics."""
+  def params_terms(self) -> Terms:
+    """Parameters as {(group, group): coefficient}."""
     if self.again:
-      return 0
-    kernel = 0
-    if self.kind in ('conv', 'depthwise', 'dense'):
-      kernel = self.taps * self.inputs * self.outputs // self.groups
-    return kernel + self.vectors * self.outputs
+      return {}
+    terms = collections.Counter(self._kernel_terms())
+    for i, a in self.makes:
+      terms[i, FIXED] += self.vectors * a
+    return terms
+
+  def macs(self, counts: Sequence[int] = ()) -> int:
+    """Multiply-accumulates of this call at the given counts."""
+    return _value(self.macs_terms(), counts)
+
+  def params(self, counts: Sequence[int] = ()) -> int:
+    """Parameters that this call adds at the given counts."""
+    return _value(self.params_terms(), counts)
+
+  def channels(self, counts: Sequence[int]) -> tuple[int, int]:
+    """(inputs, outputs) at the given counts."""
+    return value(self.reads, counts), value(self.makes, counts)
 
 
-def _call_of(module: nn.Module, x, y) -> Call | None:
-  path = '/'.join(module.path)
+def value(size: Size, counts: Sequence[int]) -> int:
+  """The number of channels that a size stands for at the given counts."""
+  sized = [*counts, 1]
+  return sum(multiple * int(sized[i]) for i, multiple in size)
+
+
+def _value(terms: Terms, counts: Sequence[int]) -> int:
+  sized = [*counts, 1]
+  return sum(v * int(sized[i]) * int(sized[j]) for (i, j), v in terms.items())
+
+
+# Recording.
+
+
+def _convolution(module: nn.Module, x, y) -> dict[str, Any]:
+  kernel = module.kernel_size
+  kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
+  groups = module.feature_group_count
+  strides = module.strides
+  if strides is None or isinstance(strides, int):
+    strides = (strides or 1,) * len(kernel)
+  depthwise = groups > 1 and groups == x.shape[-1]
+  space = y.shape[-1 - len(kernel) : -1]
+  return {
+    'kind': 'depthwise' if depthwise else 'conv',
+    'obstacle': '' if depthwise or groups == 1 else 'a grouped convolution',
+    'positions': math.prod(space),
+    'taps': math.prod(kernel),
+    'groups': groups,
+    'vectors': int(module.use_bias),
+    'output_size': space,
+    'input_size': x.shape[-1 - len(kernel) : -1],
+    'kernel': kernel,
+    'strides': tuple(strides),
+  }
+
+
+def _dense(module: nn.Module, x, y) -> dict[str, Any]:
+  del x
+  space = y.shape[1:-1]  # On a feature map it is applied at each position.
+  return {
+    'kind': 'dense',
+    'positions': math.prod(space),
+    'vectors': int(module.use_bias),
+    'output_size': space,
+  }
+
+
+def _norm(module: nn.Module, x, y) -> dict[str, Any]:
+  axis = getattr(module, 'axis', -1)
+  axis = axis if isinstance(axis, Sequence) else (axis,)
+  obstacle = ''
+  if not isinstance(module, nn.BatchNorm):
+    obstacle = 'it normalises over several channels'
+  elif [a % x.ndim for a in axis] != [x.ndim - 1]:
+    obstacle = 'its channels are not on the last axis'
+  return {
+    'kind': 'norm',
+    'obstacle': obstacle,
+    'positions': math.prod(y.shape[1:-1]),
+    'vectors': int(module.use_scale) + int(module.use_bias),
+  }
+
+
+def _pool(module: nn.Module, x, y) -> dict[str, Any]:
+  del module
+  width = x.shape[-1]
+  positions = math.prod(x.shape[1:-1])
+  return {'kind': 'pool', 'outputs': width, 'positions': positions}
+
+
+def _rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
+  """How to describe a call of this module, None if it is no layer."""
   if isinstance(module, nn.Conv):
-    kernel = module.kernel_size
-    kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
-    groups = module.feature_group_count
-    depthwise = groups > 1 and groups == x.shape[-1]
-    space = y.shape[-1 - len(kernel) : -1]
-    strides = module.strides
-    if strides is None or isinstance(strides, int):
-      strides = (strides or 1,) * len(kernel)
-    return Call(
-      path,
-      'depthwise' if depthwise else 'conv',
-      x.shape[-1],
-      y.shape[-1],
-      math.prod(space),
-      math.prod(kernel),
-      groups,
-      int(module.use_bias),
-      space,
-      input_size=x.shape[-1 - len(kernel) : -1],
-      kernel=kernel,
-      strides=tuple(strides),
-    )
+    return _convolution
   if isinstance(module, nn.Dense):
-    # A dense layer on a feature map is applied at each position.
-    space = y.shape[1:-1]
-    return Call(
-      path,
-      'dense',
-      x.shape[-1],
-      y.shape[-1],
-      math.prod(space),
-      vectors=int(module.use_bias),
-      output_size=space,
-    )
+    return _dense
   if isinstance(module, nn.BatchNorm | nn.LayerNorm | nn.GroupNorm):
-    vectors = int(module.use_scale) + int(module.use_bias)
-    width = y.shape[-1]
-    return Call(
-      path, 'norm', width, width, math.prod(y.shape[1:-1]), vectors=vectors
-    )
-  if getattr(module, 'macs_per_input', 0):
-    width = x.shape[-1]
-    return Call(path, 'pool', width, width, math.prod(x.shape[1:-1]))
+    return _norm
+  if getattr(type(module), 'macs_per_input', 0):
+    return _pool
   return None
 
 
-def record(function: Callable[..., Any], *args) -> list[Call]:
-  """The costly layer calls of `function(*args)`, in forward order.
+def is_pool(module: nn.Module) -> bool:
+  """Whether it counts its inputs as MACs, and does nothing else of note."""
+  return _rule(module) is _pool
+
+
+def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
+  """The record of one call of a layer, y = module(x)."""
+  fields = {
+    'path': path,
+    'inputs': x.shape[-1],
+    'outputs': y.shape[-1],
+    'ndim': x.ndim,
+    'dtype': getattr(module, 'param_dtype', np.float32),
+    'low_precision': y.dtype.itemsize < 4,
+  }
+  return Layer(**{**fields, **_rule(module)(module, x, y)})
+
+
+def intercept(
+  around: Callable[[nn.Module, str, Any, Callable[[Any], Any]], Any],
+  base: int = 0,
+) -> Callable[..., Any]:
+  """A Flax interceptor that hands each outermost layer call to `around`.
+
+  A subclass that calls `super().__call__` is one call, not two.
+
+  Args:
+    around: (module, path, x, call: x -> y) -> y.
+    base: Components that paths leave out at their start.
+  """
+  active = set()
+
+  def interceptor(next_fun, args, kwargs, context):
+    module = context.module
+    if context.method_name != '__call__' or _rule(module) is None:
+      return next_fun(*args, **kwargs)
+    path = '/'.join(module.path[base:])
+    if path in active:
+      return next_fun(*args, **kwargs)
+    name = 'inputs' if 'inputs' in kwargs else 'x'
+    x = args[0] if args else kwargs[name]
+
+    def call(x):
+      if args:
+        return next_fun(x, *args[1:], **kwargs)
+      return next_fun(**{**kwargs, name: x})
+
+    active.add(path)
+    try:
+      return around(module, path, x, call)
+    finally:
+      active.discard(path)
+
+  return interceptor
+
+
+def record(function: Callable[..., Any], *args: Any) -> list[Layer]:
+  """The layer calls of `function(*args)`, in forward order.
 
   `function` is traced abstractly (`jax.eval_shape`): nothing is computed and no
   memory is used. Typically `function` is `module.init` partially applied.
   """
-  calls, seen, inside = [], set(), set()
+  found, seen = [], set()
 
-  def interceptor(next_fun, args, kwargs, context):
-    path = context.module.path
-    # A subclass that calls `super().__call__` is one call, not two.
-    if context.method_name != '__call__' or path in inside:
-      return next_fun(*args, **kwargs)
-    inside.add(path)
-    try:
-      out = next_fun(*args, **kwargs)
-    finally:
-      inside.discard(path)
-    x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
-    call = _call_of(context.module, x, out)
-    if call is not None:
-      calls.append(dataclasses.replace(call, again=call.path in seen))
-      seen.add(call.path)
-    return out
+  def around(module, path, x, call):
+    y = call(x)
+    layer = describe(module, path, x, y)
+    found.append(dataclasses.replace(layer, again=path in seen))
+    seen.add(path)
+    return y
 
   def traced(*args):
-    with nn.intercept_methods(interceptor):
+    with nn.intercept_methods(intercept(around)):
       return function(*args)
 
   jax.eval_shape(traced, *args)
-  return calls
+  return found
 
 
-def record_module(module: nn.Module, input_shape: Sequence[int]) -> list[Call]:
-  """The costly layer calls of a module on one image [H, W, C]."""
-  x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+def record_model(module: nn.Module, x: Any, *args: Any) -> list[Layer]:
+  """The layer calls of `module(x, *args)`.
+
+  Args:
+    module: A Linen module.
+    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`.
+    *args: Further arguments of the module.
+  """
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return record(module.init, key, x)
+  x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+  return record(module.init, key, x, *args)
+
+
+def record_module(module: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
+  """The layer calls of a module on one image [H, W, C]."""
+  return record_model(
+    module, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+  )
 
 
 def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
-  """(MACs, parameters) of a built module on one image [H, W, C]."""
-  calls = record_module(module, input_shape)
-  return sum(c.macs for c in calls), sum(c.params for c in calls)
+  """(MACs, parameters) of a built module on one image [H, W, C].
 
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-  """One costly layer whose sizes are functions of the counts.
-
-  `inputs` and `outputs` are affine in the counts (`Size`); all else is as in
-  `Call`.
+  >>> count(nn.Conv(5, (3, 3)), (8, 8, 2))
+  (5760, 95)
   """
+  found = record_module(module, input_shape)
+  return sum(c.macs() for c in found), sum(c.params() for c in found)
 
-  path: str
-  kind: str
-  inputs: Size
-  outputs: Size
-  positions: int
-  taps: int
-  groups: int
-  vectors: int
-  output_size: tuple[int, ...] = ()
-  again: bool = False
-  input_size: tuple[int, ...] = ()
-  kernel: tuple[int, ...] = ()
-  strides: tuple[int, ...] = ()
 
-  def _kernel(self) -> dict[tuple[int, int], int]:
-    """Products inputs * outputs / groups as {(layer, layer): coefficient}."""
-    if self.kind in ('norm', 'pool'):
-      return {}
-    if self.kind == 'depthwise':  # One filter per output channel.
-      return {(i, FIXED): self.taps * a for i, a in self.outputs}
-    terms = collections.Counter()
-    for i, a in self.inputs:
-      for j, b in self.outputs:
-        terms[min(i, j), max(i, j)] += self.taps * a * b // self.groups
-    return terms
-
-  def macs_terms(self) -> dict[tuple[int, int], int]:
-    """MACs as {(layer, layer): coefficient}."""
-    if self.kind == 'pool':
-      return {(i, FIXED): a * self.positions for i, a in self.inputs}
-    return {k: v * self.positions for k, v in self._kernel().items()}
-
-  def params_terms(self) -> dict[tuple[int, int], int]:
-    """Parameters as {(layer, layer): coefficient}."""
-    if self.again:
-      return {}
-    terms = collections.Counter(self._kernel())
-    for i, a in self.outputs:
-      terms[i, FIXED] += self.vectors * a
-    return terms
-
-  def channels(self, counts: Sequence[int]) -> tuple[int, int]:
-    """(inputs, outputs) at the given counts."""
-    sized = [*counts, 1]
-    return (
-      sum(a * sized[i] for i, a in self.inputs),
-      sum(a * sized[i] for i, a in self.outputs),
-    )
+# The model.
 
 
 class _Polynomial:
   """Sum of coefficient * c[i] * c[j] with exact integers."""
 
-  def __init__(self, terms: dict[tuple[int, int], int]):
+  def __init__(self, parts: Iterable[Terms]):
+    terms = collections.Counter()
+    for part in parts:
+      terms.update(part)
     items = sorted(terms.items())
     self._i = np.array([i for (i, _), _ in items], np.int64)
     self._j = np.array([j for (_, j), _ in items], np.int64)
@@ -267,25 +353,22 @@ class _Polynomial:
 
 
 class CostModel:
-  """MACs and parameters as functions of the counts of the gated layers.
+  """MACs and parameters as functions of the counts of the channel groups.
 
   Attributes:
-    layers: Names of the gated layers, in forward order.
+    layers: Names of the groups (the gated layers), in forward order.
     widths: Their channels in the searched network, the most that can be kept.
-    ops: The costly layers (`Op`), in forward order.
+    ops: The calls of layers that cost something, in forward order.
   """
 
   def __init__(
-    self, layers: Sequence[str], widths: Sequence[int], ops: Sequence[Op]
+    self, layers: Sequence[str], widths: Sequence[int], ops: Sequence[Layer]
   ):
     self.layers = tuple(layers)
     self.widths = tuple(int(w) for w in widths)
     self.ops = tuple(ops)
-    macs, params = collections.Counter(), collections.Counter()
-    for op in self.ops:
-      macs.update(op.macs_terms())
-      params.update(op.params_terms())
-    self._macs, self._params = _Polynomial(macs), _Polynomial(params)
+    self._macs = _Polynomial(op.macs_terms() for op in self.ops)
+    self._params = _Polynomial(op.params_terms() for op in self.ops)
 
   def _checked(self, counts: Sequence[int]) -> np.ndarray:
     counts = np.asarray(counts)
@@ -303,40 +386,3 @@ class CostModel:
   def params(self, counts: Sequence[int]) -> int:
     """Parameters at these counts, exact."""
     return self._params(self._checked(counts))
-
-
-def marks(n: int) -> tuple[int, ...]:
-  """`n` distinct widths that no real layer has, to trace a network with."""
-  return tuple(_FIRST_MARK + i for i in range(n))
-
-
-def from_calls(
-  calls: Sequence[Call],
-  layers: Sequence[str],
-  widths: Sequence[int],
-  size_of: Callable[[int], Size] | None = None,
-) -> CostModel:
-  """The cost model behind calls recorded at the widths `marks(len(layers))`.
-
-  Args:
-    calls: Recorded by `record` from the network with marked widths.
-    layers: Names of the gated layers, forward order.
-    widths: Their real widths.
-    size_of: Channels in the trace -> affine function of the counts. By default
-      a mark is its layer and any other number is fixed.
-  """
-  index = {mark: i for i, mark in enumerate(marks(len(layers)))}
-
-  def default(channels: int) -> Size:
-    if channels in index:
-      return ((index[channels], 1),)
-    return ((FIXED, channels),)
-
-  size_of = size_of or default
-  ops = []
-  for call in calls:
-    fields = dataclasses.asdict(call)
-    fields['inputs'] = size_of(call.inputs)
-    fields['outputs'] = size_of(call.outputs)
-    ops.append(Op(**fields))
-  return CostModel(layers, widths, ops)

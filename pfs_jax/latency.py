@@ -49,7 +49,7 @@ def _seconds(function: Callable, *args) -> float:
   return min(times)
 
 
-def _layer(op: costs.Op, dtype: Any) -> Callable:
+def _layer(op: costs.Layer, dtype: Any) -> Callable:
   """(x, kernel, scale, shift) -> the layer's output at inference."""
 
   def convolution(x, kernel, scale, shift):
@@ -73,7 +73,7 @@ def _layer(op: costs.Op, dtype: Any) -> Callable:
 
 
 def _time_layer(
-  op: costs.Op, inputs: int, outputs: int, batch: int, dtype: Any
+  op: costs.Layer, inputs: int, outputs: int, batch: int, dtype: Any
 ) -> float:
   """Seconds of one layer at these channels."""
   size = op.input_size if op.kind != 'dense' else ()
@@ -116,12 +116,6 @@ def _points(width: int) -> list[int]:
   return sorted({max(1, round(share * width)) for share in _GRID})
 
 
-def _top(size: costs.Size, widths: Sequence[int]) -> int:
-  """Channels of a tensor at full width."""
-  sized = [*widths, 1]
-  return sum(a * sized[i] for i, a in size)
-
-
 def _is_fixed(size: costs.Size) -> bool:
   return all(i == costs.FIXED for i, _ in size)
 
@@ -143,7 +137,6 @@ class LatencyModel:
     cache: pathlib.Path,
     dtype: Any = jnp.float32,
   ):
-    self._widths = cost_model.widths
     self._batch_size, self._dtype = batch_size, jnp.dtype(dtype)
     store = Cache(cache)
     self._tables = [
@@ -153,12 +146,11 @@ class LatencyModel:
     ]
     store.save()
 
-  def _table(self, op: costs.Op, store: Cache):
+  def _table(self, op: costs.Layer, store: Cache):
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""
     axes = []
-    for size in (op.inputs, op.outputs):
-      top = _top(size, self._widths)
-      axes.append([top] if _is_fixed(size) else _points(top))
+    for width, size in ((op.inputs, op.reads), (op.outputs, op.makes)):
+      axes.append([width] if _is_fixed(size) else _points(width))
     if op.kind == 'depthwise':  # Inputs and outputs are the same channels.
       times = [[self._time(op, n, n, store)] for n in axes[1]]
       axes = [axes[1], [axes[1][-1]]]
@@ -169,7 +161,7 @@ class LatencyModel:
       grid = np.maximum.accumulate(grid, axis=axis)
     return np.array(axes[0]), np.array(axes[1]), grid
 
-  def _time(self, op: costs.Op, inputs: int, outputs: int, store) -> float:
+  def _time(self, op: costs.Layer, inputs: int, outputs: int, store) -> float:
     key = json.dumps(
       [
         jax.devices()[0].device_kind,

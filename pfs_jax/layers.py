@@ -1,12 +1,10 @@
-"""Building blocks: convolution + BatchNorm + gate, pooling, initialisers."""
+"""Building blocks: convolution + BatchNorm, pooling, initialisers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,26 +60,26 @@ def conv(
 
 
 class ConvBN(nn.Module):
-  """Convolution, BatchNorm and, where gated, a gate per channel.
+  """Convolution and BatchNorm.
 
   Collections and their shapes, C = features:
 
     params       conv/kernel [k, k, C_in / groups, C], bn/scale [C], bn/bias [C]
     batch_stats  bn/mean [C], bn/var [C]
-    gates        gate [C], starts at 1; only if `gated`
 
-  The gate multiplies BatchNorm's output, so `params` is the same tree gated or
-  not, and the scale that acts is gate * scale (paper, section 3.1). BatchNorm:
-  eps 1e-5, running statistics keep 0.9 a step (PyTorch's momentum 0.1), biased
-  variance, computed in two passes (the fast formula is badly wrong where the
-  mean is far larger than the deviation).
+  A gate multiplies BatchNorm's output in the searched network, so the scale
+  that acts is gate * scale (paper, section 3.1). Gates are no part of this
+  module: `gating` puts them on, for our families as for any other model.
+
+  BatchNorm: eps 1e-5, running statistics keep 0.9 a step (PyTorch's momentum
+  0.1), biased variance, computed in two passes (the fast formula is badly wrong
+  where the mean is far larger than the deviation).
 
   Attributes:
     features: Output channels C.
     kernel: Side of the kernel, odd.
     stride: Stride.
     groups: Feature groups; C_in for a depthwise convolution.
-    gated: Whether there is a gate.
     scale_init: Start of BatchNorm's scale (VGG: 0.5).
     epsilon: BatchNorm's epsilon.
     dtype: Dtype of the computation; parameters are at least float32.
@@ -91,7 +89,6 @@ class ConvBN(nn.Module):
   kernel: int = 3
   stride: int = 1
   groups: int = 1
-  gated: bool = False
   scale_init: float = 1.0
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
@@ -102,7 +99,7 @@ class ConvBN(nn.Module):
     x = conv(
       self.features, self.kernel, self.stride, self.groups, self.dtype, 'conv'
     )(x)
-    x = nn.BatchNorm(
+    return nn.BatchNorm(
       use_running_average=not train,
       momentum=0.9,
       epsilon=self.epsilon,
@@ -112,24 +109,6 @@ class ConvBN(nn.Module):
       param_dtype=param_dtype(self.dtype),
       name='bn',
     )(x)
-    if self.gated:
-      gate = self.variable(
-        'gates', 'gate', jnp.ones, (self.features,), param_dtype(self.dtype)
-      )
-      gates = jnp.atleast_2d(gate.value.astype(x.dtype))  # [1 or N, C].
-      x = x * gates[:, None, None]
-    return x
-
-
-def unit_gates(
-  names: Iterable[str], counts: Iterable[int], dtype: Any
-) -> dict[str, Any]:
-  """The collection `gates` of the `ConvBN`s with these paths, all ones."""
-  flat = {
-    (*name.split('/'), 'gate'): jnp.ones((count,), param_dtype(dtype))
-    for name, count in zip(names, counts, strict=True)
-  }
-  return flax.traverse_util.unflatten_dict(flat)
 
 
 def widened(features: int, multiplier: float) -> int:

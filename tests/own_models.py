@@ -394,7 +394,7 @@ CASES = {
       'shuffled': "the model's code",
       'into_groups': 'grouped convolution',
       'groups': 'grouped convolution',
-      'layer_norm': 'mixed by reduce_sum in Awkward/LayerNorm_0',
+      'layer_norm': 'read by LayerNorm_0: it normalises over several channels',
       'scaled': 'combined with the parameter gamma',
       'no_norm': 'no BatchNorm between it and attended',
       'attended': 'mixed by dot_general in Awkward/attention/query',

@@ -121,7 +121,10 @@ def test_gates_carry_the_names_of_their_groups(name, site):
   plain = shapes(models.build(name, 10, 8, **args))
   assert set(plain) == {'params', 'batch_stats'}
   assert paths(plain['params']) == paths(variables['params'])
-  depthwise = [p for p in paths(variables['gates']) if 'depthwise' in p]
+  norms = [
+    g.norms[0] for g in models.table(name, 10, 32, gate_site=site).groups
+  ]
+  depthwise = [path for path in norms if 'depthwise' in path]
   acting = site == 'acting' and name in MOBILENETS
   assert len(depthwise) == (len(sizes) - 1 if acting else 0)
 
@@ -158,11 +161,8 @@ def test_only_an_acting_gate_of_0_removes_its_channel(small, site):
   """Then what the consumer makes of that channel is of no consequence."""
   variables, x = small
   module = models.build('mobilenet_v1', 10, 2, gated=True, gate_site=site)
-  at = 'block1/depthwise' if site == 'acting' else 'block0/pointwise'
-  gates = module.unit_gates()
-  gates = with_leaf(
-    gates, f'{at}/gate', leaf(gates, f'{at}/gate').at[1].set(0.0)
-  )
+  gates, at = module.unit_gates(), 'block0/pointwise/gate'
+  gates = with_leaf(gates, at, leaf(gates, at).at[1].set(0.0))
   params = variables['params']
   bias = 'block1/depthwise/bn/bias'
   params = with_leaf(params, bias, leaf(params, bias) + 0.5)
@@ -258,7 +258,7 @@ def test_scale_of_resnet50s_gates_is_free():
   """Then scaling the gates of a layer, each layer differently, does nothing."""
   module = models.build(
     'resnet50', 10, 4, gated=True, multiplier=NARROW['resnet50']
-  ).clone(epsilon=1e-12)
+  ).with_fields(epsilon=1e-12)
   rng = np.random.default_rng(0)
 
   def drawn(path, leaf):

@@ -214,8 +214,8 @@ def test_folded_gates_act_as_gates(name):
   x = rng.random((4, 8, 8, 1)).astype(np.float32)
   expected = model.gated.apply({**variables, 'gates': gates}, x)
   bare = {k: v for k, v in variables.items() if k != 'gates'}
-  acting = models.family(name).acting
-  folded = arms.folded(bare, model.by_layer(gates), acting)
+  norms = {g.name: g.norms[0] for g in model.table.groups}
+  folded = arms.folded(bare, model.by_layer(gates), norms)
   found = model.reference.apply(folded, x)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
   assert not np.allclose(found, model.reference.apply(bare, x), rtol=1e-3)

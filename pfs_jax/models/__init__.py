@@ -1,8 +1,8 @@
 """Models: the registry of families, and networks as the stages see them.
 
-A room for each family (`vgg`, `resnet`, `mobilenet`); `registry` builds by
-name, `networks` joins a module with its costs and its narrower selves,
-`slicing` carries weights over.
+One file for each family (`vgg`, `resnet`, `mobilenet`). `registry` builds by
+name and states the channel groups; `networks` joins a module with its groups,
+costs and narrower networks.
 """
 
 from pfs_jax.models.networks import (
@@ -22,6 +22,7 @@ from pfs_jax.models.registry import (
   gates_by_layer,
   init,
   slice_variables,
+  table,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
   'network',
   'slice_variables',
   'structure_from_list',
+  'table',
 ]

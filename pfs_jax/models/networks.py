@@ -10,39 +10,69 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from pfs_jax import costs, errors, prune
+from pfs_jax import costs, errors, gating, groups, structures
 from pfs_jax.models import registry
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A network to search, what it costs, and the way to its narrower selves.
+  """A network to search, its channel groups, and the way to narrower ones.
 
   All that `stages` needs to know of a model, whether it is the registry's or
   the user's own.
 
   Attributes:
-    gated: The module that is searched, with the collection `gates`.
-    cost_model: Its costs by counts.
-    reference: The network that budgets refer to, ungated.
+    module: The network that is searched, without gates.
+    table: Its channel groups.
+    reference: The network that budgets refer to, without gates.
     reference_macs: Its MACs.
     reference_params: Its parameters.
-    by_layer: The collection `gates` -> {layer name: [C]}, forward order.
-    narrow: counts -> the narrow module; with gated=True, with the collection
-      `gates`.
-    slice_variables: (variables, kept) -> variables of the narrow module.
+    build: counts -> the narrow module.
     description: What `Structure.model` holds.
   """
 
-  gated: nn.Module
-  cost_model: costs.CostModel
+  module: nn.Module
+  table: groups.Table
   reference: nn.Module
   reference_macs: int
   reference_params: int
-  by_layer: Callable[[Mapping[str, Any]], dict[str, Any]]
-  narrow: Callable[..., nn.Module]
-  slice_variables: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
+  build: Callable[[Sequence[int]], nn.Module]
   description: Mapping[str, Any]
+
+  @functools.cached_property
+  def gated(self) -> gating.Wrapped:
+    """The module that is searched, with the collection `gates`."""
+    return gating.gate(self.module, self.table)
+
+  @functools.cached_property
+  def cost_model(self) -> costs.CostModel:
+    """MACs and parameters of the narrow networks."""
+    return self.table.cost_model()
+
+  def narrow(self, counts: Sequence[int], gated: bool = False) -> nn.Module:
+    """The module with `counts` channels in each group.
+
+    Args:
+      counts: Channels of each group, forward order.
+      gated: Whether it has gates: those of the first channels of each group.
+    """
+    module = self.build(counts)
+    return gating.gate(module, self.table.narrowed(counts)) if gated else module
+
+  def by_layer(self, gates: Mapping[str, Any]) -> dict[str, Any]:
+    """The collection `gates` as {layer name: [C]}, forward order."""
+    return groups.by_name(self.table.sizes, gates)
+
+  def slice_variables(
+    self, variables: Mapping[str, Any], kept: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """The variables of the narrow module that keeps these channels.
+
+    Args:
+      variables: Those of the searched network.
+      kept: {layer name: sorted indices}, as from `prune.kept`.
+    """
+    return self.table.slice_variables(variables, kept)
 
 
 def network(
@@ -66,42 +96,22 @@ def network(
     channels: Channels of the images.
     base_width: Base width of the reference network; None: the family's.
     width: Base width of the searched network; None: `base_width`.
-    multiplier: Of the searched network's block outputs.
+    multiplier: Widens the searched network's block outputs.
     dtype: Dtype of the computation.
-    gate_site: As for `build`.
+    gate_site: As for `registry.build`.
   """
   base_width = base_width or registry.family(name).default_width
   width = width or base_width
   shape = (num_classes, image_size, channels)
   reference = registry.cost_model(name, *shape, base_width)
+  build = functools.partial(registry.build, name, num_classes, dtype=dtype)
   return Network(
-    gated=registry.build(
-      name,
-      num_classes,
-      width,
-      gated=True,
-      multiplier=multiplier,
-      dtype=dtype,
-      gate_site=gate_site,
-    ),
-    cost_model=registry.cost_model(name, *shape, width, multiplier),
-    reference=registry.build(name, num_classes, base_width, dtype=dtype),
+    module=build(width, multiplier=multiplier, gate_site=gate_site),
+    table=registry.table(name, *shape, width, multiplier, dtype, gate_site),
+    reference=build(base_width),
     reference_macs=reference.macs(reference.widths),
     reference_params=reference.params(reference.widths),
-    by_layer=functools.partial(registry.gates_by_layer, name),
-    narrow=lambda counts, gated=False: registry.build(
-      name,
-      num_classes,
-      width,
-      counts,
-      gated=gated,
-      multiplier=multiplier,
-      dtype=dtype,
-      gate_site=gate_site,
-    ),
-    slice_variables=functools.partial(
-      registry.slice_variables, name, width=width, gate_site=gate_site
-    ),
+    build=lambda counts: build(width, counts, multiplier=multiplier),
     description={
       'name': name,
       'base_width': base_width,
@@ -116,7 +126,7 @@ def network(
 
 def structure_from_list(
   network: Network, counts: Sequence[int]
-) -> prune.Structure:
+) -> structures.Structure:
   """The structure with a plain list of counts, as the published code keeps it.
 
   Args:
@@ -141,7 +151,7 @@ def structure_from_list(
         f'the count of {layer} must be an integer in [1, {width}]; got '
         f'{count!r}.'
       )
-  return prune.Structure(
+  return structures.Structure(
     layers=model.layers,
     counts=tuple(counts),
     macs=model.macs(counts),
@@ -151,7 +161,7 @@ def structure_from_list(
 
 
 def build_from(
-  structure: prune.Structure, dtype: Any = jnp.float32
+  structure: structures.Structure, dtype: Any = jnp.float32
 ) -> nn.Module:
   """The narrow network that a structure describes."""
   model = dict(structure.model)

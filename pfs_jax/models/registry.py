@@ -1,8 +1,14 @@
-"""The registry of models: name to module, gate sizes and cost model.
+"""The registry of models: a name to module, groups, costs and sliced weights.
 
 `width` is the base width of a family (None: its default), so channel expansion
-is a wider one; `counts` are the channels of the gated layers, in the order of
-`gate_sizes`.
+is a larger width; `counts` are the channels of the gated layers, in the order
+of `gate_sizes`.
+
+>>> sizes = gate_sizes('vgg16', 4)
+>>> module = build('vgg16', 10, 4, counts=[2] * len(sizes))
+>>> model = cost_model('vgg16', 10, 32, width=4)
+>>> costs.count(module, (32, 32, 3)) == (model.macs([2] * 13), 884)
+True
 """
 
 from __future__ import annotations
@@ -12,13 +18,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pfs_jax import costs, errors
-from pfs_jax.models import mobilenet, resnet, slicing, vgg
+from pfs_jax import costs, errors, gating, groups, layers
+from pfs_jax.models import mobilenet, resnet, vgg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,65 +31,34 @@ class Family:
   """What the registry knows of a model name.
 
   Attributes:
-    build: (num_classes, width, counts, gated, multiplier, dtype, gate_site) ->
-      module.
+    build: (num_classes, width, counts, multiplier, dtype) -> module.
     gate_sizes: width -> {layer name: channels}, forward order.
     default_width: The base width that `None` stands for.
     multiplier: Whether block outputs can be widened too.
-    acting: {layer name: layer that carries its gate} with gate_site 'acting',
-      where that is another layer than with 'published'.
   """
 
   build: Callable[..., nn.Module]
   gate_sizes: Callable[[int], dict[str, int]]
   default_width: int
   multiplier: bool = False
-  acting: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _family(room, name: str) -> Family:
-  def build(num_classes, width, counts, gated, multiplier, dtype, gate_site):
-    del multiplier, gate_site  # The published gates act here.
-    return room.build(name, num_classes, width, counts, gated, dtype)
-
-  return Family(
-    build,
-    functools.partial(room.gate_sizes, room.DEPTHS[name]),
-    room.DEFAULT_WIDTH,
+REGISTRY = {
+  name: Family(
+    functools.partial(module.build, name),
+    functools.partial(module.gate_sizes, name),
+    resnet.BOTTLENECK_WIDTH
+    if name in resnet.BOTTLENECKS
+    else module.DEFAULT_WIDTH,
+    multiplier=name in ('mobilenet_v2', *resnet.BOTTLENECKS),
   )
-
-
-def _resnet50() -> Family:
-  def build(num_classes, width, counts, gated, multiplier, dtype, gate_site):
-    del width, gate_site  # The counts say all; the published gates act here.
-    return resnet.build_resnet50(num_classes, counts, gated, multiplier, dtype)
-
-  return Family(
-    build, resnet.resnet50_gate_sizes, resnet.RESNET50_WIDTH, multiplier=True
-  )
-
-
-def _mobilenet(name: str) -> Family:
-  def build(num_classes, width, counts, *args):
-    del width  # The counts say all.
-    return mobilenet.build(name, num_classes, counts, *args)
-
-  return Family(
-    build,
-    mobilenet.GATE_SIZES[name],
-    mobilenet.DEFAULT_WIDTH,
-    multiplier=name == 'mobilenet_v2',
-    acting=mobilenet.ACTING[name],
-  )
-
-
-REGISTRY: dict[str, Family] = {
-  **{
-    name: _family(room, name) for room in (resnet, vgg) for name in room.DEPTHS
-  },
-  **{name: _mobilenet(name) for name in mobilenet.GATE_SIZES},
-  'resnet50': _resnet50(),
+  for module in (resnet, vgg, mobilenet)
+  for name in module.NAMES
 }
+
+# Where a group's gates stand: at its last BatchNorm before the layer that mixes
+# its channels ('acting'), or at the BatchNorm of the layer that makes them
+# ('published'). Only the MobileNets' groups have more than one.
 GATE_SITES = ('acting', 'published')
 
 
@@ -122,14 +96,15 @@ def build(
       64 for VGG and ResNet-50, 32 for the MobileNets).
     counts: Channels of the gated layers in the order of `gate_sizes`; None is
       the full width.
-    gated: Whether gated layers hold a [C] vector in the collection `gates`.
+    gated: Whether gated layers have a [C] vector in the collection `gates`,
+      which multiplies the output of their BatchNorm (`gating.gate`).
     multiplier: Widens block outputs in the families that have them.
     dtype: Dtype of the computation. Parameters, gates and statistics are
       float32, or float64 with dtype float64 (under `jax_enable_x64`).
-    gate_site: Where the MobileNets' gates stand (`models.mobilenet`): 'acting',
-      behind the depthwise convolution, or 'published', in front of it, where
-      the next BatchNorm divides them out. No effect on the other families, or
-      on what the gates are called.
+    gate_site: Where the MobileNets' gates stand: 'acting', behind the depthwise
+      convolution, or 'published', in front of it, where the next BatchNorm
+      divides them out. It has no effect on the other families, or on what the
+      gates are called.
 
   Raises:
     errors.UserError: Unknown name or gate site, wrong number of counts, counts
@@ -156,26 +131,78 @@ def build(
       f'counts of {name} must be {len(sizes)} integers >= 1, one for each '
       f'gated layer; got {len(counts)}, the least {min(counts, default=None)}.'
     )
-  return entry.build(
-    num_classes, width, counts, gated, multiplier, dtype, gate_site
+  module = entry.build(num_classes, width, counts, multiplier, dtype)
+  if not gated:
+    return module
+  # Which BatchNorm carries which group's gates is the same for all sizes.
+  found = _table(
+    _marked_calls(name),
+    dict(zip(sizes, counts, strict=True)),
+    dtype,
+    gate_site,
   )
+  return gating.gate(module, found)
+
+
+@functools.lru_cache(maxsize=64)
+def _marked_calls(
+  name: str,
+  num_classes: int = 10,
+  image_size: int = 32,
+  channels: int = 3,
+  width: int | None = None,
+  multiplier: float = 1.0,
+) -> list[costs.Layer]:
+  """The layer calls of a network with a mark as the size of each group."""
+  marks = groups.marks(len(gate_sizes(name, width)))
+  marked = build(name, num_classes, width, marks, multiplier=multiplier)
+  return costs.record_module(marked, (image_size, image_size, channels))
+
+
+def _call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
+  return module(x, train=train)
+
+
+def table(
+  name: str,
+  num_classes: int,
+  image_size: int,
+  channels: int = 3,
+  width: int | None = None,
+  multiplier: float = 1.0,
+  dtype: Any = jnp.float32,
+  gate_site: str = 'acting',
+) -> groups.Table:
+  """The channel groups of a network of the registry.
+
+  Args:
+    name: A name of the registry.
+    num_classes: Number of classes.
+    image_size: Side of the square images.
+    channels: Channels of the images.
+    width: Base width of the searched network; None is the default.
+    multiplier: As for `build`.
+    dtype: As for `build`.
+    gate_site: As for `build`.
+  """
+  shape = (num_classes, image_size, channels)
+  calls = _marked_calls(name, *shape, width, multiplier)
+  return _table(calls, gate_sizes(name, width), dtype, gate_site)
+
+
+def _table(calls, sizes, dtype: Any, gate_site: str) -> groups.Table:
+  found = groups.from_marks(
+    calls,
+    sizes,
+    gate=lambda norms: norms[-1 if gate_site == 'acting' else 0],
+    dtype=layers.param_dtype(dtype),
+  )
+  return dataclasses.replace(found, call=_call)
 
 
 def gates_by_layer(name: str, gates: Mapping[str, Any]) -> dict[str, Any]:
-  """The collection `gates` as {layer name: [C]}, in forward order.
-
-  Either gate site's collection: a gate has the name of its layer in
-  `gate_sizes` wherever it stands.
-  """
-  flat = {
-    '/'.join(path[:-1]): gate
-    for path, gate in flax.traverse_util.flatten_dict(gates).items()
-  }
-  acting = family(name).acting
-  return {
-    layer: flat[layer] if layer in flat else flat[acting[layer]]
-    for layer in gate_sizes(name)
-  }
+  """The collection `gates` as {layer name: [C]}, in forward order."""
+  return groups.by_name(gate_sizes(name), gates)
 
 
 def slice_variables(
@@ -199,17 +226,17 @@ def slice_variables(
     gate_site: Where the gates stood that chose the channels.
 
   Raises:
-    errors.UserError: With the published gate site in a network where it is not
-      the acting one: a gate of 0 there is not a removed channel, since the
-      next BatchNorm makes a constant of it.
+    errors.UserError: Wrong indices, or the published gate site in a network
+      where it is not the acting one: there a gate of 0 is not a removed
+      channel, since the next BatchNorm makes a constant of it.
   """
-  if gate_site == 'published' and family(name).acting:
+  found = table(name, 10, 32, width=width, gate_site=gate_site)
+  if not all(group.removable for group in found.groups):
     raise errors.UserError(
       f"config.model.gate_site must be 'acting' to slice weights of {name}: a "
-      'published gate of 0 is no removed channel (docs/gate_sites.md).'
+      'channel with a published gate of 0 is not removed (docs/gate_sites.md).'
     )
-  model = cost_model(name, 10, 32, width=width)  # Only who feeds whom is used.
-  return slicing.slice_variables(model, variables, kept)
+  return found.slice_variables(variables, kept)
 
 
 @functools.lru_cache(maxsize=64)
@@ -224,22 +251,10 @@ def cost_model(
   """MACs and parameters as exact functions of the counts.
 
   Traced once, abstractly; each later call of `.macs` or `.params` takes
-  microseconds.
-
-  Args:
-    name: A name of the registry.
-    num_classes: Number of classes.
-    image_size: Side of the square images.
-    channels: Channels of the images.
-    width: Base width of the searched network; None is the default.
-    multiplier: As for `build`.
+  microseconds. The arguments are those of `table`.
   """
-  sizes = gate_sizes(name, width)
-  marked = build(
-    name, num_classes, width, costs.marks(len(sizes)), multiplier=multiplier
-  )
-  calls = costs.record_module(marked, (image_size, image_size, channels))
-  return costs.from_calls(calls, tuple(sizes), tuple(sizes.values()))
+  shape = (num_classes, image_size, channels)
+  return table(name, *shape, width, multiplier).cost_model()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -1,7 +1,7 @@
 """VGG16 and VGG19 with BatchNorm, for small images.
 
-Five stages of 3x3 convolutions; every convolution is gated. Layers are named
-conv0 ... conv12 (VGG16) or conv15 (VGG19), in forward order.
+Five stages of 3x3 convolutions; the channels of each convolution are a group.
+Layers are named conv0 ... conv12 (VGG16) or conv15 (VGG19), in forward order.
 
 Small images: a max pool stands in front of each stage but the first; it is left
 out where it would make a side of the map shorter than 2. So 32x32 and 28x28
@@ -19,14 +19,18 @@ import jax.numpy as jnp
 
 from pfs_jax import layers
 
+# Convolutions in each of the five stages.
 DEPTHS = {'vgg16': (2, 2, 3, 3, 3), 'vgg19': (2, 2, 4, 4, 4)}
+NAMES = tuple(DEPTHS)
 DEFAULT_WIDTH = 64
 
 
-def gate_sizes(depths: tuple[int, ...], width: int) -> dict[str, int]:
+def gate_sizes(name: str, width: int) -> dict[str, int]:
   """{layer name: channels} of the gated layers, forward order."""
   widths = [
-    width * min(2**stage, 8) for stage, n in enumerate(depths) for _ in range(n)
+    width * min(2**stage, 8)
+    for stage, n in enumerate(DEPTHS[name])
+    for _ in range(n)
   ]
   return {f'conv{i}': w for i, w in enumerate(widths)}
 
@@ -38,14 +42,12 @@ class VGG(nn.Module):
     num_classes: Number of classes.
     depths: Convolutions in each of the five stages.
     counts: Channels of each convolution, forward order.
-    gated: Whether the convolutions carry gates.
     dtype: Dtype of the computation.
   """
 
   num_classes: int
   depths: tuple[int, ...]
   counts: tuple[int, ...]
-  gated: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -57,22 +59,12 @@ class VGG(nn.Module):
         x = layers.max_pool(x)
       for _ in range(depth):
         x = layers.ConvBN(
-          self.counts[i],
-          gated=self.gated,
-          scale_init=0.5,
-          dtype=self.dtype,
-          name=f'conv{i}',
+          self.counts[i], scale_init=0.5, dtype=self.dtype, name=f'conv{i}'
         )(x, train)
         x = nn.relu(x)  # Gradient 0 at 0: a gate that reaches 0 stays there.
         i += 1
     x = x.mean(axis=(1, 2))
     return layers.classifier(self.num_classes, layers.normal_001, self.dtype)(x)
-
-  def unit_gates(self) -> dict[str, Any]:
-    """The collection `gates`, all ones."""
-    return layers.unit_gates(
-      gate_sizes(self.depths, 1), self.counts, self.dtype
-    )
 
 
 def build(
@@ -80,9 +72,18 @@ def build(
   num_classes: int,
   width: int,
   counts: tuple[int, ...],
-  gated: bool,
+  multiplier: float,
   dtype: Any,
 ) -> VGG:
-  """The module; `counts` in the order of `gate_sizes`."""
-  del width  # Every layer is gated: the counts say all.
-  return VGG(num_classes, DEPTHS[name], counts, gated, dtype)
+  """The module; `counts` in the order of `gate_sizes`.
+
+  Args:
+    name: A name of `DEPTHS`.
+    num_classes: Number of classes.
+    width: Without effect: the counts say all.
+    counts: Channels of each convolution.
+    multiplier: Without effect: there are no block outputs.
+    dtype: Dtype of the computation.
+  """
+  del width, multiplier
+  return VGG(num_classes, DEPTHS[name], counts, dtype)

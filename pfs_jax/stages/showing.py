@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pfs_jax import console, profiles, prune, runs, storage
 from pfs_jax.stages.job import Job
 
@@ -67,10 +65,7 @@ def info(job: Job) -> None:
 
 
 def _info_row(op, model, total, gated, inputs, outputs):
-  sized = np.append(np.array(model.widths, np.int64), 1)
-  macs = sum(
-    int(v * sized[i] * sized[j]) for (i, j), v in op.macs_terms().items()
-  )
+  macs = op.macs(model.widths)
   site = op.path.rpartition('/')[0]
   return [
     op.path,

@@ -145,18 +145,18 @@ def parse(name: str) -> Arm:
 def folded(
   variables: Mapping[str, Any],
   gates: Mapping[str, Any],
-  acting: Mapping[str, str],
+  norms: Mapping[str, str],
 ) -> dict[str, Any]:
   """Variables with the gates multiplied into BatchNorm's scale and bias.
 
   Args:
-    variables: Of the ungated network.
+    variables: Those of the network without gates.
     gates: {layer: [C]}.
-    acting: {layer: layer that carries its gate}, where that is another one.
+    norms: {layer: path of the BatchNorm whose output its gates multiply}.
   """
   flat = flax.traverse_util.flatten_dict(dict(variables))
   for layer, gate in gates.items():
     for name in ('scale', 'bias'):
-      path = ('params', *acting.get(layer, layer).split('/'), 'bn', name)
+      path = ('params', *norms[layer].split('/'), name)
       flat[path] = np.asarray(flat[path]) * np.asarray(gate)
   return flax.traverse_util.unflatten_dict(flat)

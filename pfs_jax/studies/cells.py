@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import models, prune, runs, stages, storage
+from pfs_jax import prune, runs, stages, storage
 from pfs_jax.studies import (
   arms,
   plan,
@@ -112,8 +112,8 @@ def _weights(
       variables, _ = products.trained(cell, root, arm.pretrain_epochs)
     if arm.scores == 'gates':
       gates, _ = products.searched(cell, root)
-      acting = models.family(cell.wide.model.name).acting
-      variables = arms.folded(variables, gates, acting)
+      norms = {g.name: g.norms[0] for g in job.network.table.groups}
+      variables = arms.folded(variables, gates, norms)
   indices = {name: np.array(results.channels(kept[name])) for name in kept}
   return job.network.slice_variables(variables, indices)
 

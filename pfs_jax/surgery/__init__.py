@@ -1,29 +1,31 @@
 """A user's own Linen model, searched and narrowed without edits.
 
-  sites = surgery.discover(model, x)
-  gated = surgery.gate(model, sites)               # init, apply: with `gates`
-  cost_model = surgery.cost_model(model, sites, x)
-  narrow = surgery.narrow(model, sites, counts)    # init, apply: narrower
+  table = surgery.discover(model, x)               # the groups of channels
+  gated = surgery.gate(model, table)               # with the collection `gates`
+  cost_model = surgery.cost_model(model, table, x)
+  narrow = surgery.narrow(model, table, counts)    # narrower
 
-`trace` marks layers, `flow` follows channels through the trace, `sites` makes
-groups of them, `wrap` changes a model on the way, `apply` gates, narrows,
-slices and checks, `network` hands the result to the stages.
+`trace` marks the calls of layers, `flow` follows channels through the trace,
+`discover` makes groups of them, `check` narrows and compares, `factory` hands
+the result to the stages. The table, gates, costs and slicing are those of our
+own families: `groups`, `gating`, `costs`.
 """
 
-from pfs_jax.surgery.apply import (
-  check,
-  cost_model,
-  gate,
-  narrow,
-  slice_variables,
-)
-from pfs_jax.surgery.network import network, network_from_factory
-from pfs_jax.surgery.sites import Group, Sites, discover
-from pfs_jax.surgery.wrap import Wrapped
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from pfs_jax import costs
+from pfs_jax.gating import Wrapped, gate
+from pfs_jax.groups import Group, Table
+from pfs_jax.surgery.check import check, narrow
+from pfs_jax.surgery.discover import discover
+from pfs_jax.surgery.factory import network, network_from_factory
 
 __all__ = [
   'Group',
-  'Sites',
+  'Table',
   'Wrapped',
   'check',
   'cost_model',
@@ -34,3 +36,34 @@ __all__ = [
   'network_from_factory',
   'slice_variables',
 ]
+
+
+def cost_model(
+  model: nn.Module, table: Table, x: Any, *args: Any
+) -> costs.CostModel:
+  """MACs and parameters of the narrow models, exact functions of the counts.
+
+  Convolutions, dense layers and normalisations are counted (`costs`), and
+  nothing else: neither a model's own `x.mean()` nor the modules of
+  `table.uncounted`.
+
+  Args:
+    model: The model of `discover`.
+    table: What `discover` found.
+    x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`; its size may differ
+      from the one that was discovered with.
+    *args: Further arguments of the model.
+  """
+  plain = narrow(model, table, table.sizes)
+  return table.cost_model(costs.record_model(plain, x, *args))
+
+
+def slice_variables(
+  model: nn.Module,
+  table: Table,
+  variables: Mapping[str, Any],
+  kept: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The narrow model's variables; as `Table.slice_variables`."""
+  del model  # The table says all.
+  return table.slice_variables(variables, kept)

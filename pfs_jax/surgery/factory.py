@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import os
@@ -15,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from pfs_jax import errors, models
-from pfs_jax.surgery import apply, wrap
-from pfs_jax.surgery import sites as sites_lib
+from pfs_jax.surgery.check import narrow
+from pfs_jax.surgery.discover import discover
 
 
 def network(
@@ -45,7 +44,7 @@ def network(
   Raises:
     errors.UserError: As for `discover`, or no channel can carry a gate.
   """
-  sites = sites_lib.discover(
+  table = discover(
     model,
     x,
     train_kwarg=train_kwarg,
@@ -53,23 +52,18 @@ def network(
     residual=residual,
     leave=leave,
   )
-  gated = apply.gate(model, sites)
-  cost_model = apply.cost_model(model, sites, x)
-
-  def narrow(counts: Sequence[int]) -> wrap.Wrapped:
-    return apply.narrow(model, sites, counts)
-
-  return models.Network(
-    gated=gated,
-    cost_model=cost_model,
-    reference=narrow(cost_model.widths),
-    reference_macs=cost_model.macs(cost_model.widths),
-    reference_params=cost_model.params(cost_model.widths),
-    by_layer=gated.by_layer,
-    narrow=narrow,
-    slice_variables=functools.partial(apply.slice_variables, model, sites),
+  costs = table.cost_model()
+  made = models.Network(
+    module=model,
+    table=table,
+    reference=narrow(model, table, costs.widths),
+    reference_macs=costs.macs(costs.widths),
+    reference_params=costs.params(costs.widths),
+    build=lambda counts: narrow(model, table, counts),
     description=dict(description or {}),
   )
+  made.gated  # noqa: B018  Refuses a model without a group.
+  return made
 
 
 def network_from_factory(

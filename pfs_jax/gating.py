@@ -1,0 +1,229 @@
+"""Gates and narrows a Linen module on the way, when it is called.
+
+One interceptor serves our own families and the user's models: it multiplies the
+outputs of the layers that carry gates and sets the widths of those that are
+narrowed. Which layers these are, a `groups.Table` says. The module itself is
+neither edited nor copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pfs_jax import costs, errors, groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+  """What is changed: values, so that changes can be compared and hashed.
+
+  Attributes:
+    features: (path, output channels) of convolutions and dense layers.
+    multipliers: (path, output channels per input channel) of depthwise ones.
+    gates: (path, units of its channels, -1 for none) of gated layers.
+    groups: The groups whose gates there are.
+  """
+
+  features: tuple[tuple[str, int], ...] = ()
+  multipliers: tuple[tuple[str, int], ...] = ()
+  gates: tuple[tuple[str, tuple[int, ...]], ...] = ()
+  groups: tuple[groups.Group, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """A module and how it is called; hidden from Flax, which would adopt it.
+
+  Attributes:
+    model: A Linen module.
+    call: (module, x, *args, train, **kwargs) -> output. Where it has fields
+      `field` (true), `name` and `value(train)`, the module is told by that
+      field whether it trains.
+  """
+
+  model: nn.Module
+  call: Callable[..., Any]
+
+  def __hash__(self) -> int:
+    return hash(type(self.model))
+
+  def __eq__(self, other: Any) -> bool:
+    if not isinstance(other, Source):
+      return NotImplemented
+    if self.call != other.call:
+      return False
+    try:
+      return self.model is other.model or bool(self.model == other.model)
+    except (TypeError, ValueError):  # Fields that cannot be compared.
+      return False
+
+
+class Wrapped(nn.Module):
+  """A module with some of its layers changed on the way; itself a module.
+
+  Its variables are those of the model, under the same names, and the collection
+  `gates` where it is gated: one [C] vector for each group, starting at 1. Two
+  wrappers of equal models, calls and changes are equal, so that programs that
+  take them as static arguments compile once.
+
+  Attributes:
+    source: The model and how it is called.
+    changes: What is changed.
+  """
+
+  source: Source
+  changes: Changes = Changes()
+
+  @property
+  def model(self) -> nn.Module:
+    """The model, unchanged."""
+    return self.source.model
+
+  def __repr__(self) -> str:
+    name = type(self.model).__name__
+    if self.changes.groups:
+      shown = [f'{g.name}: {g.size}' for g in self.changes.groups]
+      return f'<{name}, gated: {", ".join(shown)}>'
+    shown = [f'{path}: {size}' for path, size in self.changes.features]
+    return f'<{name}, channels made: {", ".join(shown)}>'
+
+  def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
+    """The model's output; further arguments are passed on."""
+    call, fields = self.source.call, {}
+    if getattr(call, 'field', False):
+      fields = {call.name: call.value(train)}
+    # The model lives in the wrapper's own scope: no name is added to its tree.
+    model = self.model.clone(parent=self.scope, _deep_clone=True, **fields)
+    with nn.intercept_methods(self._interceptor(self._gates())):
+      return call(model, x, *args, train=train, **kwargs)
+
+  def with_fields(self, **fields: Any) -> Wrapped:
+    """The same changes on a model with other values of its fields."""
+    source = Source(self.model.clone(**fields), self.source.call)
+    return self.clone(source=source)
+
+  def unit_gates(self) -> dict[str, Any]:
+    """The collection `gates`, all ones; its tree follows the groups' names."""
+    return groups.tree(
+      {g.name: jnp.ones((g.size,), g.dtype) for g in self.changes.groups}
+    )
+
+  def by_layer(self, gates: Mapping[str, Any]) -> dict[str, Any]:
+    """The collection `gates` as {group name: [C]}, forward order."""
+    return groups.by_name((g.name for g in self.changes.groups), gates)
+
+  def _gates(self) -> list[jax.Array]:
+    """The gates of each group, in forward order; made if initialising."""
+    found = []
+    for group in self.changes.groups:
+      scope = self.scope.rewound()  # The model may use the same names.
+      for part in group.name.split('/'):
+        scope = scope.push(part, reuse=True)
+      if not (
+        self.is_initializing() or scope.has_variable(groups.GATES, 'gate')
+      ):
+        raise errors.UserError(
+          f'variables must hold the collection {groups.GATES!r}; init or '
+          'unit_gates makes one.'
+        )
+      gate = scope.variable(
+        groups.GATES, 'gate', jnp.ones, (group.size,), group.dtype
+      )
+      found.append(gate.value)
+    return found
+
+  def _interceptor(self, gates: Sequence[jax.Array]):
+    features = dict(self.changes.features)
+    multipliers = dict(self.changes.multipliers)
+    carriers = dict(self.changes.gates)
+
+    def around(module, path, x, call):
+      # A module is made anew at each call: nothing of the user's is changed.
+      if path in multipliers:
+        object.__setattr__(module, 'feature_group_count', x.shape[-1])
+        width = x.shape[-1] * multipliers[path]
+        object.__setattr__(module, 'features', width)
+      elif path in features:
+        object.__setattr__(module, 'features', features[path])
+      y = call(x)
+      if path in carriers:
+        y = y * _last(_vector(gates, carriers[path]), y)
+      return y
+
+    return costs.intercept(around, len(self.path))
+
+
+def _vector(gates: Sequence[jax.Array], units: Sequence[int]) -> jax.Array:
+  """[..., C] the gates of these units; 1 for unit -1."""
+  first = 0
+  for gate in gates:  # Nearly always the units are one whole group.
+    if units == tuple(range(first, first + gate.shape[-1])):
+      return gate
+    first += gate.shape[-1]
+  one = jnp.ones_like(gates[0][..., :1])
+  return jnp.concatenate([*gates, one], axis=-1)[..., np.array(units)]
+
+
+def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
+  """[C] or [N, C] -> [1 or N, 1, ..., 1, C] in the dtype of `like`."""
+  between = (1,) * (like.ndim - vector.ndim)
+  shape = (*vector.shape[:-1], *between, vector.shape[-1])
+  return vector.astype(like.dtype).reshape(shape)
+
+
+def gate(model: nn.Module, table: groups.Table) -> Wrapped:
+  """The model with a gate on each channel of each group.
+
+  `init` adds the collection `gates`, one [C] vector for each group, starting at
+  1; they multiply the outputs of the layers that `table.gated` names. With unit
+  gates the output is the untouched model's, bit for bit. A gate may also be
+  applied as [N, C], with one vector for each image.
+
+  Args:
+    model: A Linen module; also one that is narrowed, with the narrowed table.
+    table: Its channel groups.
+
+  Raises:
+    errors.UserError: If there is no group.
+  """
+  if not table.groups:
+    reasons = '; '.join(dict.fromkeys(table.left_alone.values()))
+    raise errors.UserError(
+      f'surgery: no channel of the model can carry a gate: {reasons}.'
+    )
+  if not isinstance(model, Wrapped):
+    model = Wrapped(Source(model, table.call))
+  changes = dataclasses.replace(
+    model.changes,
+    gates=tuple((p, tuple(u.tolist())) for p, u in table.gated.items()),
+    groups=table.groups,
+  )
+  return Wrapped(model.source, changes)
+
+
+def narrowed(
+  source: Source,
+  layers: Mapping[str, costs.Layer],
+  features: Mapping[str, int],
+) -> Wrapped:
+  """A model whose layers have the given numbers of output channels.
+
+  Every width is set, also those that stay: the model's own code may derive
+  them from a width that does not.
+
+  Args:
+    source: The model.
+    layers: {path: layer} of the wide model.
+    features: {path: output channels} of convolutions and dense layers.
+  """
+  multipliers = {p: c.multiplier for p, c in layers.items() if c.multiplier}
+  return Wrapped(
+    source, Changes(tuple(features.items()), tuple(multipliers.items()))
+  )

@@ -1,0 +1,415 @@
+"""The table of channel groups: who makes a channel, gates it and reads it.
+
+The built-in families state their groups (`models.registry`), `surgery` finds
+those of any other model. All else reads this one table: gates and narrowing
+(`gating`), costs (`costs`) and the slicing of weights, below.
+
+A *unit* is one channel of one group. Units are numbered through, group by
+group. For each layer the table holds the units that it reads and makes, -1
+where the width is fixed. With groups `a` (3 channels) and `b` (2 channels), a
+layer that reads all of `a` and a fixed channel, and makes `b`, has
+
+  reads [0, 1, 2, -1], makes [3, 4].
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+import numpy as np
+
+from pfs_jax import costs, errors
+
+GATES = 'gates'  # The name of the collection.
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Channels that are kept or removed together, one gate for each.
+
+  Attributes:
+    name: Name of the gated layer: the path of the layer that makes the
+      channels, the first one of several.
+    size: Number of channels.
+    producers: Convolutions and dense layers that make them (several where
+      outputs are multiplied or, on request, added).
+    norms: Layers whose outputs the gates multiply: the last BatchNorms before
+      the consumers.
+    consumers: Convolutions and dense layers that read and mix them.
+    depthwise: Depthwise convolutions that they pass through.
+    removable: Whether a gate of 0 equals a removed channel. If not (an
+      activation with f(0) != 0 makes a constant of it) the counts can be
+      trained from new weights, but weights cannot be sliced.
+    dtype: Dtype of the gates: that of the BatchNorm's parameters, at least
+      float32.
+  """
+
+  name: str
+  size: int
+  producers: tuple[str, ...]
+  norms: tuple[str, ...]
+  consumers: tuple[str, ...] = ()
+  depthwise: tuple[str, ...] = ()
+  removable: bool = True
+  dtype: Any = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+  """Channel groups, and the units that each layer reads and makes.
+
+  Attributes:
+    groups: The groups, in forward order.
+    calls: The calls of all layers, in forward order.
+    inputs: {path: [C_in] units}; a layer that is not named reads fixed widths.
+    outputs: {path: [C_out] units} of convolutions and dense layers.
+    gated: {path: [C] units} of the layers whose outputs gates multiply.
+    left_alone: {path: reason} of every layer that is not wholly in groups.
+    uncounted: {path: parameters} of modules that the cost model does not know;
+      their parameters and MACs are not counted.
+    call: How the model is called: (module, x, *args, train, **kwargs).
+  """
+
+  groups: tuple[Group, ...]
+  calls: tuple[costs.Layer, ...]
+  inputs: Mapping[str, np.ndarray]
+  outputs: Mapping[str, np.ndarray]
+  gated: Mapping[str, np.ndarray]
+  left_alone: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  uncounted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  call: Callable[..., Any] | None = None
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """{group name: channels}, forward order."""
+    return {g.name: g.size for g in self.groups}
+
+  @functools.cached_property
+  def layers(self) -> dict[str, costs.Layer]:
+    """{path: first call} of the layers, forward order."""
+    return first_calls(self.calls)
+
+  @functools.cached_property
+  def offsets(self) -> np.ndarray:
+    """First unit of each group, and the number of units at the end."""
+    return np.cumsum([0, *(g.size for g in self.groups)])
+
+  def reads(self, layer: costs.Layer) -> np.ndarray:
+    """[C_in] units that a layer reads."""
+    return self.inputs.get(layer.path, np.full(layer.inputs, -1))
+
+  def makes(self, layer: costs.Layer) -> np.ndarray:
+    """[C_out] units of a layer's outputs, whether it makes or passes them."""
+    if layer.path in self.outputs:
+      return self.outputs[layer.path]
+    units = np.repeat(self.reads(layer), layer.multiplier or 1)
+    return units if len(units) == layer.outputs else np.full(layer.outputs, -1)
+
+  def size_of(self, units: np.ndarray) -> costs.Size:
+    """The number of channels with these units as a function of the counts."""
+    fixed = int((units < 0).sum())
+    terms = [(costs.FIXED, fixed)] if fixed else []
+    group = np.searchsorted(self.offsets, units[units >= 0], side='right') - 1
+    for i, channels in enumerate(np.bincount(group)):
+      if channels:  # A whole number of channels for each unit of the group.
+        terms.append((i, int(channels) // self.groups[i].size))
+    return tuple(terms)
+
+  def features(self, counts: Sequence[int]) -> dict[str, int]:
+    """{path: channels} that convolutions and dense layers make at counts."""
+    return {
+      path: costs.value(self.size_of(units), counts)
+      for path, units in self.outputs.items()
+    }
+
+  def cost_model(
+    self, calls: Sequence[costs.Layer] | None = None
+  ) -> costs.CostModel:
+    """MACs and parameters as exact functions of the counts.
+
+    Args:
+      calls: The layer calls to count, by default those of the table; others
+        are of the same model at another image size.
+    """
+    ops = [
+      dataclasses.replace(
+        layer,
+        reads=self.size_of(self.reads(layer)),
+        makes=self.size_of(self.makes(layer)),
+      )
+      for layer in (self.calls if calls is None else calls)
+    ]
+    sizes = self.sizes
+    return costs.CostModel(tuple(sizes), tuple(sizes.values()), ops)
+
+  def counts(self, counts: Any) -> tuple[int, ...]:
+    """Counts in the order of the groups, given so or by name.
+
+    Raises:
+      errors.UserError: Names or number of counts are wrong, or a count is not
+        between 1 and the size of its group.
+    """
+    if isinstance(counts, Mapping):
+      if set(counts) != set(self.sizes):
+        raise errors.UserError(
+          f'counts must name {", ".join(self.sizes)}; got {", ".join(counts)}.'
+        )
+      counts = [counts[g.name] for g in self.groups]
+    counts = tuple(int(c) for c in counts)
+    sizes = tuple(self.sizes.values())
+    if len(counts) != len(sizes) or any(
+      not 1 <= c <= n for c, n in zip(counts, sizes, strict=False)
+    ):
+      raise errors.UserError(
+        f'counts must be {len(sizes)} integers between 1 and {sizes}; '
+        f'got {counts}.'
+      )
+    return counts
+
+  def narrowed(self, counts: Sequence[int]) -> Table:
+    """The table of the network with the first channels of each group."""
+    kept = {g.name: range(n) for g, n in zip(self.groups, counts, strict=True)}
+    mask = self.mask(kept)
+    # Unit -1 stays where it is: it reads the last entry.
+    number = np.append(np.cumsum(mask) - 1, -1)
+
+    def renumbered(units):
+      return number[units[np.append(mask, True)[units]]]
+
+    return dataclasses.replace(
+      self,
+      groups=tuple(
+        dataclasses.replace(g, size=n)
+        for g, n in zip(self.groups, counts, strict=True)
+      ),
+      calls=tuple(
+        dataclasses.replace(c, inputs=i, outputs=o, reads=(), makes=())
+        for c, (i, o) in zip(
+          self.calls,
+          (c.channels(counts) for c in self.cost_model().ops),
+          strict=True,
+        )
+      ),
+      **{
+        field: {p: renumbered(u) for p, u in getattr(self, field).items()}
+        for field in ('inputs', 'outputs', 'gated')
+      },
+    )
+
+  def mask(self, kept: Mapping[str, Any]) -> np.ndarray:
+    """[units] whether each unit is kept.
+
+    Args:
+      kept: {group name: sorted, distinct indices}, as from `prune.kept`.
+
+    Raises:
+      errors.UserError: A group is missing or unknown, or its indices are wrong.
+    """
+    if set(kept) != set(self.sizes):
+      raise errors.UserError(
+        f'kept must name the gated layers {", ".join(self.sizes)}; got '
+        f'{", ".join(kept)}.'
+      )
+    mask = np.zeros(self.offsets[-1], bool)
+    for group, first in zip(self.groups, self.offsets, strict=False):
+      indices = np.asarray(kept[group.name])
+      if (
+        not len(indices)
+        or (np.diff(indices, prepend=-1) <= 0).any()
+        or indices[-1] >= group.size
+      ):
+        raise errors.UserError(
+          f'kept[{group.name!r}] must be sorted, distinct indices in '
+          f'[0, {group.size}).'
+        )
+      mask[first + indices] = True
+    return mask
+
+  def slice_variables(
+    self, variables: Mapping[str, Any], kept: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """The narrow network's variables: those of the channels that are kept.
+
+    The collection `gates` is left out; kept channels count as having gate 1.
+
+    Args:
+      variables: The wide network's variables, gated or not.
+      kept: {group name: sorted indices}, as from `prune.kept`.
+
+    Raises:
+      errors.UserError: As for `mask`, or a group loses channels although a
+        gate of 0 is not a removed channel there.
+    """
+    mask = self.mask(kept)
+    for group in self.groups:
+      if not group.removable and len(kept[group.name]) < group.size:
+        raise errors.UserError(
+          f'weights of {group.name} cannot be sliced: what follows its gates '
+          'makes a constant of their zeros. Train the counts from new weights.'
+        )
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    return flax.traverse_util.unflatten_dict(
+      {
+        path: self._sliced(mask, path, leaf)
+        for path, leaf in flat.items()
+        if path[0] != GATES
+      }
+    )
+
+  def _sliced(self, mask: np.ndarray, path, leaf) -> Any:
+    """One parameter or statistic with only the kept channels."""
+    layer = self.layers.get('/'.join(path[1:-1]))
+    if layer is None or not leaf.ndim:
+      return leaf
+
+    def taken(units: np.ndarray) -> np.ndarray | None:
+      keeps = (units < 0) | np.append(mask, True)[units]
+      return None if keeps.all() else np.flatnonzero(keeps)
+
+    if path[-1] == 'kernel' and layer.kind in costs.MIXING:
+      leaf = _take(leaf, taken(self.reads(layer)), -2)
+    if leaf.shape[-1] == layer.outputs:
+      leaf = _take(leaf, taken(self.makes(layer)), -1)
+    return leaf
+
+  def __str__(self) -> str:
+    rows = [('group', 'channels', 'gates after', 'read by', '')]
+    rows += [
+      (
+        ' + '.join(g.producers),
+        str(g.size),
+        some(g.norms),
+        some(g.consumers),
+        '' if g.removable else 'gate 0 is not a removed channel',
+      )
+      for g in self.groups
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    paths = collections.defaultdict(list)
+    for path, reason in self.left_alone.items():
+      paths[reason].append(path)
+    if paths:
+      lines += ['', 'left alone']
+      lines += [f'{some(p)}: {reason}' for reason, p in paths.items()]
+    if self.uncounted:
+      lines += ['', 'not counted (parameters)']
+      lines += [f'{p}  {n:,}' for p, n in self.uncounted.items()]
+    return '\n'.join(lines)
+
+
+def first_calls(calls: Iterable[costs.Layer]) -> dict[str, costs.Layer]:
+  """{path: first call} of layers, in forward order."""
+  found = {}
+  for call in calls:
+    found.setdefault(call.path, call)
+  return found
+
+
+def by_name(names: Iterable[str], gates: Mapping[str, Any]) -> dict[str, Any]:
+  """The collection `gates` as {group name: [C]}, in the order of the names."""
+  flat = flax.traverse_util.flatten_dict(gates)
+  return {name: flat[*name.split('/'), 'gate'] for name in names}
+
+
+def tree(gates: Mapping[str, Any]) -> dict[str, Any]:
+  """{group name: [C]} as the collection `gates`; the inverse of `by_name`."""
+  return flax.traverse_util.unflatten_dict(
+    {(*name.split('/'), 'gate'): gate for name, gate in gates.items()}
+  )
+
+
+def _take(array: Any, indices: np.ndarray | None, axis: int) -> Any:
+  return array if indices is None else array.take(indices, axis=axis)
+
+
+def some(paths: Sequence[str]) -> str:
+  """The first paths, and how many more there are."""
+  shown = ', '.join(paths[:2])
+  return shown if len(paths) <= 2 else f'{shown} and {len(paths) - 2} more'
+
+
+def from_marks(
+  calls: Sequence[costs.Layer],
+  sizes: Mapping[str, int],
+  gate: Callable[[Sequence[str]], str],
+  dtype: Any,
+) -> Table:
+  """The table of a network that was traced with a mark in each group.
+
+  Args:
+    calls: Layer calls of the network with `marks(len(sizes))` as counts: a
+      layer that shows a mark reads or makes exactly that group.
+    sizes: {group name: real number of channels}, forward order.
+    gate: The BatchNorm paths of a group, in forward order -> the one whose
+      output its gates multiply.
+    dtype: Dtype of the gates.
+  """
+  index = {mark: i for i, mark in enumerate(marks(len(sizes)))}
+  names, widths = list(sizes), list(sizes.values())
+  offsets = np.cumsum([0, *widths])
+
+  def width(channels: int) -> int:
+    return widths[index[channels]] if channels in index else channels
+
+  def units(channels: int) -> np.ndarray:
+    if channels not in index:
+      return np.full(channels, -1)
+    first = offsets[index[channels]]
+    return np.arange(first, first + width(channels))
+
+  def paths(group: int, kind: str, side: str) -> list[str]:
+    mark = _FIRST_MARK + group
+    return [
+      c.path for c in calls if c.kind in kind and getattr(c, side) == mark
+    ]
+
+  groups = []
+  for i, name in enumerate(names):
+    norms = paths(i, ('norm',), 'inputs')
+    carrier = gate(norms)
+    groups.append(
+      Group(
+        name=name,
+        size=widths[i],
+        producers=tuple(paths(i, costs.MIXING, 'outputs')),
+        norms=(carrier,),
+        consumers=tuple(paths(i, costs.MIXING, 'inputs')),
+        depthwise=tuple(paths(i, ('depthwise',), 'inputs')),
+        removable=carrier == norms[-1],
+        dtype=dtype,
+      )
+    )
+  inputs = {c.path: units(c.inputs) for c in calls}
+  return Table(
+    groups=tuple(groups),
+    calls=tuple(
+      dataclasses.replace(
+        c,
+        inputs=width(c.inputs),
+        outputs=width(c.outputs),
+        groups=width(c.groups),
+        reads=(),
+        makes=(),
+      )
+      for c in calls
+    ),
+    inputs=inputs,
+    outputs={c.path: units(c.outputs) for c in calls if c.kind in costs.MIXING},
+    gated={g.norms[0]: inputs[g.norms[0]] for g in groups},
+  )
+
+
+# Widths that no real layer has.
+_FIRST_MARK = 10_007
+
+
+def marks(n: int) -> tuple[int, ...]:
+  """`n` distinct widths that no real layer has, to trace a network with."""
+  return tuple(_FIRST_MARK + i for i in range(n))

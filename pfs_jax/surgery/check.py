@@ -1,0 +1,158 @@
+"""The check that a gate of 0 and a removed channel are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pfs_jax import errors, gating, groups
+
+_TOLERANCE = 1e-5
+_TOLERANCE_LOW = 5e-2  # bfloat16 keeps 8 bits.
+
+
+def narrow(
+  model: nn.Module,
+  table: groups.Table,
+  counts: Sequence[int] | Mapping[str, int],
+  *,
+  verify: bool = False,
+  x: Any = None,
+  args: Sequence[Any] = (),
+) -> gating.Wrapped:
+  """The model with `counts` channels in each group, to train from new weights.
+
+  Args:
+    model: The model of `discover`.
+    table: What `discover` found.
+    counts: Channels to keep of each group, 1 to its size, in forward order or
+      by name.
+    verify: Whether to check, with `check` below, that it computes what the
+      gated model does.
+    x: Images to check it on, needed if `verify`.
+    args: Further arguments of the model, for the check.
+
+  Returns:
+    A Linen module: it can be bound, tabulated and used inside other modules.
+
+  Raises:
+    errors.UserError: Wrong counts, or the check failed.
+  """
+  counts = table.counts(counts)
+  if verify:
+    if x is None:
+      raise errors.UserError('surgery: verify=True needs images, x=...')
+    check(model, table, counts, x, args)
+  source = gating.Source(model, table.call)
+  return gating.narrowed(source, table.layers, table.features(counts))
+
+
+def check(
+  model: nn.Module,
+  table: groups.Table,
+  counts: Sequence[int] | Mapping[str, int],
+  x: Any,
+  args: Sequence[Any] = (),
+  *,
+  seed: int = 0,
+  tolerance: float | None = None,
+) -> float:
+  """Compares gates of 0 with removed channels, in evaluation mode.
+
+  The wide model with random weights, statistics and biases, and with gates of 0
+  for the channels that are not kept (a random choice), must give the logits of
+  the narrow one with sliced weights. It is computed in float64 where the model
+  follows its inputs and parameters, so that depth does not blur it. Groups
+  where a gate of 0 is not a removed channel are kept whole.
+
+  Args:
+    model: The model of `discover`.
+    table: What `discover` found.
+    counts: As for `narrow`.
+    x: Images [N, H, W, C].
+    args: Further arguments of the model.
+    seed: Seed of the random variables and of the choice.
+    tolerance: Largest error allowed, relative to the largest logit where that
+      is over 1; by default 1e-5, or 5e-2 for models that compute in 16 bits.
+
+  Returns:
+    The largest error.
+
+  Raises:
+    errors.UserError: It is over the tolerance.
+  """
+  counts = table.counts(counts)
+  random = np.random.default_rng(seed)
+  kept = {
+    g.name: np.sort(random.permutation(g.size)[: n if g.removable else g.size])
+    for g, n in zip(table.groups, counts, strict=True)
+  }
+  try:
+    with jax.enable_x64(True):
+      x64 = np.asarray(x, np.float64)
+      error = _error(model, table, kept, (x64, *args), random)
+  except TypeError:  # The model does not take float64.
+    error = _error(model, table, kept, (x, *args), random)
+  if tolerance is None:
+    low = any(layer.low_precision for layer in table.calls)
+    tolerance = _TOLERANCE_LOW if low else _TOLERANCE
+  if not error <= tolerance:  # Also if it is not a number.
+    raise errors.UserError(
+      f'surgery: the narrow model differs from the gated one by {error:.3g}, '
+      f'more than {tolerance:g}: some layer is not what it looks like.'
+    )
+  return error
+
+
+def _error(model, table: groups.Table, kept, arguments, random) -> float:
+  """The largest difference of the logits, relative where they are large."""
+  wide = gating.gate(model, table)
+  variables = _random_variables(wide, arguments, random)
+  by_name = groups.by_name(table.sizes, variables[groups.GATES])
+  parts = np.split(table.mask(kept), table.offsets[1:-1])
+  gates = groups.tree(
+    {
+      name: jnp.asarray(part, by_name[name].dtype)
+      for name, part in zip(table.sizes, parts, strict=True)
+    }
+  )
+  expected = jax.jit(wide.apply)({**variables, groups.GATES: gates}, *arguments)
+  thin = narrow(model, table, {name: len(k) for name, k in kept.items()})
+  sliced = table.slice_variables(variables, kept)
+  found = jax.jit(thin.apply)(sliced, *arguments)
+  error = 0.0
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(found), strict=True
+  ):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = max(error, np.abs(a - b).max() / max(1.0, np.abs(a).max()))
+  return float(error)
+
+
+def _random_variables(wide: gating.Wrapped, arguments, random) -> Any:
+  """Random weights, and statistics and biases that are not 0 and 1.
+
+  Drawn by NumPy: `init` would compile one program for each shape.
+  """
+  shapes = jax.eval_shape(wide.init, jax.random.key(0), *arguments)
+  precise = jax.dtypes.canonicalize_dtype(np.float64)
+
+  def draw(path, leaf):
+    name, floating = path[-1].key, jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if name in ('var', 'scale', 'gate'):
+      value = random.uniform(0.5, 1.5, leaf.shape)
+    elif leaf.ndim < 2:
+      value = random.normal(0, 0.3, leaf.shape)
+    else:
+      fan_in = np.prod(leaf.shape[:-1])
+      value = random.normal(0, np.sqrt(2 / fan_in), leaf.shape)
+    if leaf.dtype == np.float32:
+      return jnp.asarray(value, precise)
+    return jnp.asarray(value if floating else np.zeros(leaf.shape), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -1,0 +1,412 @@
+"""Finds the channel groups of a model that can carry gates and be narrowed."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pfs_jax import costs, errors, gating, groups
+from pfs_jax.surgery import calling, trace
+from pfs_jax.surgery.cells import State
+from pfs_jax.surgery.flow import NESTED, Flow
+
+_SEED = 0  # Decides which channels the trial narrowing keeps.
+
+
+def discover(
+  model: nn.Module,
+  x: Any,
+  *args: Any,
+  train_kwarg: str | None = None,
+  call: Callable[..., Any] | None = None,
+  residual: bool = False,
+  leave: Sequence[str] = (),
+  **kwargs: Any,
+) -> groups.Table:
+  """Finds where a model's channels can carry gates and be removed.
+
+  The model is traced in evaluation mode and its channels are followed through
+  the trace; nothing is computed. What was found is then tried: the model is
+  traced once more with a random part of every group removed, and a group whose
+  channels do not arrive where they should (the model's code splits them at a
+  fixed place, say) is left alone.
+
+  Args:
+    model: Any Linen module, untouched.
+    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 will do.
+    *args: Further arguments of the model's `__call__`.
+    train_kwarg: Name of the argument or field that says whether to train;
+      by default one of `calling.NAMES` is looked for.
+    call: (module, x, train) -> logits, instead, for models that say it in
+      another way; further arguments are passed on.
+    residual: Whether channels tied by sums or by sharing a module are one
+      group, instead of being left alone.
+    leave: Paths of layers whose channels are to be left alone.
+    **kwargs: Further arguments of `__call__`, by name.
+
+  Returns:
+    The table of channel groups; printed, it says what was found and why the
+    rest was left alone.
+
+  Raises:
+    errors.UserError: Not a Linen module, no BatchNorm, no known way to say
+      whether to train, or a collection `gates` of the model's own, or `leave`
+      names no layer.
+  """
+  _check(model)
+  source = gating.Source(
+    model, call or calling.train_argument(model, train_kwarg)
+  )
+  plain, arguments = gating.Wrapped(source), (x, args, kwargs)
+  shapes = _init_shapes(plain, arguments)
+  if groups.GATES in shapes:
+    raise errors.UserError(
+      f'surgery: the model has a collection {groups.GATES!r} of its own.'
+    )
+  flow, calls = _follow(plain, shapes, arguments)
+  if not any(c.kind == 'norm' and not c.obstacle for c in calls):
+    raise errors.UserError(
+      'surgery: the model calls no flax.linen.BatchNorm, and gates multiply '
+      "BatchNorm's output. (Modules of flax.nnx, also inside bridge.to_linen, "
+      'and other normalisations cannot carry them.)'
+    )
+  unknown = sorted(set(leave) - set(flow.outputs))
+  if unknown:
+    raise errors.UserError(
+      f'surgery: no layer {unknown[0]!r}; the layers are '
+      f'{", ".join(flow.outputs)}.'
+    )
+  for path in leave:
+    flow.channels.fix(flow.outputs[path].tolist(), 'left alone on request')
+  found = _Found(flow, residual)
+  _try_out(source, arguments, found)
+  return dataclasses.replace(
+    found.table(calls),
+    uncounted=_uncounted(shapes, flow.layers),
+    call=source.call,
+  )
+
+
+def _check(model: Any) -> None:
+  if isinstance(model, nnx.Module) or (
+    isinstance(model, type) and issubclass(model, nnx.Module)
+  ):
+    raise errors.UserError(
+      'surgery: the model is a flax.nnx module, whose layers have their sizes '
+      'fixed when they are made; it cannot be narrowed. See docs/own_model.md.'
+    )
+  if not isinstance(model, nn.Module):
+    raise errors.UserError(
+      'surgery: the model must be an instance of flax.linen.Module; got '
+      f'{model!r}.'
+    )
+
+
+# Tracing.
+
+
+def _split(arguments) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+  """The shapes of a tree's arrays, and the way back from arrays to the tree."""
+
+  def is_array(leaf):
+    return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+
+  leaves, tree = jax.tree.flatten(arguments)
+  shapes = [
+    jax.ShapeDtypeStruct(
+      leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True)
+    )
+    for leaf in leaves
+    if is_array(leaf)
+  ]
+
+  def merge(arrays):
+    rest = iter(arrays)
+    return jax.tree.unflatten(
+      tree, [next(rest) if is_array(leaf) else leaf for leaf in leaves]
+    )
+
+  return shapes, merge
+
+
+def _init_shapes(plain: gating.Wrapped, arguments) -> Any:
+  arrays, merge = _split(arguments)
+
+  def init(key, arrays):
+    x, args, kwargs = merge(arrays)
+    return plain.init(key, x, *args, **kwargs)
+
+  return jax.eval_shape(init, jax.random.key(0), arrays)
+
+
+def _follow(
+  plain: gating.Wrapped, shapes, arguments, emitted=None, wide=None
+) -> tuple[Flow, list[costs.Layer]]:
+  """Traces a model and walks through the trace.
+
+  Args:
+    plain: The model, wide or narrowed.
+    shapes: The shapes of its variables.
+    arguments: (x, args, kwargs) of its call.
+    emitted: The channels that layers of the narrowed model make.
+    wide: {path: layer} of the wide model, if this is the narrowed one.
+  """
+  arrays, merge = _split(arguments)
+
+  def apply(variables, arrays):
+    x, args, kwargs = merge(arrays)
+    return plain.apply(variables, x, *args, **kwargs)
+
+  program, calls = trace.trace(apply, shapes, arrays)
+  layers = groups.first_calls(calls)
+  if wide:  # With one channel left, a depthwise convolution looks dense.
+    for path, layer in layers.items():
+      layers[path] = dataclasses.replace(
+        layer, kind=wide[path].kind, obstacle=wide[path].obstacle
+      )
+  flow = Flow(layers, emitted)
+  values = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    if math.prod(leaf.shape) == 1:
+      values.append(flow.cells.value(leaf.ndim, 0, State.CONST))
+    else:
+      names = [str(getattr(p, 'key', p)) for p in path]
+      origin = flow.cells.origin(f'the parameter {"/".join(names[1:])}')
+      values.append(flow.cells.value(leaf.ndim, origin, State.LIVE))
+  origin = flow.cells.origin("the model's input")
+  for leaf in arrays:
+    fixed = origin if leaf.ndim and leaf.shape[-1] > 1 else 0
+    values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
+  for value in flow.run(program, values):
+    flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
+  return flow, calls
+
+
+# Groups.
+
+
+class _Found:
+  """Groups of channels in a flow; `refuse` takes some back."""
+
+  def __init__(self, flow: Flow, residual: bool):
+    self.flow, self.residual = flow, residual
+    self._uses = collections.defaultdict(list)
+    for channel, *use in flow.uses:
+      self._uses[flow.channels.find(channel)].append(use)
+    self._members = collections.defaultdict(list)
+    for channel in range(1, len(flow.channels.owners)):
+      self._members[flow.channels.find(channel)].append(channel)
+    for root in list(self._members):
+      reason = self._obstacle(root)
+      if reason:
+        flow.channels.fix([root], reason)
+    self._regroup()
+
+  def _makers(self, root: int) -> dict[str, int]:
+    """{path: how many of the channels tied to `root` this layer makes}."""
+    owners = self.flow.channels.owners
+    return collections.Counter(owners[c][0] for c in self._members[root])
+
+  def _obstacle(self, root: int) -> str:
+    """Why the channels tied to `root` cannot carry a gate, '' if they can."""
+    uses, channels = self._uses[root], self.flow.channels
+    if channels.reason(root):
+      return channels.reason(root)
+    if not uses:
+      return 'no convolution or dense layer reads it'
+    for state, gates, path in uses:
+      if not gates:
+        return f'no BatchNorm between it and {path}'
+      if state == State.LIVE:
+        return f'{path} also reads it past the BatchNorm'
+    ties = channels.ties(root) & {'sum', 'shared'}
+    if ties and not self.residual:
+      how = 'a sum' if 'sum' in ties else 'a shared layer'
+      return (
+        f'tied by {how}: {groups.some(list(self._makers(root)))} '
+        '(residual=True prunes them together)'
+      )
+    return ''
+
+  def _regroup(self) -> None:
+    """Sorts the channels without an obstacle into groups."""
+    channels = self.flow.channels
+    self.classes = collections.defaultdict(list)
+    for root in self._members:
+      if not channels.reason(root):
+        self.classes[tuple(self._makers(root).items())].append(root)
+    for made, roots in list(self.classes.items()):
+      if len(roots) < 2:
+        channels.fix(roots, 'a single channel')
+        del self.classes[made]
+    self.unit_of = np.full(len(channels.owners), -1)
+    unit = 0
+    for roots in self.classes.values():
+      for root in roots:
+        self.unit_of[self._members[root]] = unit
+        unit += 1
+
+  def refuse(self, reasons: Mapping[Any, str]) -> None:
+    """Leaves groups alone, for the given reasons."""
+    for made, reason in reasons.items():
+      self.flow.channels.fix(self.classes[made], reason)
+    self._regroup()
+
+  def _gated(self) -> dict[str, np.ndarray]:
+    """{path: [C] units that the gates at a layer's output stand for}."""
+    gated = {}
+    for roots in self.classes.values():
+      for root in roots:
+        for _, gates, _ in self._uses[root]:
+          for path, index in gates:
+            width = self.flow.layers[path].outputs
+            units = gated.setdefault(path, np.full(width, -1))
+            units[index] = self.unit_of[root]
+    return {path: gated[path] for path in self._in_order(gated)}
+
+  def _in_order(self, paths) -> tuple[str, ...]:
+    paths = set(paths)
+    return tuple(path for path in self.flow.layers if path in paths)
+
+  def _group(self, made, roots, name: str) -> groups.Group:
+    layers, inputs = self.flow.layers, self.flow.inputs
+    uses = [u for root in roots for u in self._uses[root]]
+    norms = self._in_order(path for _, gates, _ in uses for path, _ in gates)
+    units = set(self.unit_of[roots].tolist())
+    passed = tuple(
+      path
+      for path, layer in layers.items()
+      if layer.kind == 'depthwise'
+      and units & set(self.unit_of[inputs.get(path, [0])].tolist())
+    )
+    dtype = jnp.result_type(*(layers[n].dtype for n in norms), jnp.float32)
+    return groups.Group(
+      name=name,
+      size=len(roots),
+      producers=tuple(path for path, _ in made),
+      norms=norms,
+      consumers=self._in_order(path for _, _, path in uses),
+      depthwise=passed,
+      removable=all(s == State.ZERO for s, _, _ in uses),
+      dtype=jnp.dtype(dtype),
+    )
+
+  def table(self, calls: Sequence[costs.Layer]) -> groups.Table:
+    """The table of groups, with unique names."""
+    made_groups, names = [], collections.Counter()
+    for made, roots in self.classes.items():
+      name = made[0][0]
+      names[name] += 1
+      if names[name] > 1:
+        name = f'{name}.{names[name]}'
+      made_groups.append(self._group(made, roots, name))
+    flow, gated = self.flow, self._gated()
+    return groups.Table(
+      groups=tuple(made_groups),
+      calls=tuple(calls),
+      inputs={p: self.unit_of[c] for p, c in flow.inputs.items()},
+      outputs={p: self.unit_of[c] for p, c in flow.outputs.items()},
+      gated=gated,
+      left_alone=self._left_alone(gated),
+    )
+
+  def _left_alone(self, gated) -> dict[str, str]:
+    flow, left = self.flow, {}
+    for path, layer in flow.layers.items():
+      reason = flow.unseen.get(path, '')
+      if reason or layer.kind == 'pool':
+        pass
+      elif path not in flow.inputs:
+        reason = NESTED
+      elif layer.kind == 'norm':
+        reason = self._norm_reason(path, gated)
+      else:
+        channels = flow.outputs.get(path, flow.inputs[path])
+        fixed = channels[self.unit_of[channels] < 0]
+        if fixed.size:
+          first = int(fixed[0])
+          reason = flow.channels.reason(first) if first else 'fixed inputs'
+      if reason:
+        left[path] = reason
+    return left
+
+  def _norm_reason(self, path: str, gated) -> str:
+    if path in gated and (gated[path] >= 0).all():
+      return ''
+    channels = self.flow.inputs[path].tolist()
+    alone = [c for c in channels if self.unit_of[c] < 0]
+    if not alone:
+      return 'the gates of its channels stand further on'
+    if not any(alone):
+      return 'acts on channels of a fixed width'
+    return self.flow.channels.reason(next(filter(None, alone)))
+
+
+# The trial: does the narrowed model send the right channels to the right place?
+
+
+def _try_out(source: gating.Source, arguments, found: _Found) -> None:
+  """Leaves groups alone that the model's own code does not let narrow."""
+  if not _objection(source, arguments, found, list(found.classes)):
+    return
+  reasons = {
+    made: _objection(source, arguments, found, [made]) for made in found.classes
+  }
+  found.refuse({made: reason for made, reason in reasons.items() if reason})
+  reason = _objection(source, arguments, found, list(found.classes))
+  if reason:  # Groups that only fail together.
+    found.refuse(dict.fromkeys(found.classes, reason))
+
+
+def _objection(source, arguments, found: _Found, chosen) -> str:
+  """What goes wrong when the chosen groups are narrowed, '' if nothing."""
+  if not chosen:
+    return ''
+  flow, random = found.flow, np.random.default_rng(_SEED)
+  kept = np.ones(len(flow.channels.owners), bool)
+  for made in chosen:
+    roots = np.array(found.classes[made])
+    # The first goes, so that a split at a fixed place shows; half of them stay.
+    number = random.integers(1, (len(roots) + 1) // 2, endpoint=True)
+    number = min(number, len(roots) - 1)
+    dropped = [roots[0], *random.permutation(roots[1:])[: number - 1]]
+    kept &= ~np.isin(found.unit_of, found.unit_of[dropped])
+  emitted = {p: c[kept[c]] for p, c in flow.outputs.items()}
+  features = {p: len(c) for p, c in emitted.items()}
+  narrow = gating.narrowed(source, flow.layers, features)
+  try:
+    shapes = _init_shapes(narrow, arguments)
+    seen, _ = _follow(narrow, shapes, arguments, emitted, flow.layers)
+  except Exception as e:  # Whatever the model's own code raises.
+    text = (str(e).strip() or type(e).__name__).splitlines()[0]
+    return f"the model's code fixes this width: {text}"
+  for path, channels in flow.inputs.items():
+    expected = found.unit_of[channels][kept[channels]]
+    there = found.unit_of[seen.inputs.get(path, np.zeros(0, int))]
+    if not np.array_equal(expected, there):
+      return f"the model's code sends other channels to {path} when narrowed"
+    for before, now in zip(flow.pasts[path], seen.pasts[path], strict=True):
+      if list(itertools.compress(before, kept[channels])) != now:
+        return f"the model's code treats channels of {path} by their number"
+  return ''
+
+
+def _uncounted(shapes, layers) -> dict[str, int]:
+  """{module path: parameters} that no known layer holds."""
+  found = collections.Counter()
+  flat = flax.traverse_util.flatten_dict(shapes.get('params', {}))
+  for path, leaf in flat.items():
+    if '/'.join(path[:-1]) not in layers:
+      found['/'.join(path[:-1]) or path[-1]] += math.prod(leaf.shape)
+  return dict(found)
