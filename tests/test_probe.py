@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from pfs_jax import costs, layers, scores, train
+from pfs_jax import costs, gating, groups, layers, scores, train
 from pfs_jax import probe as probe_lib
 from pfs_jax.data import pipeline
 
@@ -19,13 +19,10 @@ class Toy(nn.Module):
 
   counts: tuple[int, ...] = (8, 8, 8)
 
-  def unit_gates(self):
-    return layers.unit_gates(LAYERS, self.counts, jnp.float32)
-
   @nn.compact
   def __call__(self, x, train=False):
     def block(i, x):
-      block = layers.ConvBN(self.counts[i], gated=True, name=LAYERS[i])
+      block = layers.ConvBN(self.counts[i], name=LAYERS[i])
       return nn.relu(block(x, train))
 
     x = block(0, x)
@@ -51,27 +48,34 @@ def images(n, seed):
   return x, y
 
 
+def toy_table():
+  units = np.arange(24).reshape(3, 8)
+  first, useless, last = units
+  return groups.Table(
+    groups=tuple(
+      groups.Group(name, 8, (f'{name}/conv',), (f'{name}/bn',))
+      for name in LAYERS
+    ),
+    calls=tuple(costs.record_module(Toy(), (8, 8, 1))),
+    inputs={
+      **{f'{name}/bn': own for name, own in zip(LAYERS, units, strict=True)},
+      'useless/conv': first,
+      'last/conv': first,
+      'classifier': np.concatenate([useless, last]),
+    },
+    outputs={
+      f'{name}/conv': own for name, own in zip(LAYERS, units, strict=True)
+    },
+    gated={f'{name}/bn': own for name, own in zip(LAYERS, units, strict=True)},
+    call=lambda module, x, train: module(x, train),
+  )
+
+
 @pytest.fixture(scope='module')
 def toy():
   """(module, cost model, trained variables, held-out batches)."""
-  module = Toy()
-  marked = Toy(costs.marks(3))
-  model = costs.from_calls(
-    costs.record_module(marked, (8, 8, 1)),
-    LAYERS,
-    module.counts,
-    lambda n: (
-      ((0, 1),)
-      if n == costs.marks(3)[0]
-      else ((1, 1),)
-      if n == costs.marks(3)[1]
-      else ((2, 1),)
-      if n == costs.marks(3)[2]
-      else ((1, 1), (2, 1))
-      if n == sum(costs.marks(3)[1:])
-      else ((costs.FIXED, n),)
-    ),
-  )
+  table = toy_table()
+  module, model = gating.gate(Toy(), table), table.cost_model()
   augmentation = pipeline.Augmentation(mean=(0.3,), std=(0.3,))
   variables = dict(module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
   del variables['gates']
@@ -132,8 +136,8 @@ def test_dropped_channels_cost_about_equal_macs():
     ('a', 'b'),
     (40, 100),
     [
-      costs.Op('a', 'conv', ((costs.FIXED, 10),), ((0, 1),), 4, 1, 1, 0),
-      costs.Op('b', 'conv', ((costs.FIXED, 10),), ((1, 1),), 1, 1, 1, 0),
+      costs.Layer('a', 'conv', 10, 40, 4, makes=((0, 1),)),
+      costs.Layer('b', 'conv', 10, 100, 1, makes=((1, 1),)),
     ],
   )
   # A channel of a costs 40 MACs, of b 10: a quarter of b is 250 MACs.
