@@ -58,49 +58,41 @@ class Progress:
     self, label: str, total: int, done: int = 0, unit: str = 'steps'
   ):
     self._label, self._total, self._first = label, total, done
-    self._bytes = unit == 'bytes'
+    self._unit, self._size = ('MB', 1e6) if unit == 'bytes' else ('steps', 1)
     self._start = self._said = time.perf_counter()
-    self._bar, self._started = None, False
-    if sys.stderr.isatty() and jax.process_index() == 0:
-      text = rich.progress.TextColumn
-      self._bar = rich.progress.Progress(
-        text('{task.description}'),
-        rich.progress.BarColumn(),
-        text('{task.fields[status]}'),
-        rich.progress.TimeRemainingColumn(),
-        console=rich.console.Console(stderr=True),
-        transient=True,
-      )
-      self._task = self._bar.add_task(
-        label, total=total, completed=done, status=''
-      )
+    self._started = False
+    self._shown = sys.stderr.isatty() and jax.process_index() == 0
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn('{task.description}'),
+      rich.progress.BarColumn(),
+      rich.progress.TextColumn('{task.fields[status]}'),
+      console=rich.console.Console(stderr=True),
+      transient=True,
+      disable=not self._shown,
+    )
+    self._task = self._bar.add_task(
+      label, total=total, completed=done, status=''
+    )
 
   def __enter__(self) -> Progress:
     """Starts the bar."""
-    if self._bar:
-      self._bar.start()
+    self._bar.start()
     return self
 
   def __exit__(self, *_: object) -> None:
     """Ends the bar."""
-    if self._bar:
-      self._bar.stop()
+    self._bar.stop()
 
   def _status(self, done: int) -> str:
-    """'20/100  2.0 steps/s' or '3.1/29.5 MB  1.2 MB/s'."""
-    of, unit = f'{done}/{self._total}', 'steps'
-    rate = self._rate(done)
-    if self._bytes:
-      of, unit = f'{done / 1e6:.1f}/{self._total / 1e6:.1f} MB', 'MB'
-      rate /= 1e6
-    return of + (f'  {rate:.1f} {unit}/s' if rate else '')
-
-  def _rate(self, done: int) -> float:
-    """Steps or bytes a second, 0 before the first is counted."""
+    """'20/100  2.0 steps/s' or '3.1/29.5 MB  1.2 MB/s  22 s left'."""
+    digits = 0 if self._unit == 'steps' else 1
+    of = '/'.join(f'{n / self._size:.{digits}f}' for n in (done, self._total))
+    text = of if self._unit == 'steps' else f'{of} {self._unit}'
     if done <= self._first:
-      return 0.0
-    elapsed = max(time.perf_counter() - self._start, 1e-9)
-    return (done - self._first) / elapsed
+      return text
+    rate = (done - self._first) / max(time.perf_counter() - self._start, 1e-9)
+    left = duration((self._total - done) / rate)
+    return f'{text}  {rate / self._size:.1f} {self._unit}/s  {left} left'
 
   def update(self, done: int) -> None:
     """Says that so many steps or bytes are done."""
@@ -108,24 +100,19 @@ class Progress:
     if not self._started:  # The first step compiles: rates count from here.
       self._started = True
       self._start, self._first = now, done
-    if self._bar:
-      self._bar.update(self._task, completed=done, status=self._status(done))
-    elif self._bytes and now - self._said >= 10:
+    self._bar.update(self._task, completed=done, status=self._status(done))
+    if not self._shown and self._unit == 'MB' and now - self._said >= 10:
       self._said = now
-      note(f'{self._label}  {self._status(done)}')
+      note(f'{self._label} {self._status(done)}')
 
   def line(self, step: int, **scalars: float) -> None:
     """Writes a line of numbers: above the bar, or plain with the time left."""
-    numbers = '  '.join(f'{k} {v:.4g}' for k, v in scalars.items())
-    text = f'{self._label} {step}/{self._total}  {numbers}'
-    if self._bar:
+    text = f'{self._label} {self._status(step)}'
+    text += ''.join(f'  {name} {value:.4g}' for name, value in scalars.items())
+    if self._shown:
       self._bar.console.print(text, highlight=False, soft_wrap=True)
-      return
-    rate = self._rate(step)
-    if rate:
-      left = duration((self._total - step) / rate)
-      text += f'  {rate:.1f} steps/s  {left} left'
-    say(text)
+    else:
+      say(text)
 
 
 def table(

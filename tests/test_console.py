@@ -50,7 +50,7 @@ def test_plain_lines_have_numbers_rate_and_time_left(monkeypatch, capsys):
     progress.line(20, loss=0.123456, accuracy=0.5)
   out, err = capsys.readouterr()
   assert out == (
-    'train 20/100  loss 0.1235  accuracy 0.5  2.0 steps/s  40 s left\n'
+    'train 20/100  2.0 steps/s  40 s left  loss 0.1235  accuracy 0.5\n'
   )
   assert err == ''
 
@@ -87,8 +87,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch, capsys):
     progress.update(1)
     progress.update(10)
     progress.line(10, loss=0.5)
-  assert 'search 10/10  loss 0.5' in terminal.getvalue()
-  assert 'steps/s' in terminal.getvalue()
+  assert re.search('search 10/10  .* steps/s .*  loss 0.5', terminal.getvalue())
   assert capsys.readouterr().out == ''
 
 
@@ -99,7 +98,7 @@ def test_a_download_says_megabytes_now_and_then(monkeypatch, capsys):
       progress.update(done)
       time.now += 1
   out, err = capsys.readouterr()
-  assert out == '' and err == 'images.gz  20.0/40.0 MB  2.0 MB/s\n'
+  assert out == '' and err == ('images.gz 20.0/40.0 MB  2.0 MB/s  10 s left\n')
 
 
 def test_a_table_holds_all_cells_in_a_pipe(capsys):

@@ -281,7 +281,7 @@ def test_a_search_alone_and_a_search_under_way(tmp_path):
   report.write(searched(tmp_path).config, tmp_path)
   outline = check_page(tmp_path, SEARCH_PICTURES)
   assert 'Budgets that are cut: 2; trained: 0.' in outline.text
-  assert 'images' not in outline.text and 'Training' not in outline.text
+  assert 'one seed' not in outline.text and 'Training' not in outline.text
   for path in tmp_path.glob('*.json'):
     path.unlink()
   report.write(tiny(), tmp_path)
