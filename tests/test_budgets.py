@@ -157,7 +157,7 @@ def job(workdir, **overrides):
 
 
 def structure(workdir, name=None):
-  path = workdir / f'structure{f"-{name}" if name else ""}.json'
+  path = workdir / (name or '') / 'structure.json'
   return prune.Structure.from_json(path.read_text())
 
 
@@ -221,7 +221,7 @@ def test_train_takes_a_budget_by_name(searched):
   stages.execute('prune', job(searched, budget__keep=(0.45,)))
   one = job(searched, train__structure='keep0.45', train__epochs=0.1)
   stages.execute('train', one)
-  result = json.loads((searched / 'result-keep0.45.json').read_text())
+  result = json.loads((searched / 'keep0.45' / 'result.json').read_text())
   assert result['macs'] == structure(searched, 'keep0.45').macs
 
 
@@ -281,10 +281,10 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
     assert set(firsts) == {'wide', 'train'}
     np.testing.assert_array_equal(
       firsts['wide']['stem']['conv']['kernel'],
-      one.search_weights['params']['stem']['conv']['kernel'],
+      one.first_weights['params']['stem']['conv']['kernel'],
     )
   else:
-    wide = one.search_weights['params']
+    wide = one.first_weights['params']
     assert set(firsts) == {'train'}
   block = 'stage1_block0'
   np.testing.assert_array_equal(

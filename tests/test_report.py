@@ -88,11 +88,11 @@ def trained(workdir, budgets=1, steps=(10, 20, 30), **changes):
     ]
     log(workdir / folder, records)
   for name in ('keep0.3', 'keep0.5')[:budgets]:
-    path = job.file('structure', name, '.json')
+    path = job.folder(name) / 'structure.json'
     there = storage.read_json(path)
     identity = config.identity(job.config, 'train')
     counts = {'structure.counts': list(there['counts'].values())}
-    runs.claim(job.file('train', name), {**identity, **counts})
+    runs.claim(job.folder(name) / 'train', {**identity, **counts})
     result = {
       'test_accuracy': 0.8,
       'reference_test_accuracy': 0.85,
@@ -104,7 +104,7 @@ def trained(workdir, budgets=1, steps=(10, 20, 30), **changes):
       'versions': {'jax': '0.0.1', 'commit': 'abc', 'hardware': '1 x abacus'},
       **changes,
     }
-    storage.write_json(job.file('result', name, '.json'), result)
+    storage.write_json(job.folder(name) / 'result.json', result)
   return job
 
 
@@ -196,7 +196,7 @@ def test_all_budgets_stand_in_one_table_the_widest_first(tmp_path):
   model, rows = job.network.cost_model, table.count('<th scope="row">')
   assert rows == len(model.layers)
   for name, column in (('keep0.5', 3), ('keep0.3', 4)):
-    counts = storage.read_json(job.file('structure', name, '.json'))['counts']
+    counts = storage.read_json(job.folder(name) / 'structure.json')['counts']
     cells = [
       re.findall('<t[hd].*?>(.*?)</t', row) for row in table.split('<tr')
     ]
@@ -232,9 +232,9 @@ def test_what_else_a_training_leaves_is_shown(tmp_path):
   )
   mistakes = {'labels': [0, 1], 'predicted': [1, 0]}
   images = np.zeros((2, 4, 4, 3), np.uint8)
-  path = job.file('train', 'keep0.3') / 'mistakes.npz'
+  path = job.folder('keep0.3') / 'train' / 'mistakes.npz'
   storage.write_arrays(path, {'images': images, **mistakes})
-  bundle = job.file('export', 'keep0.3')
+  bundle = job.folder('keep0.3') / 'export'
   bundle.mkdir()
   (bundle / 'model.onnx').write_bytes(bytes(2_340_000))
   report.write(job.config, tmp_path)
@@ -282,7 +282,7 @@ def test_a_search_alone_and_a_search_under_way(tmp_path):
   outline = check_page(tmp_path, SEARCH_PICTURES)
   assert 'Budgets that are cut: 2; trained: 0.' in outline.text
   assert 'one seed' not in outline.text and 'Training' not in outline.text
-  for path in tmp_path.glob('*.json'):
+  for path in [*tmp_path.glob('*.json'), *tmp_path.glob('keep*/*.json')]:
     path.unlink()
   report.write(tiny(), tmp_path)
   outline = check_page(tmp_path, SEARCH_PICTURES[1:])
@@ -293,7 +293,7 @@ def test_structure_from_elsewhere_is_enough(tmp_path):
   """A workdir that only trained, from --config.train.structure."""
   job = trained(tmp_path)
   shutil.rmtree(tmp_path / 'search')
-  for path in [*tmp_path.glob('structure*'), *tmp_path.glob('kept*')]:
+  for path in [*tmp_path.rglob('structure*'), *tmp_path.rglob('kept*')]:
     path.unlink()
   report.write(job.config, tmp_path)
   outline = check_page(tmp_path, ['network', 'training'])
@@ -506,12 +506,14 @@ def evil(tmp_path):
   job = trained(workdir, class_names=[EVIL] * 2, warnings=[EVIL])
   for path in (workdir / 'result.json', workdir / 'structure.json'):
     path.write_text(path.read_text().replace('keep0.3', json.dumps(EVIL)[1:-1]))
+  (workdir / 'budget.txt').write_text(EVIL)
   mistakes = {'labels': [0, 5], 'predicted': [1, 0]}
   images = np.zeros((2, 4, 4, 1), np.uint8)
   storage.write_arrays(
-    job.file('train', EVIL) / 'mistakes.npz', {'images': images, **mistakes}
+    workdir / 'train' / 'mistakes.npz',
+    {'images': images, **mistakes},
   )
-  bundle = job.file('export', EVIL)
+  bundle = workdir / 'export'
   bundle.mkdir(parents=True)
   (bundle / EVIL.replace('/', '|')).write_text(EVIL)
   versions = {'jax': EVIL, EVIL: EVIL}

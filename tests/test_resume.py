@@ -105,13 +105,13 @@ def test_another_budget_needs_no_search(finished):
   first = json.loads((finished / 'structure.json').read_text())
   more = '--config.budget.keep=0.8'
   run('prune', finished, more)
-  found = json.loads((finished / 'structure-keep0.8.json').read_text())
+  found = json.loads((finished / 'keep0.8' / 'structure.json').read_text())
   assert first['macs'] < found['macs'] <= found['budget']['max_macs']
   assert gates.stat().st_mtime == before
   run('train', finished, more, '--config.train.epochs=1')
   results = [
     json.loads((finished / name).read_text())['macs']
-    for name in ('result.json', 'result-keep0.8.json')
+    for name in ('result.json', 'keep0.8/result.json')
   ]
   assert results == [first['macs'], found['macs']]
 

@@ -47,7 +47,7 @@ def build(job: Job) -> tuple[str, list[figures.Picture]]:
   run_choice.tournament(report, job)
   run_logs.gates(report, job)
   run_logs.search(report, job)
-  trained = {cut.name: job.file('train', cut.name) for cut in cuts}
+  trained = {cut.name: job.folder(cut.name) / 'train' for cut in cuts}
   run_logs.training(report, trained, job.workdir / 'reference')
   _mistakes(report, job, cuts)
   _made(report, job, cuts)
@@ -61,8 +61,8 @@ def _check_there(job: Job) -> None:
   """Refuses an empty folder, and the work of another config."""
   workdir, c = job.workdir, job.config
   search = workdir / 'search' / 'config.json'
-  results = list(workdir.glob('result*.json'))
-  if not (search.exists() or results or (workdir / 'train').exists()):
+  trained = job.budget_folders() or (workdir / 'train').exists()
+  if not (search.exists() or trained):
     raise errors.UserError(
       f'{workdir} holds no run yet: --mode=search or --mode=run makes one.'
     )
@@ -73,15 +73,15 @@ def _check_there(job: Job) -> None:
 def _cuts(job: Job) -> list[Cut]:
   """All budgets of the workdir, the widest network first."""
   found: dict[str, Cut] = {}
-  for path in sorted(job.workdir.glob('structure*.json')):
-    s = structures.Structure.from_json(path.read_text())
-    name = s.source.get('budget', path.stem)
-    counts = dict(zip(s.layers, s.counts, strict=True))
-    found[name] = Cut(name, counts, s.macs, s.params, {})
-  for path in sorted(job.workdir.glob('result*.json')):
-    r = storage.read_json(path)
-    name = r['budget']
-    found[name] = Cut(name, r['counts'], r['macs'], r['params'], r)
+  for name, folder in job.budget_folders().items():
+    if (folder / 'structure.json').exists():
+      text = (folder / 'structure.json').read_text()
+      s = structures.Structure.from_json(text)
+      counts = dict(zip(s.layers, s.counts, strict=True))
+      found[name] = Cut(name, counts, s.macs, s.params, {})
+    if (folder / 'result.json').exists():
+      r = storage.read_json(folder / 'result.json')
+      found[name] = Cut(name, r['counts'], r['macs'], r['params'], r)
   for cut in found.values():
     if tuple(cut.counts) != job.network.cost_model.layers:
       raise errors.UserError(
@@ -95,7 +95,7 @@ def _cuts(job: Job) -> list[Cut]:
 
 def _check_trained(job: Job, cut: Cut) -> None:
   """Refuses the training of another config, naming the fields that differ."""
-  folder = job.file('train', cut.name)
+  folder = job.folder(cut.name) / 'train'
   if (folder / 'config.json').exists():
     identity = config.identity(job.config, 'train')
     counts = {'structure.counts': list(cut.counts.values())}
@@ -284,7 +284,7 @@ def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   if not trained:
     return
   cut, result = trained[0], trained[0].result
-  path = job.file('train', cut.name) / 'mistakes.npz'
+  path = job.folder(cut.name) / 'train' / 'mistakes.npz'
   report.section('Misclassified images')
   if not path.exists():
     report.paragraph('The training kept no misclassified images.')
@@ -316,7 +316,7 @@ def _made(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   report.section('How it was made')
   folders = {'search': job.workdir / 'search'}
   for cut in cuts:
-    folders[f'training, {cut.name}'] = job.file('train', cut.name)
+    folders[f'training, {cut.name}'] = job.folder(cut.name) / 'train'
   folders['wide network'] = job.workdir / 'wide'
   folders['reference network'] = job.workdir / 'reference'
   rows = []
@@ -331,7 +331,7 @@ def _made(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   rows = [
     [str(path.relative_to(job.workdir)), f'{path.stat().st_size / 1e6:.2f} MB']
     for cut in cuts
-    for path in sorted(job.file('export', cut.name).glob('*'))
+    for path in sorted((job.folder(cut.name) / 'export').glob('*'))
   ]
   if rows:
     report.table('Exported files', ['file', 'size'], rows)

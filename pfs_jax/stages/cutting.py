@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,10 @@ from pfs_jax import (
   prune,
   rankings,
   runs,
+  scores,
   storage,
 )
-from pfs_jax import scores as scores_lib
-from pfs_jax.stages.job import Job
+from pfs_jax.stages.job import FOLDERS, Job
 
 
 def cut(job: Job) -> None:
@@ -67,23 +68,30 @@ def write(
   job: Job,
   budget: prune.Budget,
   structure: prune.Structure,
-  scores: Mapping[str, Any],
+  ranked: Mapping[str, Any],
 ) -> prune.Structure:
   """Writes a structure and the channels that it keeps.
+
+  Args:
+    job: The workdir.
+    budget: Its name says in which folder.
+    structure: What was cut.
+    ranked: The scores by which it was cut.
 
   Returns:
     The structure, or that of the file where someone gave it other counts: an
     edited file is kept.
   """
-  path = job.file('structure', budget.name, '.json')
+  job.note_budget(budget.name)
+  path = job.folder(budget.name) / 'structure.json'
   edited = _edited(job, path, structure)
   if edited is not None:
     console.say(f'{path} was edited and is kept; remove it to cut again.')
     return edited
   storage.write_text(path, structure.to_json() + '\n')
-  kept = prune.kept(scores, structure)
+  kept = prune.kept(ranked, structure)
   storage.write_json(
-    job.file('kept', budget.name, '.json'),
+    path.with_name('kept.json'),
     {layer: indices.tolist() for layer, indices in kept.items()},
     sealed=True,
   )
@@ -94,7 +102,7 @@ def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
   """The scores of the rankings that need more than gates; else the gates."""
   kind, damping = rankings.parse(budget.ranking)
   if kind == 'random':
-    return scores_lib.random(job.network.cost_model, job.config.seed)
+    return scores.random(job.network.cost_model, job.config.seed)
   if kind != 'sensitivity':
     return gates
   path = job.workdir / 'probe.json'
@@ -233,18 +241,18 @@ def _structure_row(job: Job, name: str, structure: prune.Structure):
 
 
 def read(job: Job) -> tuple[str, prune.Structure]:
-  """(budget name, structure) that `train` and `eval` are about."""
+  """(budget name, structure) that `train`, `eval` and `export` are about.
+
+  By `config.train.structure`: a path, the name of a budget, or, where it is
+  empty, the first budget of the config.
+  """
   asked = job.config.train.structure
-  if asked:
-    path = pathlib.Path(asked)
-    if not path.exists():
-      named = job.file('structure', asked, '.json')
-      path = named if named.exists() else path
-  else:
-    path = job.file('structure', job.budgets[0].name, '.json')
+  there, path, name = job.budget_folders(), pathlib.Path(asked), ''
+  if not asked or (asked in there and not path.is_file()):
+    name = asked or job.budgets[0].name
+    path = job.folder(name) / 'structure.json'
   if not path.exists():
-    there = sorted(p.name for p in job.workdir.glob('structure*.json'))
-    found = f' There: {", ".join(there)}.' if there else ''
+    found = f' Budgets there: {", ".join(there)}.' if there else ''
     raise errors.UserError(
       f'{path} does not exist: run --mode=search or --mode=prune first, or '
       f'give --config.train.structure=PATH.{found}'
@@ -258,7 +266,21 @@ def read(job: Job) -> tuple[str, prune.Structure]:
   else:
     structure = prune.Structure.from_json(text)
   _check_structure(job, path, structure)
-  return structure.source.get('budget', path.stem), structure
+  stem = re.sub(r'[^\w.-]', '-', path.stem)
+  return name or _file_name(structure.source.get('budget', stem)), structure
+
+
+def _file_name(name: str) -> str:
+  """A name of a budget, which names a folder: never a path out of the workdir.
+
+  It may come from a structure file that another person wrote.
+  """
+  if not re.fullmatch(r'\w[\w.-]*', str(name)) or name in FOLDERS:
+    raise errors.UserError(
+      'the name of a budget must be letters, digits, ".", "-" and "_", and not '
+      f'one of {", ".join(FOLDERS)}; got {name!r}.'
+    )
+  return name
 
 
 def _from_list(job: Job, path: pathlib.Path, text: str) -> prune.Structure:

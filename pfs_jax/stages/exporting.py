@@ -19,7 +19,7 @@ def export(job: Job, out: pathlib.Path | None = None) -> None:
   """
   name, structure = cutting.read(job)
   state = training.restore(job, name, structure)[-1]
-  folder = out or job.file('export', name)
+  folder = out or job.folder(name) / 'export'
   if storage.is_first_process():
     manifest = export_lib.save(
       folder,
@@ -35,7 +35,7 @@ def export(job: Job, out: pathlib.Path | None = None) -> None:
 
 def _spec(job: Job, name: str) -> data.Spec:
   """The facts of the data; folders named the classes when it was trained."""
-  names = runs.read_result(job.file('result', name, '.json'))['class_names']
+  names = runs.read_result(job.folder(name) / 'result.json')['class_names']
   return dataclasses.replace(job.spec, class_names=tuple(names))
 
 

@@ -28,6 +28,18 @@ from pfs_jax import (
 )
 from pfs_jax import train as train_lib
 
+# Folders of a workdir that belong to no budget.
+FOLDERS = (
+  'search',
+  'probe',
+  'tournament',
+  'train',
+  'wide',
+  'reference',
+  'export',
+  'report',
+)
+
 
 class Job:
   """A config and a workdir, and what several stages need of them."""
@@ -35,9 +47,10 @@ class Job:
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
     config.validate(c)
     self.config, self.workdir = c, workdir
-    # What the narrow network starts from; None: new random weights.
-    self.train_weights: Any = None
     self._reseeded: dict[int, Job] = {}
+    # The budget whose files are in the workdir itself; None in a new one.
+    first = workdir / 'budget.txt'
+    self._first = storage.read_text(first).strip() if first.exists() else None
     self.spec = data.configured(c.data)
     self.network = self._network()
     self.budgets = budgets.from_section(c.budget, self.network.reference_macs)
@@ -122,8 +135,8 @@ class Job:
     return data.open_set(self.config, self.workdir)
 
   @functools.cached_property
-  def search_weights(self) -> Any:
-    """The variables that the search freezes: random, unless assigned."""
+  def first_weights(self) -> Any:
+    """The random variables of the searched network before any training."""
     key = config.key(self.config.seed, 'search weights')
     return models.init(self.network.gated, key, self.image_shape)
 
@@ -142,18 +155,33 @@ class Job:
       steps_per_call=devices.steps_per_call(self.config.steps_per_call),
     )
 
-  def file(self, stem: str, name: str, suffix: str = '') -> pathlib.Path:
-    """A file or folder of one budget.
+  def folder(self, budget: str) -> pathlib.Path:
+    """The folder with the files of one budget.
 
-    The first budget that a workdir was cut to has the plain name; every other
-    carries its own: structure.json, structure-keep0.3.json.
+    The budget that a workdir is first used for has its files in the workdir
+    itself, and budget.txt there says its name; every other budget has a folder
+    of its name. So the paths of a budget do not change later.
     """
-    first = self.workdir / 'structure.json'
-    plain = True
-    if first.exists():
-      there = prune.Structure.from_json(first.read_text())
-      plain = there.source.get('budget') == name
-    return self.workdir / (f'{stem}{"" if plain else f"-{name}"}{suffix}')
+    at_top = self._first in (None, budget)
+    return self.workdir if at_top else self.workdir / budget
+
+  def note_budget(self, budget: str) -> None:
+    """Gives the workdir itself to a budget, unless it is given already."""
+    if self._first is None:
+      self._first = budget
+      storage.write_text(self.workdir / 'budget.txt', f'{budget}\n')
+
+  def budget_folders(self) -> dict[str, pathlib.Path]:
+    """{budget: folder} of the structures and results in the workdir."""
+    first = self._first or self.budgets[0].name
+    inside = [p for p in self.workdir.glob('*/') if p.name not in FOLDERS]
+    folders = {first: self.workdir, **{p.name: p for p in inside}}
+    return {
+      name: folder
+      for name, folder in sorted(folders.items(), key=lambda item: item[1])
+      if (folder / 'structure.json').exists()
+      or (folder / 'result.json').exists()
+    }
 
   def note_config(self) -> None:
     """Writes the whole config and the versions beside what they produce."""

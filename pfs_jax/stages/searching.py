@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -13,25 +15,30 @@ from pfs_jax.stages import cutting
 from pfs_jax.stages.job import Job
 
 
-def search(job: Job) -> None:
-  """Learns the gates and cuts them to the budgets."""
+def search(job: Job, weights: Mapping[str, Any] | None = None) -> None:
+  """Learns the gates of frozen weights and cuts them to the budgets.
+
+  Args:
+    job: Config, network, data and workdir.
+    weights: The variables that the search freezes; None: new random ones.
+  """
   for budget in job.budgets:  # Before hours of search, not after.
     cutting.check_budget(job, budget)
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
   if not (folder / 'gates.npz').exists():
     job.note_config()
-    _search(job, folder)
+    _search(job, folder, weights or job.first_weights)
   cutting.cut(job)
 
 
-def _search(job: Job, folder: pathlib.Path) -> None:
+def _search(job: Job, folder: pathlib.Path, weights) -> None:
   c, network = job.config, job.network
   source = job.data.train_source('search', hold_out=True)
   validation = job.data.validation()
   state = search_lib.init(
     network.gated,
-    job.search_weights,
+    weights,
     sparsity=c.search.sparsity,
     balance=c.search.balance,
     learning_rate=c.search.learning_rate,
@@ -75,7 +82,7 @@ def _classifier(job: Job) -> str | None:
   if not c.train_classifier:
     return None
   return c.classifier or search_lib.last_dense(
-    job.network.gated, job.search_weights, job.image_shape
+    job.network.gated, job.first_weights, job.image_shape
   )
 
 

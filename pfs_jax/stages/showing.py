@@ -8,7 +8,7 @@ from pfs_jax.stages.job import Job
 
 def show(job: Job, name: str, structure: prune.Structure) -> None:
   """The closing tables."""
-  result = runs.read_result(job.file('result', name, '.json'))
+  result = runs.read_result(job.folder(name) / 'result.json')
   network, model = job.network, job.network.cost_model
   searched = (model.macs(model.widths), model.params(model.widths))
   reference = (network.reference_macs, network.reference_params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def _train_identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
 
 def _kept(job: Job, name: str, structure: prune.Structure) -> dict[str, Any]:
   """Which channels the cut kept; read only where weights come along."""
-  path = job.file('kept', name, '.json')
+  path = job.folder(name) / 'kept.json'
   kept = storage.read_json(path, dict[str, list[int]])
   lengths = {layer: len(indices) for layer, indices in kept.items()}
   expected = dict(zip(structure.layers, structure.counts, strict=True))
@@ -57,7 +57,7 @@ def _inherited(job: Job, name: str, structure: prune.Structure):
   if job.config.train.init == 'random':
     return None
   kept = _kept(job, name, structure)
-  first = {k: v for k, v in job.search_weights.items() if k != 'gates'}
+  first = {k: v for k, v in job.first_weights.items() if k != 'gates'}
   if job.config.train.init == 'inherit':
     folder = job.workdir / 'wide'
     identity = config.identity(job.config, 'train')
@@ -68,20 +68,27 @@ def _inherited(job: Job, name: str, structure: prune.Structure):
   return job.network.slice_variables(jax.device_get(first), kept)
 
 
-def train(job: Job) -> None:
-  """Trains the narrow network from new random weights and evaluates it."""
+def train(job: Job, weights: Mapping[str, Any] | None = None) -> None:
+  """Trains the narrow network and evaluates it on the test set.
+
+  Args:
+    job: Config, network, data and workdir.
+    weights: What the narrow network starts from; None: what
+      `config.train.init` says.
+  """
   if (job.workdir / 'search').exists() and not job.config.train.structure:
     runs.claim(job.workdir / 'search', config.identity(job.config, 'search'))
   name, structure = cutting.read(job)
-  folder = job.file('train', name)
+  job.note_budget(name)
+  folder = job.folder(name) / 'train'
   runs.claim(folder, _train_identity(job, structure))
-  if not job.file('result', name, '.json').exists():
+  if not (job.folder(name) / 'result.json').exists():
     job.note_config()
     epochs = job.config.train.epochs
     if job.config.train.scratch == 'B':
       epochs *= job.network.reference_macs / structure.macs
     module = job.network.narrow(structure.counts)
-    weights = job.train_weights or _inherited(job, name, structure)
+    weights = weights or _inherited(job, name, structure)
     state = fit(job, module, folder, 'train', epochs, weights)
     reference = _reference_accuracy(job)
     _write_result(job, name, structure, module, state, folder, reference)
@@ -210,7 +217,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'versions': runs.versions(),
     'config': c.to_dict(),
   }
-  storage.write_json(job.file('result', name, '.json'), result, sealed=True)
+  storage.write_json(job.folder(name) / 'result.json', result, sealed=True)
   runs.barrier('result')
 
 
@@ -221,8 +228,8 @@ def restore(job: Job, name: str, structure: prune.Structure):
     errors.UserError: The training has not finished, or the state after its last
       step cannot be read. No other state will do.
   """
-  folder = job.file('train', name)
-  path = job.file('result', name, '.json')
+  folder = job.folder(name) / 'train'
+  path = job.folder(name) / 'result.json'
   step = runs.read_result(path)['steps']
   runs.claim(folder, _train_identity(job, structure))
   module = job.network.narrow(structure.counts)

@@ -123,10 +123,11 @@ def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
   c = cell.config.copy_and_resolve_references()
   c.train.structure = str(folder / 'structure.json')
   job = stages.Job(c, folder)
+  weights = None
   if cell.arm.training != 'scratch' and not (folder / 'result.json').exists():
-    job.train_weights = _weights(cell, root, found['kept'])
+    weights = _weights(cell, root, found['kept'])
   products.renew_claim(folder / 'train')
-  stages.train(job)
+  stages.train(job, weights)
   result: Mapping[str, Any] = storage.read_json(folder / 'result.json')
   epochs = c.train.epochs
   if c.train.scratch == 'B':

@@ -94,7 +94,7 @@ def scale_penalty(penalty: float) -> optax.GradientTransformation:
 
 def first_weights(job: stages.Job) -> dict[str, Any]:
   """The random variables that a search starts from, gates left out."""
-  return {k: v for k, v in job.search_weights.items() if k != 'gates'}
+  return {k: v for k, v in job.first_weights.items() if k != 'gates'}
 
 
 def _flatten(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -178,11 +178,8 @@ def searched(cell: plan.Cell, root: pathlib.Path):
   path = where / 'search' / 'gates.npz'
 
   def search() -> None:
-    job = stages.Job(cell.wide, where)
-    if variables is not None:
-      job.search_weights = variables
     renew_claim(where / 'search')
-    stages.search(job)
+    stages.search(stages.Job(cell.wide, where), variables)
 
   make(path, where, search)
   return storage.read_arrays(path), where
