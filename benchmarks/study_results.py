@@ -3,9 +3,10 @@
   python -m benchmarks.study_results
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is that of
-a study. 'NAME similarity' is its table of structures, 'NAME counts' the mean
-share that the arms keep of each layer, and 'NAME picture P' the picture P of
-the study's report, kept as results/pictures/NAME-P.svg. What stands there is
+a study. It compares the arms by accuracy; 'NAME loss' compares them by test
+loss. 'NAME similarity' is the study's table of structures, 'NAME counts' the
+mean share that the arms keep of each layer, and 'NAME picture P' the picture P
+of its report, kept as results/pictures/NAME-P.svg. What stands there is
 replaced. No study is run.
 """
 
@@ -21,7 +22,8 @@ from pfs_jax.studies import plan, results, tables
 ROOT = pathlib.Path(__file__).parents[1]
 PICTURES = 'results/pictures'
 _PLACE = re.compile(
-  r'<!-- (\w+)((?: similarity| counts| picture \w+)?) -->\n.*?<!-- end -->',
+  r'<!-- (\w+)((?: loss| similarity| counts| picture \w+)?) -->\n'
+  r'.*?<!-- end -->',
   re.DOTALL,
 )
 
@@ -73,7 +75,8 @@ def filled(text):
       body = '(not run yet)'
     else:
       table = {
-        '': lambda: tables.accuracy(study, records),
+        '': lambda: tables.comparison(study, records),
+        'loss': lambda: tables.comparison(study, records, tables.LOSS),
         'counts': lambda: tables.counts(tables.grouped(records)),
         'similarity': lambda: tables.similarity(records),
       }[kind]()

@@ -58,7 +58,8 @@ class Progress:
     self, label: str, total: int, done: int = 0, unit: str = 'steps'
   ):
     self._label, self._total, self._first = label, total, done
-    self._unit, self._size = ('MB', 1e6) if unit == 'bytes' else ('steps', 1)
+    self._unit = 'MB' if unit == 'bytes' else 'steps'
+    self._size = 1e6 if unit == 'bytes' else 1.0
     self._start = self._said = time.perf_counter()
     self._started = False
     self._shown = sys.stderr.isatty() and jax.process_index() == 0

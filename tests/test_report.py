@@ -413,7 +413,7 @@ def test_report_of_a_study(tmp_path):
   (tmp_path / 'report-headline').mkdir()
   (tmp_path / 'report-headline' / 'varied.png').write_text('an earlier one')
   outline = reported(tmp_path, study_of(), STUDY_PICTURES)
-  assert '12 of 12 cells are finished. The table shows' in outline.text
+  assert '12 of 12 cells are finished. The table compares' in outline.text
   rows = re.findall(
     '(?s)<tr>(.*?)</tr>', (tmp_path / 'report-headline.html').read_text()
   )

@@ -429,7 +429,7 @@ def test_rows_compare_with_what_is_comparable():
     )
     for seed in (0, 1)
   ]
-  by_label = {row[0]: row for row in tables.accuracy(study, records).rows}
+  by_label = {row[0]: row for row in tables.comparison(study, records).rows}
   assert by_label['searched'][1:6] == [
     '2',
     '90.50',
@@ -445,14 +445,14 @@ def test_rows_compare_with_what_is_comparable():
 def test_scratch_b_waits_for_its_baseline():
   study = config_of('compare', 'full')
   records = [record('uniform', 0, 0.8), record('searched+scratch_b', 0, 0.9)]
-  assert tables.baseline_accuracies(study, records, records[1:]) == {}
+  assert tables.baseline_of(study, records, records[1:]) == []
 
 
 def test_pairs_are_counted():
   study = config_of('headline')
   records = [record('uniform', 0, 0.8)]
   records += [record('searched', seed, 0.9) for seed in (0, 1)]
-  row = {r[0]: r for r in tables.accuracy(study, records).rows}['searched']
+  row = {r[0]: r for r in tables.comparison(study, records).rows}['searched']
   assert row[1] == '2' and row[4] == '+10.00 (n = 1)'
 
 

@@ -56,7 +56,7 @@ def build(
   groups = tables.grouped(records)
   compared = tables.differences(study, groups)
   arms = [
-    Arm(f'{i}. {k}', g, list(tables.accuracies(g).values()), compared.get(k))
+    Arm(f'{i}. {k}', g, list(tables.values(g).values()), compared.get(k))
     for i, (k, g) in enumerate(groups.items(), 1)
   ]
   trained = [arm for arm in arms if arm.values]
@@ -67,7 +67,10 @@ def build(
     count += '; the others may change what this page says'
   report.paragraph(f'{count}. {_TRAINED if trained else _CUT}', 'answer')
   if trained:
-    report.table(*_numbered(tables.accuracy(study, records), arms))
+    for measure in (tables.ACCURACY, tables.LOSS):
+      table = tables.comparison(study, records, measure)
+      if table.rows:
+        report.table(*_numbered(table, arms))
     report.section('Accuracy')
     _accuracy(report, trained)
     _differences(report, tables.against(study), trained)
@@ -80,7 +83,7 @@ def build(
 
 
 _TRAINED = (
-  'The table shows the test accuracy of each arm: mean and standard deviation '
+  'The table compares the arms by test accuracy: mean and standard deviation '
   'over n seeds, and the mean difference from the baseline over pairs of seeds '
   'with its 95% interval. An arm is indistinguishable from the baseline where '
   "the interval holds 0. MACs are shares of the reference network's."
@@ -119,7 +122,7 @@ def _numbered(table: Table, arms: Sequence[Arm]) -> Table:
 
 # Accuracy.
 
-_NUMBERS = 'Test accuracy in %'  # The table on the first screen.
+_NUMBERS = tables.ACCURACY.title  # The table on the first screen.
 
 
 def _accuracy(report: page.Page, arms: Sequence[Arm]) -> None:

@@ -34,15 +34,39 @@ def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
   return groups
 
 
-# Accuracy.
+# Accuracy and loss.
 
 
-def accuracies(records: Sequence[Record]) -> dict[int, float]:
-  """{seed: test accuracy in percent}."""
+class Measure(NamedTuple):
+  """What the arms of a study are compared by: a title, and how to show it.
+
+  Attributes:
+    title: The title of its table.
+    field: The field of the records.
+    scale: What its values are multiplied by.
+    digits: Decimals that are shown.
+    sign: 1 where more is better, -1 where less is.
+  """
+
+  title: str
+  field: str
+  scale: float
+  digits: int
+  sign: int
+
+
+ACCURACY = Measure('Test accuracy in %', 'test_accuracy', 100, 2, 1)
+LOSS = Measure('Test loss', 'test_loss', 1, 4, -1)
+
+
+def values(
+  records: Sequence[Record], measure: Measure = ACCURACY
+) -> dict[int, float]:
+  """{seed: value of a measure}, of the records that have it."""
   return {
-    r['seed']: 100 * r['test_accuracy']
+    r['seed']: measure.scale * r[measure.field]
     for r in records
-    if r['test_accuracy'] is not None
+    if r.get(measure.field) is not None
   }
 
 
@@ -58,84 +82,92 @@ def against(study: ml_collections.ConfigDict) -> str:
   return f'{study.baseline} (Scratch-B: {other})' if other else study.baseline
 
 
-def baseline_accuracies(
+def baseline_of(
   study: ml_collections.ConfigDict,
   records: Sequence[Record],
   group: Sequence[Record],
-) -> dict[int, float]:
-  """{seed: test accuracy in percent} of what a group is compared with.
+) -> list[Record]:
+  """The records that a group is compared with.
 
-  That is the baseline, trained in the same way as the group where the study has
-  such an arm (Scratch-B is compared with Scratch-B), at the same value of the
-  varied field or, failing that, without a value. {} for the baseline itself.
+  They are the baseline, trained in the same way as the group where the study
+  has such an arm (Scratch-B is compared with Scratch-B), at the same value of
+  the varied field or, failing that, without a value. The baseline itself is
+  compared with nothing.
   """
   arm, variation = group[0]['arm'], group[0]['variation']
   name = study.baseline
   if 'scratch_b' in arm.split('+'):
     name = _scratch_b(study) or name
   if name in (arm, group[0]['label']) or study.baseline == arm:
-    return {}
+    return []
   options: tuple[Mapping[str, Any], ...] = (variation, {})
   for wanted in options:
     arms_there = [r for r in records if r['arm'] == name]
     found = [r for r in arms_there if r['variation'] == wanted]
     if found:
-      return accuracies(found)
-  return accuracies([r for r in records if r['label'] == name])
+      return found
+  return [r for r in records if r['label'] == name]
 
 
 def differences(
-  study: ml_collections.ConfigDict, groups: Groups
+  study: ml_collections.ConfigDict, groups: Groups, measure: Measure = ACCURACY
 ) -> dict[str, statistics.Difference]:
   """{label: paired difference from the baseline}, where there are pairs."""
   records = [r for group in groups.values() for r in group]
   found = {}
   for label, group in groups.items():
-    theirs = baseline_accuracies(study, records, group)
-    versus = statistics.paired(accuracies(group), theirs)
+    theirs = values(baseline_of(study, records, group), measure)
+    versus = statistics.paired(values(group, measure), theirs)
     if versus is not None:
       found[label] = versus
   return found
 
 
-def accuracy(
-  study: ml_collections.ConfigDict, records: Sequence[Record]
+def comparison(
+  study: ml_collections.ConfigDict,
+  records: Sequence[Record],
+  measure: Measure = ACCURACY,
 ) -> Table:
-  """Accuracy, spread, difference from the baseline, and costs of each arm."""
+  """Mean, spread, difference from the baseline, and costs of each arm."""
   groups, rows = grouped(records), []
-  compared = differences(study, groups)
+  compared = differences(study, groups, measure)
+  digits = f'.{measure.digits}f'
   for label, group in groups.items():
-    found = list(accuracies(group).values())
+    found = list(values(group, measure).values())
     if not found:
       continue
     total, versus = statistics.summary(found), compared.get(label)
-    sd = '-' if total.sd is None else f'{total.sd:.2f}'
-    row = [label, str(total.n), f'{total.mean:.2f}', sd, '', '', '']
+    sd = '-' if total.sd is None else f'{total.sd:{digits}}'
+    row = [label, str(total.n), f'{total.mean:{digits}}', sd, '', '', '']
     if versus is not None:
       pairs = '' if versus.n == total.n else f' (n = {versus.n})'
       limits = '-'
       if versus.low is not None and versus.high is not None:
-        limits = f'{versus.low:+.2f} .. {versus.high:+.2f}'
-      row[4:] = [f'{versus.mean:+.2f}{pairs}', limits, verdict(versus)]
+        limits = f'{versus.low:+{digits}} .. {versus.high:+{digits}}'
+      said = verdict(versus, measure.sign)
+      row[4:] = [f'{versus.mean:+{digits}}{pairs}', limits, said]
     share = np.mean([r['macs_share'] for r in group])
     seconds = np.mean([r['seconds'] for r in group])
     rows.append([*row, f'{share:.1%}', f'{seconds:.0f}'])
   other = against(study)
   minus = f'minus {other}' if other else 'difference'
   columns = ['arm', 'n', 'mean', 'sd', minus, '95 %', 'verdict', 'MACs']
-  return Table('Test accuracy in %', [*columns, 'seconds'], rows)
+  return Table(measure.title, [*columns, 'seconds'], rows)
 
 
-def verdict(versus: statistics.Difference) -> str:
+def verdict(versus: statistics.Difference, sign: int = 1) -> str:
   """'better', 'worse' or, where the interval holds 0, 'indistinguishable'.
+
+  Args:
+    versus: A difference from a baseline.
+    sign: 1 where more is better, -1 where less is.
 
   >>> verdict(statistics.Difference(3, 1.0, 0.5, 1.5))
   'better'
   """
-  if versus.low is not None and versus.low > 0:
-    return 'better'
-  if versus.high is not None and versus.high < 0:
-    return 'worse'
+  for end, side in ((versus.low, 1), (versus.high, -1)):
+    if end is not None and side * end > 0:
+      return 'better' if side == sign else 'worse'
   return 'indistinguishable'
 
 
@@ -252,11 +284,9 @@ def show(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Prints the tables of what is finished."""
   records, total = results.mine(study, workdir), len(plan.cells(study))
   file = results.path(study, workdir)
-  shown = []
-  trained = any(r['test_accuracy'] is not None for r in records)
-  if trained:
-    shown.append(accuracy(study, records))
-  if records and (study.field or not trained):
+  shown = [comparison(study, records, m) for m in (ACCURACY, LOSS)]
+  shown = [table for table in shown if table.rows]
+  if records and (study.field or not shown):
     shown.append(similarity(records))
   for title, columns, rows in shown:
     count = f'{len(records)} of {total} cells, {file}'
