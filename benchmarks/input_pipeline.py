@@ -15,6 +15,7 @@ training step's time that is spent waiting. Numbers are the median of
 import argparse
 import concurrent.futures
 import io
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -122,10 +123,10 @@ class Whole:
 
 
 def threads(batches, count):
-  """Yields batches of `loading.Loader`."""
-  with loading.Loader(batches, 0, count) as loader:
-    while True:
-      yield loader.next()
+  """Yields batches of `loading.Reader`."""
+  with loading.Reader(batches, count) as reader:
+    for step in itertools.count():
+      yield reader.batch(step)
 
 
 def grains(batches, processes):

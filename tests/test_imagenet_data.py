@@ -867,11 +867,11 @@ def test_loader_waits_are_counted(folder):
   batches = loading.Batches(
     listed, np.arange(len(listed)), 24, np.arange(24), SIZE, (1, 2), 0.25
   )
-  with loading.Loader(batches, 0, 1) as loader:
-    loader.next()
-    waited = loader.seconds_waited
+  with loading.Reader(batches, 1) as reader:
+    reader.batch(0)
+    waited = reader.seconds_waited
     assert 0 < waited < 10
     time.sleep(0.5)  # Time for what is ahead.
-    loader.next()
-    assert loader.seconds_waited - waited < 0.1
+    reader.batch(1)
+    assert reader.seconds_waited - waited < 0.1
   assert math.isfinite(waited)

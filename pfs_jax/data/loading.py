@@ -13,8 +13,9 @@ import dataclasses
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from pfs_jax import console, errors
 from pfs_jax.data import decoding, listing
 
 _PIECE = 16  # Images decoded by one thread at a time.
-_AHEAD = 3  # Batches in the making, or made and not yet asked for.
+_AHEAD = 4  # Batches in the making, or made and not yet asked for.
 _TRIES = 100  # Images in a row that may be corrupt before a batch gives up.
 
 Images = listing.Folder | listing.Records
@@ -45,7 +46,8 @@ class Batches:
     size: Height and width.
     key: Two 32-bit numbers, or None.
     scale: Least share of the area of a random crop; 0: centre crops.
-    skip: Whether the next image of the set replaces a corrupt training image.
+    skip: Whether corrupt images are left out, not an error: the next image of
+      the set replaces one in training.
     keep: Share of the shorter side that a centre crop keeps.
   """
 
@@ -148,32 +150,31 @@ def reason(e: Exception) -> str:
   return ' '.join(text.split())[:100] or type(e).__name__
 
 
-class Loader:
-  """Batches in order, decoded ahead by threads; a context manager.
+class Reader:
+  """Batches by step, decoded ahead by threads; a context manager.
 
   Args:
     batches: What to decode.
-    start: The first step.
     workers: Threads that decode; 0 and -1 are one for each core.
+    named: Places of corrupt images that were named on stderr; grows.
 
   Attributes:
-    seconds_waited: How long `next` has waited.
+    seconds_waited: How long `batch` has waited for threads.
   """
 
-  def __init__(self, batches: Batches, start: int, workers: int):
-    # Odd EXIF and the like: the pixels count.
-    warnings.filterwarnings('ignore', module=r'PIL\.')
+  def __init__(
+    self, batches: Batches, workers: int, named: set[int] | None = None
+  ):
     self.seconds_waited = 0.0
     self._batches = batches
-    self._steps = iter(range(start, len(batches)))
-    threads = workers if workers > 0 else len(os.sched_getaffinity(0))
-    self._pool = futures.ThreadPoolExecutor(threads, 'decode')
+    self._named = set() if named is None else named
+    self._threads = workers if workers > 0 else len(os.sched_getaffinity(0))
+    self._pool: futures.ThreadPoolExecutor | None = None
     self._ahead: collections.deque[list[futures.Future]] = collections.deque()
-    for _ in range(_AHEAD):
-      self._submit()
+    self._next = 0
 
-  def __enter__(self) -> Loader:
-    """Returns the loader; its threads are at work already."""
+  def __enter__(self) -> Self:
+    """Returns the reader; its threads start with the first batch."""
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -181,75 +182,65 @@ class Loader:
     self.close()
 
   def close(self) -> None:
-    """Ends the threads, after the pieces that they are decoding."""
-    self._pool.shutdown(cancel_futures=True)
+    """Ends the threads; the next batch would start new ones."""
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+    self._pool = None
+    self._ahead.clear()
 
-  def _submit(self) -> None:
-    """Hands the pieces of the next batch to the threads, if there is one."""
-    step = next(self._steps, None)
-    if step is None:
-      return
-    places, rows = self._batches.places(step), self._batches.rows
-    pieces = [slice(i, i + _PIECE) for i in range(0, len(rows), _PIECE)]
-    self._ahead.append(
-      [
-        self._pool.submit(self._batches.piece, step, places[p], rows[p])
-        for p in pieces
-      ]
-    )
+  def batch(self, step: int) -> dict[str, Any]:
+    """A batch as `Batches.piece` gives it, of all rows; fast in order.
 
-  def next(self) -> dict[str, Any]:
-    """The next batch, as `Batches.piece` gives it, of all rows."""
+    Raises:
+      errors.UserError: An image cannot be decoded and is not to be skipped, or
+        there are too many of them to fill a batch.
+    """
+    if self._pool is None or step != self._next:
+      self.close()
+      # Odd EXIF and the like: the pixels count.
+      warnings.filterwarnings('ignore', module=r'PIL\.')
+      self._pool = futures.ThreadPoolExecutor(self._threads, 'decode')
+    for ahead in range(step + len(self._ahead), step + _AHEAD):
+      if ahead < len(self._batches):
+        self._ahead.append(self._submitted(self._pool, ahead))
+    self._next = step + 1
     begin = time.perf_counter()
     pieces = [future.result() for future in self._ahead.popleft()]
     self.seconds_waited += time.perf_counter() - begin
-    self._submit()
     joined = {
       name: np.concatenate([piece[name] for piece in pieces])
       for name in ('pixels', 'labels', 'weights')
     }
     corrupt = [found for piece in pieces for found in piece['corrupt']]
+    self._name(corrupt, joined['weights'])
     return {**joined, 'corrupt': corrupt}
 
+  def _submitted(
+    self, pool: futures.ThreadPoolExecutor, step: int
+  ) -> list[futures.Future]:
+    """The pieces of a batch, handed to the threads."""
+    places, rows = self._batches.places(step), self._batches.rows
+    parts = [slice(i, i + _PIECE) for i in range(0, len(rows), _PIECE)]
+    piece = self._batches.piece
+    return [pool.submit(piece, step, places[p], rows[p]) for p in parts]
 
-class Corrupt:
-  """Raises an error for files that cannot be decoded, or counts them.
-
-  Attributes:
-    skip: Whether they are left out; else they are an error.
-    found: Places of the images that were left out so far, on this process.
-  """
-
-  def __init__(self, images: Images, skip: bool):
-    self.skip = skip
-    self.found: set[int] = set()
-    self._images = images
-
-  def note(self, batch: dict[str, Any], must_fill: bool) -> None:
-    """Notes the corrupt images of a batch.
-
-    Args:
-      batch: From `Loader`.
-      must_fill: Whether every row needs an image.
-
-    Raises:
-      errors.UserError: There is a corrupt image and `skip` is off, or there are
-        too many to fill a batch.
-    """
-    for i, reason in batch['corrupt']:
-      where = self._images.where(i)
-      if not self.skip:
+  def _name(
+    self, corrupt: Sequence[tuple[int, str]], weights: np.ndarray
+  ) -> None:
+    """Names corrupt images, each once, or raises an error."""
+    for i, why in corrupt:
+      where = self._batches.images.where(i)
+      if not self._batches.skip:
         raise errors.UserError(
-          f'{where} cannot be decoded ({reason}).\n'
+          f'{where} cannot be decoded ({why}).\n'
           "Replace it, or leave such files out: config.data.corrupt='skip'."
         )
-      if i not in self.found:
-        self.found.add(i)
-        console.note(
-          f'skipped, cannot be decoded: {where} ({len(self.found)} so far)'
-        )
-    if must_fill and not batch['weights'].all():
+      if i not in self._named:
+        self._named.add(i)
+        n = len(self._named)
+        console.note(f'skipped, cannot be decoded: {where} ({n} so far)')
+    if self._batches.key is not None and not weights.all():
       raise errors.UserError(
-        f'{len(self.found)} images cannot be decoded, too many in a row to '
+        f'{len(self._named)} images cannot be decoded, too many in a row to '
         f'fill a batch; the last is {where}.'
       )

@@ -289,14 +289,15 @@ def _first_size(train: listing.Folder) -> int:
 def _decoded(images: listing.Folder, size: int, fields: Any) -> arrays.Pair:
   """(pixels, labels) of all images, without those that are skipped."""
   chosen, rows = np.arange(len(images)), np.arange(min(len(images), 64))
-  batches = loading.Batches(images, chosen, len(rows), rows, size, keep=1.0)
-  corrupt = loading.Corrupt(images, fields.corrupt == 'skip')
+  skip = fields.corrupt == 'skip'
+  batches = loading.Batches(
+    images, chosen, len(rows), rows, size, skip=skip, keep=1.0
+  )
   pixels = np.empty((len(images), size, size, 3), np.uint8)
   labels: list[int] = []
-  with loading.Loader(batches, 0, fields.workers) as loader:
-    for _ in range(len(batches)):
-      batch = loader.next()
-      corrupt.note(batch, must_fill=False)
+  with loading.Reader(batches, fields.workers) as reader:
+    for step in range(len(batches)):
+      batch = reader.batch(step)
       good = batch['weights'] > 0
       pixels[len(labels) : len(labels) + good.sum()] = batch['pixels'][good]
       labels += batch['labels'][good].tolist()

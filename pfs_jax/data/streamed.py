@@ -48,10 +48,8 @@ def _global(local: np.ndarray, axis: int, n: int) -> jax.Array:
   )
 
 
-class StreamSource:
+class StreamSource(loading.Reader):
   """Training batches from threads; the interface of `pipeline.ArraySource`.
-
-  A context manager: leaving it ends the threads.
 
   Attributes:
     resident: Empty: no data stay on the device.
@@ -62,38 +60,16 @@ class StreamSource:
   def __init__(
     self,
     batches: loading.Batches,
+    workers: int,
+    named: set[int],
     key: jax.Array,
     draw: colour.StreamDraw,
-    corrupt: loading.Corrupt,
-    workers: int,
   ):
+    super().__init__(batches, workers, named)
     self.resident = ()
     self.steps_per_epoch = batches.steps_per_epoch
     self.draw = draw
-    self._batches, self._corrupt, self._workers = batches, corrupt, workers
     self._key = key
-    self._loader: loading.Loader | None = None
-    self._next, self._waited = -1, 0.0
-
-  def __enter__(self) -> StreamSource:
-    """Returns the source; its threads start with the first batch."""
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    """Ends the threads."""
-    self.close()
-
-  def close(self) -> None:
-    """Ends the threads; the next chunk would start new ones."""
-    if self._loader:
-      self._waited += self._loader.seconds_waited
-      self._loader.close()
-      self._loader = None
-
-  @property
-  def seconds_waited(self) -> float:
-    """Seconds that `chunk` has waited for images."""
-    return self._waited + (self._loader.seconds_waited if self._loader else 0)
 
   def chunk(self, step: int, k: int) -> Any:
     """What `draw` needs for steps step .. step + k - 1, leading axis k.
@@ -101,13 +77,7 @@ class StreamSource:
     Raises:
       errors.UserError: A file cannot be decoded and is not to be skipped.
     """
-    if self._loader is None or step != self._next:
-      self.close()
-      self._loader = loading.Loader(self._batches, step, self._workers)
-    self._next = step + k
-    local = [self._loader.next() for _ in range(k)]
-    for batch in local:
-      self._corrupt.note(batch, must_fill=True)
+    local = [self.batch(i) for i in range(step, step + k)]
 
     def joined(name: str) -> jax.Array:
       parts = [batch[name] for batch in local]
@@ -121,9 +91,8 @@ class StreamSource:
 class StreamEvaluation:
   """Evaluation batches that hold every image exactly once.
 
-  Iterating gives (x, y, weight): uint8 [B, H, W, 3], int32 [B], float32 [B],
-  split over the devices; weight 0 pads the last batch and stands for images
-  that were skipped.
+  Iterating gives (x, y, weight) as `pipeline.ArrayEvaluation` does; weight 0
+  also stands for images that were skipped.
 
   Attributes:
     augmentation: Its `test` normalises.
@@ -133,29 +102,28 @@ class StreamEvaluation:
   def __init__(
     self,
     batches: loading.Batches,
-    augmentation: colour.ColourAugmentation,
-    corrupt: loading.Corrupt,
     workers: int,
+    named: set[int],
+    augmentation: colour.ColourAugmentation,
   ):
     self.augmentation = augmentation
     self.size = len(batches.chosen)
-    self._batches, self._corrupt, self._workers = batches, corrupt, workers
+    self._batches, self._workers, self._named = batches, workers, named
 
   def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
     """Yields (images, labels, weights) on the devices."""
-    skipped = 0
-    with loading.Loader(self._batches, 0, self._workers) as loader:
-      for _ in range(len(self._batches)):
-        batch = loader.next()
-        self._corrupt.note(batch, must_fill=False)
+    skipped, batches = 0, self._batches
+    with loading.Reader(batches, self._workers, self._named) as reader:
+      for step in range(len(batches)):
+        batch = reader.batch(step)
         skipped += len(batch['corrupt'])
         yield tuple(
-          _global(batch[name], 0, self._batches.batch_size)
+          _global(batch[name], 0, batches.batch_size)
           for name in ('pixels', 'labels', 'weights')
         )
     if jax.process_count() > 1:
       skipped = multihost_utils.process_allgather(np.int32(skipped)).sum()
-    self.size = len(self._batches.chosen) - int(skipped)
+    self.size = len(batches.chosen) - int(skipped)
 
 
 class Streamed:
@@ -190,10 +158,8 @@ class Streamed:
     if per_class:
       names, labels = _names_and_labels(self._train, workdir)
       self._held_out = listing.held_out(names, labels, per_class)
-    skip = c.data.corrupt == 'skip'
-    self._corrupt = loading.Corrupt(self._train, skip)
-    self._corrupt_test = loading.Corrupt(self._test, skip)
-    self._workers = c.data.workers
+    self._skip, self._workers = c.data.corrupt == 'skip', c.data.workers
+    self._named: tuple[set[int], set[int]] = (set(), set())
 
   def train_source(self, stage: str, hold_out: bool) -> StreamSource:
     """Training batches of a stage; see `pipeline.Arrays.train_source`."""
@@ -213,34 +179,37 @@ class Streamed:
       self.spec.image_size,
       key=tuple(jax.random.key_data(host_key).tolist()),
       scale=(recipe.crop_scale or self.spec.crop_scale) if augment else 0.0,
-      skip=self._corrupt.skip,
+      skip=self._skip,
     )
     draw = colour.StreamDraw(self._augmentation(stage), augment)
-    return StreamSource(batches, device_key, draw, self._corrupt, self._workers)
+    return StreamSource(
+      batches, self._workers, self._named[0], device_key, draw
+    )
 
   def validation(self) -> StreamEvaluation | None:
     """The images held out from training, or None."""
     if not self._per_class:
       return None
     chosen = np.flatnonzero(self._held_out)
-    return self._evaluation(self._train, chosen, self._corrupt)
+    return self._evaluation(self._train, chosen, self._named[0])
 
   def test(self) -> StreamEvaluation:
     """The test images: ImageNet's validation images."""
     chosen = np.arange(len(self._test))
-    return self._evaluation(self._test, chosen, self._corrupt_test)
+    return self._evaluation(self._test, chosen, self._named[1])
 
   def _evaluation(
-    self, images: loading.Images, chosen: np.ndarray, corrupt: loading.Corrupt
+    self, images: loading.Images, chosen: np.ndarray, named: set[int]
   ) -> StreamEvaluation:
     n = jax.device_count()
     size = min(self._config.data.eval_batch_size, len(chosen))
     size = -(-size // n) * n
+    rows, pixels = _local_rows(size), self.spec.image_size
     batches = loading.Batches(
-      images, chosen, size, _local_rows(size), self.spec.image_size
+      images, chosen, size, rows, pixels, skip=self._skip
     )
     augmentation = self._augmentation(None)
-    return StreamEvaluation(batches, augmentation, corrupt, self._workers)
+    return StreamEvaluation(batches, self._workers, named, augmentation)
 
   def _augmentation(self, stage: str | None) -> colour.ColourAugmentation:
     recipe = self._config[stage] if stage else None
