@@ -119,3 +119,47 @@ def estimated(state: Any, source: Any, step: int) -> Any:
     merged, state.batch_stats, means, momenta
   )
   return state.replace(batch_stats=stats)
+
+
+def refresher(
+  mode: str, is_own: bool, state: Any, source: Any
+) -> Callable[[Any, int], Any]:
+  """What `config.train.statistics` says: which state is evaluated and saved.
+
+  Args:
+    mode: 'running', 'estimated', or 'auto': estimated for a model of the user's
+      own while the run is short (see `is_short`).
+    is_own: Whether the model is the user's own.
+    state: At step 0.
+    source: Training batches.
+
+  Returns:
+    (state, steps made) -> the same state, or one from `estimated`.
+  """
+  if mode == 'running' or (mode == 'auto' and not is_own):
+    return lambda state, step: state
+  momentum = longest_momentum(state, source)
+
+  def refreshed(state: Any, step: int) -> Any:
+    if momentum and (mode == 'estimated' or is_short(momentum, step)):
+      return estimated(state, source, step)
+    return state
+
+  return refreshed
+
+
+def warning(training: float, test: float) -> str:
+  """A sentence where the accuracies (0..1) are implausibly far apart, else ''.
+
+  >>> warning(0.67, 0.10).split(';')[0]
+  'test accuracy 10 % is less than half of the training accuracy 67 %'
+  >>> warning(0.99, 0.70)
+  ''
+  """
+  if 2 * test >= training:
+    return ''
+  return (
+    f'test accuracy {100 * test:.0f} % is less than half of the training '
+    f'accuracy {100 * training:.0f} %; the training set may be too small, or '
+    "BatchNorm's running statistics lag (see config.train.statistics)."
+  )

@@ -126,6 +126,7 @@ class Result(TypedDict):
   seconds: Annotated[float, msgspec.Meta(ge=0)]
   # More, which only people and reports read.
   test_loss: NotRequired[float]
+  warnings: NotRequired[list[str]]
   reference_macs: NotRequired[_Count]
   reference_params: NotRequired[_Count]
   searched_macs: NotRequired[_Count]

@@ -1,19 +1,23 @@
 """BatchNorm's statistics in short runs, with models as users write them."""
 
+import shutil
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
 
-from pfs_jax import data, norms, train
+from pfs_jax import data, norms, runs, stages, train
 from pfs_jax.data import pipeline
 
 
 class Habit(nn.Module):
   """Flax's own default: BatchNorm without a momentum is one of 0.99."""
 
+  num_classes: int = 10
   momentum: float = 0.99
   frozen: bool = False
 
@@ -25,7 +29,7 @@ class Habit(nn.Module):
       x = nn.relu(x)
     if self.frozen:
       x = nn.BatchNorm(use_running_average=True, name='frozen')(x)
-    return nn.Dense(10)(x.mean((1, 2)))
+    return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
 
 AUGMENTATION = pipeline.Augmentation((0.3,), (0.38,))
@@ -93,7 +97,7 @@ def test_estimates_are_the_statistics_of_all_images(digits):
 @pytest.mark.parametrize('momentum', [0.5, 0.9, 0.99, 0.999])
 def test_no_layer_has_to_say_its_momentum(momentum, digits):
   _, source, _ = digits
-  state = _state(Habit(momentum))
+  state = _state(Habit(momentum=momentum))
   found = norms.longest_momentum(state, source)
   assert abs(found - momentum) < 1e-5
   # The estimate does not depend on it.
@@ -121,3 +125,69 @@ def test_a_model_without_batchnorm_has_no_memory(digits):
 
   assert norms.longest_momentum(_state(Plain()), source) == 0.0
   assert not norms.is_short(0.0, 1)
+
+
+# From the command line's side.
+
+
+@pytest.fixture(scope='module')
+def searched(tmp_path_factory):
+  """A config with the user's model, and a workdir with its search."""
+  from configs import digits
+
+  c = digits.get_config()
+  c.model.factory = 'tests.test_norms:Habit'
+  c.search.epochs, c.train.epochs = 1.0, 2.0
+  c.train.learning_rate = 0.2
+  folder = tmp_path_factory.mktemp('searched')
+  stages.search(stages.Job(c, folder))
+  return c, folder
+
+
+def _run(searched, tmp_path, **fields):
+  c, folder = searched
+  c = ml_collections.ConfigDict(c.to_dict()).lock()
+  c.train.update(fields)
+  shutil.copytree(folder, tmp_path / 'run')
+  job = stages.Job(c, tmp_path / 'run')
+  stages.train(job)
+  return job, runs.read_result(tmp_path / 'run' / 'result.json')
+
+
+def test_a_users_model_is_tested_as_it_was_trained(searched, tmp_path, capsys):
+  job, result = _run(searched, tmp_path)
+  (record,) = [r for r in runs.read_metrics(tmp_path / 'run/train')][-1:]
+  assert result['test_accuracy'] > record['accuracy'] - 0.15
+  assert result['warnings'] == []
+  capsys.readouterr()
+  stages.evaluate(stages.Job(job.config, job.workdir))  # As it was saved.
+  assert f'{result["test_accuracy"]:.2%}' in capsys.readouterr().out
+
+
+def test_what_users_saw_is_warned_of(searched, tmp_path, capsys):
+  _, result = _run(searched, tmp_path, statistics='running')
+  (warning,) = result['warnings']
+  assert 'config.train.statistics' in warning
+  assert f'warning: {warning}' in capsys.readouterr().err
+
+
+def test_the_search_is_evaluated_alike(searched):
+  _, folder = searched
+  records = runs.read_metrics(folder / 'search')
+  found = [r['validation_accuracy'] for r in records if 'gates_mean' in r]
+  assert found  # The selection reads these.
+
+
+def test_built_in_models_keep_their_running_statistics(digits):
+  _, source, _ = digits
+  state = _state(Habit())
+  for mode, own, changes in (
+    ('auto', False, False),
+    ('auto', True, True),
+    ('running', True, False),
+    ('estimated', False, True),
+  ):
+    refreshed = norms.refresher(mode, own, state, source)
+    assert (refreshed(state, 60) is not state) == changes
+  long = norms.refresher('auto', True, state, source)
+  assert long(state, 1000) is state

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -19,6 +19,7 @@ from pfs_jax import (
   devices,
   latency,
   models,
+  norms,
   profiles,
   prune,
   runs,
@@ -144,6 +145,13 @@ class Job:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return (self.spec.image_size, self.spec.image_size, self.spec.channels)
+
+  def refresher(self, state: Any, source: Any) -> Callable[[Any, int], Any]:
+    """Which state is evaluated; see `norms.refresher`."""
+    c = self.config
+    return norms.refresher(
+      c.train.statistics, bool(c.model.factory), state, source
+    )
 
   def plan(self, total_steps: int, evaluate_steps: int) -> train_lib.Plan:
     """The plan of a loop under this config."""

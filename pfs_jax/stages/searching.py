@@ -46,6 +46,8 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
     classifier=_classifier(job),
   )
 
+  refreshed = job.refresher(state, source)
+
   def evaluate(state, step):
     gates = network.by_layer(jax.device_get(state.gates))
     path = folder / 'gates' / f'{step:08d}.npz'
@@ -55,7 +57,8 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
       'gates_density': float(search_lib.density(gates)),
     }
     if validation:
-      found = train_lib.evaluate(network.gated, state.variables, validation)
+      variables = refreshed(state, step).variables
+      found = train_lib.evaluate(network.gated, variables, validation)
       numbers['validation_accuracy'] = found['accuracy']
     return numbers
 

@@ -17,6 +17,7 @@ from pfs_jax import (
   devices,
   errors,
   models,
+  norms,
   prune,
   runs,
   storage,
@@ -129,13 +130,15 @@ def fit(
   per_epoch = source.steps_per_epoch
   total = config.steps(epochs, per_epoch)
   state = _initial(job, module, total, label, weights, penalty)
+  refreshed = job.refresher(state, source)
 
   def evaluate(state, step):
     if watch is not None:
       watch(state, step / per_epoch)
     if validation is None:
       return {}
-    found = train_lib.evaluate(module, state.variables, validation)
+    variables = refreshed(state, step).variables
+    found = train_lib.evaluate(module, variables, validation)
     return {f'validation_{k}': v for k, v in found.items()}
 
   with source:
@@ -147,6 +150,7 @@ def fit(
       folder=folder,
       label=label,
       evaluate=evaluate,
+      finish=lambda state: refreshed(state, total),
     )
 
 
@@ -197,6 +201,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
   c, network = job.config, job.network
   searched = network.cost_model.macs(network.cost_model.widths)
   accuracy, examples = _test(job, module, state)
+  warnings = _warnings(folder, accuracy)
   result = {
     'test_accuracy': accuracy,
     'reference_test_accuracy': reference,
@@ -211,6 +216,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'model': dict(network.description),
     'class_names': list(job.data.spec.class_names),
     'budget': name,
+    'warnings': warnings,
     'seed': c.seed,
     'steps': int(state.step),
     'seconds': runs.Clock(folder).seconds(),
@@ -219,6 +225,17 @@ def _write_result(job, name, structure, module, state, folder, reference):
   }
   storage.write_json(job.folder(name) / 'result.json', result, sealed=True)
   runs.barrier('result')
+
+
+def _warnings(folder: pathlib.Path, test_accuracy: float) -> list[str]:
+  """What is odd about a training, in sentences, also said on stderr."""
+  last = next(
+    (r for r in reversed(runs.read_metrics(folder)) if 'accuracy' in r), None
+  )
+  found = norms.warning(last['accuracy'], test_accuracy) if last else ''
+  if found and storage.is_first_process():
+    console.note(f'warning: {found}')
+  return [found] if found else []
 
 
 def restore(job: Job, name: str, structure: prune.Structure):
