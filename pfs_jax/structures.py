@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pfs_jax import errors
+import msgspec
+
+from pfs_jax import errors, storage
 
 SCHEMA = 'pfs_jax.structure/1'
 
@@ -46,7 +48,7 @@ class Structure:
   params: int
   latency_ms: float | None = None
   budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  floor: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  floor: Mapping[str, float] = dataclasses.field(default_factory=dict)
   binding: str = ''
   tie_share: float = 0.0
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,63 +78,49 @@ class Structure:
     return json.dumps({'schema': SCHEMA, 'counts': layers, **fields}, indent=2)
 
   @classmethod
-  def from_json(cls, text: str) -> Structure:
-    """Reads what `to_json` wrote; raises UserError naming a bad field."""
-    try:
-      data = json.loads(text)
-    except json.JSONDecodeError as e:
-      raise errors.UserError(f'structure: not valid JSON: {e}.') from e
-    if not isinstance(data, dict):
-      raise errors.UserError('structure: must be a JSON object.')
-    schema = data.pop('schema', None)
-    if schema != SCHEMA:
-      raise errors.UserError(
-        f'structure: schema must be {SCHEMA!r}; got {schema!r}.'
-      )
-    counts = data.pop('counts', None)
-    if not isinstance(counts, dict) or not counts:
-      raise errors.UserError(
-        'structure: counts must be a map from layer name to channels.'
-      )
-    for layer, number in counts.items():
-      if type(number) is not int or number < 1:
+  def from_json(cls, text: str, where: object = 'structure') -> Structure:
+    """Reads what `to_json` wrote, also if a person edited it.
+
+    Args:
+      text: The JSON text.
+      where: What the error calls it, such as the path of the file.
+
+    Raises:
+      errors.UserError: If it is no structure; one line that names the field.
+
+    >>> Structure.from_json('{"counts": 3}', 'x')
+    Traceback (most recent call last):
+    ...
+    pfs_jax.errors.UserError: x: Expected `object`, got `int` - at `$.counts`.
+    """
+    file = storage.decode(text, _File, where)
+    for layer, number in file.counts.items():
+      if type(number) is not int or not 1 <= number < 2**31:
         raise errors.UserError(
-          f'structure: counts[{layer!r}] must be an integer >= 1; '
-          f'got {number!r}.'
+          f'{where}: counts[{layer!r}] must be an integer >= 1 and < 2**31; '
+          f'got {str(number)[:40]}.'
         )
-    data.pop('unused', None)
-    return cls(
-      layers=tuple(counts), counts=tuple(counts.values()), **_typed(data)
-    )
+    fields = msgspec.structs.asdict(file)
+    del fields['schema'], fields['unused']
+    counts = fields.pop('counts')
+    return cls(layers=tuple(counts), counts=tuple(counts.values()), **fields)
 
 
-_FIELD_TYPES = {
-  'macs': int,
-  'params': int,
-  'latency_ms': (int, float, type(None)),
-  'budget': dict,
-  'floor': dict,
-  'binding': str,
-  'tie_share': (int, float),
-  'model': dict,
-  'source': dict,
-}
+_Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
-def _typed(data: dict[str, Any]) -> dict[str, Any]:
-  """`data` if it holds the fields of a structure, each of its type."""
-  for name in data:
-    if name not in _FIELD_TYPES:
-      raise errors.UserError(
-        f'structure: unknown field {name!r}; known: '
-        f'{", ".join(["schema", "counts", "unused", *_FIELD_TYPES])}.'
-      )
-  for name in ('macs', 'params'):
-    if name not in data:
-      raise errors.UserError(f'structure: field {name!r} is missing.')
-  for name, value in data.items():
-    if not isinstance(value, _FIELD_TYPES[name]) or isinstance(value, bool):
-      raise errors.UserError(
-        f'structure: {name} has the wrong type; got {value!r}.'
-      )
-  return data
+class _File(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+  """What a structure file holds; see `Structure`."""
+
+  schema: Literal['pfs_jax.structure/1']
+  counts: dict[str, Any]
+  macs: _Natural
+  params: _Natural
+  latency_ms: float | None = None
+  budget: dict[str, Any] = {}
+  floor: dict[str, int | float] = {}
+  binding: str = ''
+  tie_share: float = 0.0
+  model: dict[str, Any] = {}
+  source: dict[str, Any] = {}
+  unused: dict[str, Any] = {}

@@ -102,7 +102,7 @@ BAD = {
   ),
   'not a structure': (
     [DIGITS, '--mode=train', '--config.train.structure=requirements.txt'],
-    'structure: not valid JSON',
+    'requirements.txt: JSON is malformed',
   ),
   'workdir is a file': (
     ['--workdir=pyproject.toml', DIGITS, '--mode=search'],

@@ -258,24 +258,51 @@ def test_structure_survives_json():
   assert found.unused == {'macs': found.budget['max_macs'] - found.macs}
 
 
-@pytest.mark.parametrize(
-  'edit,message',
-  [
-    (lambda d: d.update(schema='other'), 'schema must be'),
-    (lambda d: d.pop('counts'), 'counts must be a map'),
-    (lambda d: d['counts'].update({'stage1_block0/conv1': 0}), 'stage1_block0'),
-    (lambda d: d['counts'].update({'stage1_block0/conv1': 1.5}), 'got 1.5'),
-    (lambda d: d.pop('macs'), "'macs' is missing"),
-    (lambda d: d.update(macs='many'), 'macs has the wrong type'),
-    (lambda d: d.update(maks=1), "unknown field 'maks'"),
-  ],
-)
-def test_hand_edited_structures_are_refused_by_field(edit, message):
+DAMAGE = [
+  ({'schema': 'other'}, r"Invalid enum value 'other' - at `\$.schema`"),
+  ({'counts': [1]}, r'Expected `object`, got `array` - at `\$.counts`'),
+  ({'counts': {'stem': 0}}, r"counts\['stem'\] must be an integer >= 1 .* 0"),
+  ({'counts': {'stem': 1.5}}, r'got 1.5\.$'),
+  ({'counts': {'stem': True}}, r'got True\.$'),
+  ({'counts': {'stem': 2**31}}, r'< 2\*\*31; got 2147483648'),
+  ({'macs': 'many'}, r'Expected `int`, got `str` - at `\$.macs`'),
+  ({'macs': 2**70}, r'<= 9223372036854775807` - at `\$.macs`|- at `\$.macs`'),
+  ({'macs': -1}, r'>= 0 - at `\$.macs`'),
+  ({'maks': 1}, 'unknown field `maks`'),
+]
+
+
+def _file(**changes):
   model = cost_model('resnet20', 8)
   data = json.loads(prune.fit(random_gates(model, 0), model).to_json())
-  edit(data)
+  return json.dumps({**data, **changes})
+
+
+@pytest.mark.parametrize('changes, message', DAMAGE)
+def test_an_edited_structure_is_refused_by_field(changes, message):
   with pytest.raises(errors.UserError, match=message):
-    prune.Structure.from_json(json.dumps(data))
+    prune.Structure.from_json(_file(**changes))
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    '[',
+    '\x00\x01',
+    '{}',
+    '[' * 10**5,
+    _file().replace('"binding"', '"unknown"'),
+    _file().replace('"source": {', '"source": {"a": ' + '{"b":' * 10**5),
+    _file(macs=7).replace('"macs": 7,', f'"macs": {"9" * 5000},'),
+  ],
+  ids=range(8),
+)
+def test_what_is_no_structure_is_refused_in_one_line(text):
+  with pytest.raises(errors.UserError) as e:
+    prune.Structure.from_json(text, 'x.json')
+  assert str(e.value).startswith('x.json: ')
+  assert len(str(e.value)) < 200 and '\n' not in str(e.value)
 
 
 def test_gates_must_be_those_of_the_model():

@@ -3,10 +3,8 @@
 import importlib
 import json
 import math
-import os
 import pathlib
 import signal
-import subprocess
 import time
 
 import jax
@@ -304,6 +302,7 @@ def test_bits():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_study_is_a_list_of_cells(name):
+  assert plan.cells(config_of(name, 'smoke'))
   study = config_of(name, 'full')
   cells = plan.cells(study)
   assert len({cell.hash for cell in cells}) == len(cells)
@@ -512,7 +511,17 @@ def shared(tmp_path_factory):
   return tmp_path_factory.mktemp('studies')
 
 
-@pytest.mark.parametrize('name', NAMES)
+# Together these three use every way to score and most ways to train.
+EXECUTED = ('headline', 'headline10', 'compare')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in EXECUTED else pytest.param(name, marks=pytest.mark.slow)
+    for name in NAMES
+  ],
+)
 def test_smoke(name, shared, capsys):
   study = config_of(name)
   studies.run(study, shared)
@@ -631,20 +640,13 @@ COMMAND = [
 
 
 def start(workdir):
-  return subprocess.Popen(
-    processes.command([*COMMAND, f'--workdir={workdir}']),
-    env=processes.environment(JAX_DISABLE_MOST_OPTIMIZATIONS='1'),
-    cwd=processes.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return processes.start([*COMMAND, f'--workdir={workdir}'])
 
 
 def finished(process):
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == 0, err
-  return out
+  done = process.finish(300)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
 
 @pytest.fixture(scope='module')
@@ -669,6 +671,7 @@ def shown(out):
   return lines
 
 
+@pytest.mark.slow
 def test_sigkill_and_again(untouched, tmp_path):
   """Killed in its second training, it goes on to the same table."""
   expected, out = untouched
@@ -677,14 +680,14 @@ def test_sigkill_and_again(untouched, tmp_path):
   wait_for(
     lambda: len(list(workdir.glob('cells/*/train/metrics.jsonl'))) == 2, process
   )
-  os.kill(process.pid, signal.SIGKILL)
-  process.communicate(timeout=60)
-  assert process.returncode == -signal.SIGKILL
+  process.send_signal(signal.SIGKILL)
+  assert process.finish(60).returncode == -signal.SIGKILL
   assert len(table(workdir, 'ratio')) < len(table(expected, 'ratio'))
   assert shown(finished(start(workdir))) == shown(out)
   assert table(workdir, 'ratio') == table(expected, 'ratio')
 
 
+@pytest.mark.slow
 def test_two_processes_do_no_cell_twice(untouched, tmp_path):
   expected, _ = untouched
   both = [start(tmp_path / 'w') for _ in range(2)]

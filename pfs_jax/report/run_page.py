@@ -75,8 +75,8 @@ def _cuts(job: Job) -> list[Cut]:
   found: dict[str, Cut] = {}
   for name, folder in job.budget_folders().items():
     if (folder / 'structure.json').exists():
-      text = (folder / 'structure.json').read_text()
-      s = structures.Structure.from_json(text)
+      path = folder / 'structure.json'
+      s = structures.Structure.from_json(storage.read_text(path), path)
       counts = dict(zip(s.layers, s.counts, strict=True))
       found[name] = Cut(name, counts, s.macs, s.params, {})
     if (folder / 'result.json').exists():

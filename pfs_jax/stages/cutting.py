@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -138,7 +137,7 @@ def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
   """
   if not path.exists() or fresh.budget.get('max_latency_ms') is not None:
     return None
-  there = prune.Structure.from_json(path.read_text())
+  there = prune.Structure.from_json(storage.read_text(path), path)
   if there.source != fresh.source or there.counts == fresh.counts:
     return None
   _check_structure(job, path, there)
@@ -257,17 +256,17 @@ def read(job: Job) -> tuple[str, prune.Structure]:
       f'{path} does not exist: run --mode=search or --mode=prune first, or '
       f'give --config.train.structure=PATH.{found}'
     )
-  try:
-    text = path.read_text()
-  except (OSError, UnicodeDecodeError) as e:
-    raise errors.UserError(f'{path} cannot be read: {e}.') from e
+  text = storage.read_text(path)
   if text.lstrip().startswith('['):  # The published code's plain list.
-    structure = _from_list(job, path, text)
+    counts = storage.decode(text, list[int], path)
+    structure = models.structure_from_list(job.network, counts)
   else:
-    structure = prune.Structure.from_json(text)
+    structure = prune.Structure.from_json(text, path)
   _check_structure(job, path, structure)
   stem = re.sub(r'[^\w.-]', '-', path.stem)
-  return name or _file_name(structure.source.get('budget', stem)), structure
+  return name or _file_name(
+    str(structure.source.get('budget', stem))
+  ), structure
 
 
 def _file_name(name: str) -> str:
@@ -275,21 +274,12 @@ def _file_name(name: str) -> str:
 
   It may come from a structure file that another person wrote.
   """
-  if not re.fullmatch(r'\w[\w.-]*', str(name)) or name in FOLDERS:
+  if not re.fullmatch(r'\w[\w.-]*', name) or name in FOLDERS:
     raise errors.UserError(
       'the name of a budget must be letters, digits, ".", "-" and "_", and not '
       f'one of {", ".join(FOLDERS)}; got {name!r}.'
     )
   return name
-
-
-def _from_list(job: Job, path: pathlib.Path, text: str) -> prune.Structure:
-  """A structure from the plain list of counts of the published code."""
-  try:
-    counts = json.loads(text)
-  except json.JSONDecodeError as e:
-    raise errors.UserError(f'{path}: not valid JSON: {e}.') from e
-  return models.structure_from_list(job.network, counts)
 
 
 def _check_structure(job: Job, path, structure: prune.Structure) -> None:
