@@ -126,13 +126,14 @@ class Result(TypedDict):
   seconds: Annotated[float, msgspec.Meta(ge=0)]
   # More, which only people and reports read.
   test_loss: NotRequired[float]
-  warnings: NotRequired[list[str]]
   reference_macs: NotRequired[_Count]
   reference_params: NotRequired[_Count]
   searched_macs: NotRequired[_Count]
   macs_share: NotRequired[float]
   model: NotRequired[dict[str, Any]]
   seed: NotRequired[int]
+  search: NotRequired[dict[str, Any]]
+  warnings: NotRequired[list[str]]
   versions: NotRequired[dict[str, Any]]
   config: NotRequired[dict[str, Any]]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from pfs_jax import config, runs, storage
+from pfs_jax import config, console, runs, storage
 from pfs_jax import search as search_lib
 from pfs_jax import train as train_lib
-from pfs_jax.stages import cutting
+from pfs_jax.stages import cutting, diverging
 from pfs_jax.stages.job import Job
 
 
@@ -29,6 +29,14 @@ def search(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   if not (folder / 'gates.npz').exists():
     job.note_config()
     _search(job, folder, weights or job.first_weights)
+  found = summary(job)
+  for warning in found['warnings']:
+    console.say(f'warning: {warning}')
+  if found['lowest_ce'] is not None and not found['left_chance']:
+    console.say(
+      f'The cross-entropy of the search never left chance: lowest '
+      f'{found["lowest_ce"]:.3f}, chance {found["chance_ce"]:.3f}.'
+    )
   cutting.cut(job)
 
 
@@ -76,7 +84,10 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
         evaluate=evaluate,
       )
   runs.barrier('search')
-  _select(job, folder, network.by_layer(jax.device_get(state.gates)))
+  gates = _selected(job, folder, network.by_layer(jax.device_get(state.gates)))
+  diverging.check(gates, total)
+  storage.write_arrays(folder / 'gates.npz', gates, sealed=True)
+  runs.barrier('gates')
 
 
 def _classifier(job: Job) -> str | None:
@@ -89,13 +100,24 @@ def _classifier(job: Job) -> str | None:
   )
 
 
-def _select(job: Job, folder: pathlib.Path, last) -> None:
-  """Writes gates.npz: the evaluation that the selection rule takes."""
-  step, gates = (
-    search_lib.select(runs.read_metrics(folder), job.config.search.sparsity),
-    last,
+def _selected(job: Job, folder: pathlib.Path, last):
+  """The gates of the evaluation that the selection rule takes."""
+  records = runs.read_metrics(folder)
+  step = search_lib.select(records, job.config.search.sparsity)
+  if step is None:
+    return last
+  return storage.read_arrays(folder / 'gates' / f'{step:08d}.npz')
+
+
+def summary(job: Job) -> dict[str, Any]:
+  """What the result says about the workdir's search; {} if there is none."""
+  folder, c = job.workdir / 'search', job.config.search
+  if not (folder / 'gates.npz').exists():
+    return {}
+  return diverging.summary(
+    runs.read_metrics(folder),
+    storage.read_arrays(folder / 'gates.npz'),
+    classes=job.spec.num_classes,
+    sparsity=c.sparsity,
+    balance=c.balance,
   )
-  if step is not None:
-    gates = storage.read_arrays(folder / 'gates' / f'{step:08d}.npz')
-  storage.write_arrays(folder / 'gates.npz', gates, sealed=True)
-  runs.barrier('gates')

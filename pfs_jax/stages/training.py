@@ -23,7 +23,7 @@ from pfs_jax import (
   storage,
 )
 from pfs_jax import train as train_lib
-from pfs_jax.stages import cutting, showing
+from pfs_jax.stages import cutting, searching, showing
 from pfs_jax.stages.job import Job
 
 
@@ -201,7 +201,9 @@ def _write_result(job, name, structure, module, state, folder, reference):
   c, network = job.config, job.network
   searched = network.cost_model.macs(network.cost_model.widths)
   accuracy, examples = _test(job, module, state)
-  warnings = _warnings(folder, accuracy)
+  foreign = pathlib.Path(c.train.structure).is_file()
+  search = {} if foreign else searching.summary(job)
+  warnings = search.pop('warnings', []) + _warnings(folder, accuracy)
   result = {
     'test_accuracy': accuracy,
     'reference_test_accuracy': reference,
@@ -220,6 +222,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'seed': c.seed,
     'steps': int(state.step),
     'seconds': runs.Clock(folder).seconds(),
+    'search': search,
     'versions': runs.versions(),
     'config': c.to_dict(),
   }

@@ -1,0 +1,89 @@
+"""Searches that learn nothing: the rules by which they are told."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pfs_jax import errors, stages, storage
+from pfs_jax.stages import diverging
+from tests import small_run
+
+MIXED = {'a': np.array([0.0, 0.3]), 'b': np.array([1.0])}
+
+
+def summary(gates=MIXED, losses=(2.2, 1.9), sparsity=0.5, balance=0.5):
+  records = [{'step': i, 'ce': ce} for i, ce in enumerate(losses)]
+  return diverging.summary(
+    records, gates, classes=10, sparsity=sparsity, balance=balance
+  )
+
+
+@pytest.mark.parametrize('value', [0.0, 1.0])
+def test_gates_that_are_all_at_one_end_are_refused(value):
+  gates = {k: np.full_like(g, value) for k, g in MIXED.items()}
+  with pytest.raises(errors.UserError, match=f'all 3 gates are {value:g}'):
+    diverging.check(gates, steps=1)
+  diverging.check(gates, steps=0)  # No step leaves them at 1.
+
+
+def test_other_gates_are_not_refused():
+  diverging.check(MIXED, steps=1)
+  diverging.check({'a': np.full(3, 0.5)}, steps=1)
+
+
+@pytest.mark.parametrize(
+  'changes, warning',
+  [
+    ({}, ''),
+    ({'gates': {'a': np.full(3, 0.5)}}, 'All gates are 0.5'),
+    ({'gates': {'a': np.array([0, 1, 1.0])}}, 'exactly 0 or 1'),
+    ({'balance': 92.0}, ''),  # 92 / 4 = 23 < 10 ln 10 = 23.03.
+    ({'balance': 93.0}, 'starts at 23.2, more than 10 times'),
+    ({'balance': 93.0, 'sparsity': 0.6}, ''),
+    ({'balance': 93.0, 'losses': ()}, ''),  # Nothing was searched.
+  ],
+)
+def test_warnings(changes, warning):
+  found = summary(**changes)['warnings']
+  assert len(found) == bool(warning)
+  assert warning in ''.join(found)
+
+
+@pytest.mark.parametrize(
+  'losses, left',
+  [((2.38, 2.31), False), ((2.3, 2.19), False), ((2.3, 2.18, 2.4), True)],
+)
+def test_chance_is_the_logarithm_of_the_classes(losses, left):
+  found = summary(losses=losses)
+  assert found['chance_ce'] == math.log(10)
+  assert found['lowest_ce'] == min(losses)
+  assert found['left_chance'] is left  # 0.95 ln 10 = 2.187.
+
+
+def test_the_result_tells_of_the_search(finished):
+  result = storage.read_json(finished / 'result.json')
+  assert set(result['search']) == {'lowest_ce', 'chance_ce', 'left_chance'}
+  assert result['warnings'] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'search__learning_rate': 1e6}, 'exactly 0 or 1|gates are'),
+    ({'search__balance': 1e6}, 'more than 10 times|gates are'),
+  ],
+)
+def test_a_search_that_diverges_is_not_silent(
+  tmp_path, capsys, fields, message
+):
+  job = stages.Job(small_run.config(**fields), tmp_path)
+  said = ''
+  try:
+    stages.execute('search', job)
+  except errors.UserError as e:
+    said = str(e)
+  out = ' '.join((capsys.readouterr().out + said).split())
+  assert 'warning: ' in out or 'diverged' in out
+  assert any(part in out for part in message.split('|'))
