@@ -1,27 +1,92 @@
-"""Checkpoints of one stage: all Orbax is here."""
+"""Checkpoints of one stage: all Orbax is here.
+
+Orbax makes a checkpoint appear whole or not at all, keeps the newest two and
+lets several processes agree. What is in one is ours: two files, the arrays of
+the state and a checksum of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from pfs_jax import errors, storage
 
+_STATE, _CHECK = 'state.npz', 'check.json'
+
+
+class _Check(TypedDict):
+  """check.json: the step, JSON of the caller, and the checksum of all."""
+
+  step: int
+  notes: Any
+  sha256: str
+
+
+class _Handler(ocp.CheckpointHandler):
+  """Writes a state as one .npz: the arrays of its leaves, numbered.
+
+  Not Orbax's own handler, which writes dozens of files through TensorStore: on
+  a full disk its threads print hundreds of lines.
+  """
+
+  def save(self, directory: Any, args: _Save) -> None:
+    """Writes the files, in the first process."""
+    leaves = map(np.asarray, jax.tree.leaves(jax.device_get(args.state)))
+    arrays = {str(i): leaf for i, leaf in enumerate(leaves)}
+    storage.write_arrays(pathlib.Path(directory) / _STATE, arrays)
+    storage.write_json(pathlib.Path(directory) / _CHECK, args.check)
+
+  def restore(self, directory: Any, args: _Restore) -> tuple[Any, Any]:
+    """(state, check) with the shapes and shardings of the target."""
+    leaves, tree = jax.tree.flatten(args.target)
+    arrays = storage.read_arrays(pathlib.Path(directory) / _STATE)
+    check = storage.read_json(pathlib.Path(directory) / _CHECK, _Check)
+    found = [
+      _like(leaf, array)
+      for leaf, array in zip(leaves, arrays.values(), strict=True)
+    ]
+    return jax.tree.unflatten(tree, found), check
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True)
+@dataclasses.dataclass
+class _Save(ocp.args.CheckpointArgs):
+  state: Any
+  check: _Check
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+@dataclasses.dataclass
+class _Restore(ocp.args.CheckpointArgs):
+  target: Any
+
+
+def _like(leaf: Any, array: np.ndarray) -> jax.Array:
+  """An array where the leaf of the target is; it must be of its kind."""
+  if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+    raise ValueError('another shape or type')
+  return jax.make_array_from_callback(
+    array.shape, leaf.sharding, lambda index: array[index]
+  )
+
 
 class Checkpoints:
-  """Orbax checkpoints of one stage, the newest two.
+  """The newest two checkpoints of one stage.
 
-  Beside the arrays lies a checksum of them, of the step and of the notes, since
-  Orbax restores a flipped byte, or a checkpoint that was renamed, silently.
+  The checksum is of the arrays, of the step and of the notes, so that neither a
+  flipped byte nor a checkpoint that was renamed passes.
 
   Args:
     folder: The stage's folder; they are in checkpoints/ under it.
@@ -38,7 +103,9 @@ class Checkpoints:
     )
     try:
       with _quiet():
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = ocp.CheckpointManager(
+          self._folder, options=options, item_handlers=_Handler()
+        )
     except OSError as e:
       storage.refuse_write(self._folder, e, 0)
     self._passed_over: list[int] = []
@@ -63,31 +130,28 @@ class Checkpoints:
     Raises:
       errors.UserError: It cannot be written; nothing of it is left behind.
     """
-    check = {'step': step, 'notes': notes, 'sha256': _sum(step, state, notes)}
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), check=ocp.args.JsonSave(check)
-    )
+    check: _Check = {
+      'step': step,
+      'notes': notes,
+      'sha256': _sum(step, state, notes),
+    }
     try:
       with _quiet():
         while self._passed_over:  # Orbax would refuse to write over them.
           self._manager.delete(self._passed_over.pop())
         if self._manager.latest_step() != step:
-          self._manager.save(step, args=args, force=True)
-    except Exception as e:  # A full disk raises many kinds.
+          self._manager.save(step, args=_Save(state, check), force=True)
+    except Exception as e:
       self._refuse(step, state, e)
 
   def _refuse(self, step: int, state: Any, e: Exception) -> None:
     if storage.is_first_process():
       for left in self._folder.glob('*.orbax-checkpoint-tmp'):
         shutil.rmtree(left, ignore_errors=True)
-    text = str(e)
-    no_space = 'RESOURCE_EXHAUSTED' in text or 'No space left' in text
-    if not isinstance(e, OSError):
-      if not no_space:
-        raise e
-      e = OSError(storage.errno.ENOSPC, 'No space left on device')
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    storage.refuse_write(self._folder / str(step), e, size)
+    if isinstance(e, OSError):
+      size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+      storage.refuse_write(self._folder / str(step), e, size)
+    raise e
 
   def restore(self, target: Any) -> tuple[int, Any, Any] | None:
     """(step, state, notes) of the newest good checkpoint.
@@ -132,16 +196,11 @@ class Checkpoints:
 
   def _read(self, step: int, target: Any) -> tuple[Any, Any] | str:
     """(state, notes), or what is wrong with the checkpoint."""
-    args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(target), check=ocp.args.JsonRestore()
-    )
     try:
       with _quiet():
-        found = self._manager.restore(step, args=args)
-      check = found.check
-      expected = _sum(step, found.state, check['notes'])
-      if check['sha256'] == expected:
-        return found.state, check['notes']
+        state, check = self._manager.restore(step, args=_Restore(target))
+      if check['sha256'] == _sum(step, state, check['notes']):
+        return state, check['notes']
     except Exception as e:  # Damaged files raise many kinds.
       return f'cannot be read ({type(e).__name__})'
     return 'does not match its checksum'

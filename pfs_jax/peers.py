@@ -112,9 +112,7 @@ def _fork(process: int) -> None:
 def _reason(process: int, number: int, text: str) -> str:
   """Why a child was ended by a signal, in one line."""
   if number == signal.SIGABRT and 'coordination' in text:
-    named = re.search(
-      r'heartbeat[^/]*/\D*\d*/task:(\d+)|Task (\d+) heart', text
-    )
+    named = re.search(r'heartbeats?\):\s*(\d+)|Task (\d+) heartbeat', text)
     who = next(filter(None, named.groups())) if named else '0'
     return f'process {who} has died; process {process} ends too. {_CONTINUE}'
   name = signal.Signals(number).name

@@ -98,12 +98,12 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def refuse_write(path: pathlib.Path, e: OSError, size: int) -> NoReturn:
-  """Raises the error of a write that failed: what, where, how much is missing.
+  """Raises the error of a write that failed: what, where, how much is free.
 
   Args:
     path: What could not be written.
     e: Why.
-    size: Bytes that it needs.
+    size: Bytes of data to write; 0 if that is not known.
   """
   reason = e.strerror or str(e)
   if e.errno in _NO_SPACE:
@@ -111,7 +111,8 @@ def refuse_write(path: pathlib.Path, e: OSError, size: int) -> NoReturn:
     while not folder.exists():
       folder = folder.parent
     free = shutil.disk_usage(folder).free
-    reason = f'{reason}: it needs {size:,} bytes, {free:,} are free'
+    need = f', and {size:,} bytes of data take more' if size else ''
+    reason = f'{reason}: {free:,} bytes are free{need}'
   raise errors.UserError(f'{path} cannot be written: {reason}.') from e
 
 

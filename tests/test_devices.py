@@ -4,13 +4,17 @@ import json
 import pathlib
 import signal
 import socket
+import textwrap
 import time
 
 import numpy as np
 import pytest
 
-from pfs_jax import devices, errors, peers
+from pfs_jax import devices, errors, peers, runs
 from tests import processes
+
+# XLA's optimisations cost more here than they win.
+FAST = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
 def numbers(stdout):
@@ -28,11 +32,12 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start_two(args_of, x64=False):
+def start_two(args_of, x64=False, env=None):
   """Two processes of two devices; args_of(host and port, i) -> arguments."""
   where = f'127.0.0.1:{free_port()}'
   return [
-    processes.start(args_of(where, i), devices=2, x64=x64) for i in range(2)
+    processes.start(args_of(where, i), devices=2, x64=x64, env=env)
+    for i in range(2)
   ]
 
 
@@ -95,30 +100,62 @@ def test_same_gates_same_counts_anywhere():
   assert len(found) == 1
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_of_two_saves_both(tmp_path):
-  def args_of(where, i):
+# What happens to one of two processes.
+
+COMMAND = """
+  import runpy, sys
+  from pfs_jax import checkpointing, errors
+  from pfs_jax.data import pipeline
+  victim, fault, *sys.argv[1:] = sys.argv[1:]
+  sys.argv[0] = 'main.py'
+
+  def chunk(self, step, k, original=pipeline.ArraySource.chunk):
+    if step == 12:
+      raise errors.UserError('x.jpg cannot be read.')
+    return original(self, step, k)
+
+  def save(*_, **__):
+    raise OSError(28, 'No space left on device')
+
+  if f'--process={victim}' in sys.argv and fault == 'image':
+    pipeline.ArraySource.chunk = chunk
+  if f'--process={victim}' in sys.argv and fault == 'disk':
+    checkpointing.ocp.CheckpointManager.save = save
+  runpy.run_path('main.py', run_name='__main__')
+  """
+
+
+def start_two_runs(workdir, victim=-1, fault='', **fields):
+  fields = {
+    **{'model.base_width': 2, 'model.width': 3, 'search.epochs': 200},
+    **{'train.epochs': 200, 'train.reference': False, 'log_steps': 5},
+    **fields,
+  }
+
+  def arguments(where, i):
     return [
-      'main.py',
-      '--config=configs/digits.py',
-      '--mode=search',
-      f'--workdir={tmp_path}',
-      f'--coordinator={where}',
-      '--processes=2',
-      f'--process={i}',
-      '--config.model.base_width=2',
-      '--config.model.width=3',
-      '--config.search.epochs=200',
-      '--config.log_steps=5',
+      *('-c', textwrap.dedent(COMMAND), victim, fault),
+      *('--config=configs/digits.py', '--mode=run', f'--workdir={workdir}'),
+      *(f'--coordinator={where}', '--processes=2', f'--process={i}'),
+      *(f'--config.{name}={value}' for name, value in fields.items()),
     ]
 
-  started = start_two(args_of)
-  metrics = tmp_path / 'search' / 'metrics.jsonl'
-  deadline = time.monotonic() + 120
+  return start_two(arguments, env={'PFS_JAX_HEARTBEAT': '5', **FAST})
+
+
+def wait_for_records(folder, number=3):
+  metrics, deadline = folder / 'metrics.jsonl', time.monotonic() + 200
   while time.monotonic() < deadline:
-    if metrics.exists() and metrics.read_text().count('\n') >= 4:
-      break
+    if metrics.exists() and metrics.read_text().count('\n') >= number:
+      return
     time.sleep(0.05)
+  raise AssertionError(f'{metrics} stays short')
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_both(tmp_path):
+  started = start_two_runs(tmp_path)
+  wait_for_records(tmp_path / 'search')
   started[1].send_signal(signal.SIGTERM)
   done = [p.finish(120) for p in started]
   assert [d.returncode for d in done] == [128 + signal.SIGTERM] * 2, done
@@ -130,6 +167,60 @@ def test_sigterm_to_one_of_two_saves_both(tmp_path):
   assert len(steps) == 1, done
   saved = [p.name for p in pathlib.Path(tmp_path).glob('search/checkpoints/*')]
   assert steps.pop() in saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('where', ['search', 'train', 'checkpoint'])
+def test_sigkill_of_one_of_two_ends_both(tmp_path, victim, where):
+  """Soon, with one line that names it; the same command continues."""
+  stage = 'train' if where == 'train' else 'search'
+  fields = {'checkpoint_steps': 1 if where == 'checkpoint' else 4}
+  if stage == 'train':
+    fields['search.epochs'] = 0.3
+  started = start_two_runs(tmp_path, **fields)
+  wait_for_records(tmp_path / stage)
+  started[victim].send_signal(signal.SIGKILL)
+  killed, left = started[victim].finish(60), started[1 - victim].finish(60)
+  assert killed.returncode == -signal.SIGKILL
+  assert left.returncode == 1
+  assert left.stderr == (
+    f'error: process {victim} has died; process {1 - victim} ends too. The '
+    'same commands continue.\n'
+  )
+  before = len(runs.read_metrics(tmp_path / stage))
+  started = start_two_runs(tmp_path, **fields)
+  wait_for_records(tmp_path / stage, before + 2)
+  for process in started:
+    process.send_signal(signal.SIGTERM)
+  assert [p.finish(120).returncode for p in started] == [143, 143]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize(
+  'fault, message',
+  [
+    ('image', 'x.jpg cannot be read.'),
+    ('disk', 'cannot be written: No space left on device: '),
+  ],
+)
+def test_what_fails_on_one_is_told_to_the_other(
+  tmp_path, victim, fault, message
+):
+  started = start_two_runs(tmp_path, victim, fault, checkpoint_steps=10)
+  done = [p.finish(120) for p in started]
+  failed, told = done[victim], done[1 - victim]
+  assert failed.returncode == 2 and message in failed.stderr
+  assert told.returncode == 1 and f'error: process {victim}: ' in told.stderr
+  assert message in told.stderr
+  assert all(d.stderr.count('\n') == 1 for d in done), done
+
+
+@pytest.mark.parametrize('where', ['host', 'host:', ':1', 'host:123456', ''])
+def test_a_coordinator_is_a_host_and_a_port(where):
+  with pytest.raises(errors.UserError, match='must be host:port, or auto; got'):
+    peers.start(where, 2, 0)
 
 
 def test_refusals(tmp_path):
