@@ -147,3 +147,33 @@ def test_the_seed_changes_every_weight():
 def test_refusals(change, message):
   with pytest.raises(errors.UserError, match=message):
     models.build(**{'name': 'resnet20', 'num_classes': 10, **change})
+
+
+@pytest.mark.parametrize(
+  ('name', 'counts'),
+  [
+    ('vgg16', (24,) * 13),
+    ('resnet20', (24,) * 9),
+    ('mobilenet_v2', (20,) * 18),
+  ],
+)
+def test_a_network_has_the_widths_that_the_config_gives(name, counts):
+  network = models.network(name, 10, 28, 1, base_width=16, counts=counts)
+  shape = (28, 28, 1)
+  assert network.cost_model.widths == counts
+  total = costs.count(network.reference, shape)
+  assert (network.reference_macs, network.reference_params) == total
+  assert total == costs.count(network.module, shape)
+  half = [n // 2 for n in counts]
+  assert costs.count(network.narrow(half), shape) == (
+    network.cost_model.macs(half),
+    network.cost_model.params(half),
+  )
+  assert network.description['counts'] == list(counts)
+
+
+def test_widths_that_a_network_cannot_have_are_refused():
+  with pytest.raises(errors.UserError, match='counts of vgg16 must be 13 int'):
+    models.network('vgg16', 10, 28, 1, counts=(24,) * 12)
+  with pytest.raises(errors.UserError, match='config.model.counts must be ()'):
+    models.network('vgg16', 10, 28, 1, width=80, counts=(24,) * 13)

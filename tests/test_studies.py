@@ -23,13 +23,17 @@ NAMES = [
   'expansion',
   'headline',
   'headline10',
+  'long',
+  'mobile',
   'pretrained',
+  'proportions',
   'ratio',
   'resnet20',
   'search_length',
   'similarity',
   'similarity10',
   'sparsity',
+  'tournament',
 ]
 
 

@@ -2,7 +2,8 @@
 
 Three networks: VGG16 with 24 channels in every layer (`full`), VGG16 at base
 width 16 with its first four layers tripled (`front`), and ResNet-20 with 24
-channels in every block (`resnet20`). RESULTS.md has the plan and what came out.
+channels in every block on a stream of 8, 16 and 32 (`resnet20`). RESULTS.md has
+the plan and what came out.
 
   python main.py --config configs/studies/proportions.py --mode=study
     --workdir=runs/studies --config.results_dir=results
@@ -17,9 +18,9 @@ from configs.studies import common
 
 FRONT = (48, 48, 96, 96, 64, 64, 64, 128, 128, 128, 128, 128, 128)
 NETWORKS = {
-  'full': ('vgg16', (24,) * 13),
-  'front': ('vgg16', FRONT),
-  'resnet20': ('resnet20', (24,) * 9),
+  'full': ('vgg16', 16, (24,) * 13),
+  'front': ('vgg16', 16, FRONT),
+  'resnet20': ('resnet20', 8, (24,) * 9),
 }
 
 
@@ -27,7 +28,9 @@ def get_config(variant='full'):
   """The study of one network, or its smoke variant."""
   base = common.contest()
   if variant in NETWORKS:
-    base.model.name, base.model.counts = NETWORKS[variant]
+    name, base_width, counts = NETWORKS[variant]
+    base.model.name, base.model.base_width = name, base_width
+    base.model.counts = counts
   suffix = {'front': '_front', 'resnet20': '_resnet20'}.get(variant, '')
   return common.study(
     variant,

@@ -86,6 +86,7 @@ def network(
   multiplier: float = 1.0,
   dtype: Any = jnp.float32,
   gate_site: str = 'acting',
+  counts: Sequence[int] = (),
 ) -> Network:
   """The registry's model as a `Network`.
 
@@ -99,16 +100,28 @@ def network(
     multiplier: Widens the searched network's block outputs.
     dtype: Dtype of the computation.
     gate_site: As for `registry.build`.
+    counts: Channels of the gated layers of the reference network, which is also
+      the searched one; () are those of the base width.
   """
   base_width = base_width or registry.family(name).default_width
   width = width or base_width
-  shape = (num_classes, image_size, channels)
-  reference = registry.cost_model(name, *shape, base_width)
+  if counts and (width != base_width or multiplier != 1.0):
+    raise errors.UserError(
+      'config.model.counts must be () for a searched network that is wider or '
+      f'narrower than the reference network; got {tuple(counts)}.'
+    )
+  shape, given = (num_classes, image_size, channels), tuple(counts) or None
   build = functools.partial(registry.build, name, num_classes, dtype=dtype)
+  module = build(base_width, given)
+  reference = registry.table(
+    name, *shape, base_width, counts=given
+  ).cost_model()
   return Network(
-    module=build(width, multiplier=multiplier, gate_site=gate_site),
-    table=registry.table(name, *shape, width, multiplier, dtype, gate_site),
-    reference=build(base_width),
+    module=build(width, given, multiplier=multiplier, gate_site=gate_site),
+    table=registry.table(
+      name, *shape, width, multiplier, dtype, gate_site, given
+    ),
+    reference=module,
     reference_macs=reference.macs(reference.widths),
     reference_params=reference.params(reference.widths),
     build=lambda counts: build(width, counts, multiplier=multiplier),
@@ -120,6 +133,7 @@ def network(
       'num_classes': num_classes,
       'image_size': image_size,
       'channels': channels,
+      **({'counts': list(counts)} if counts else {}),
     },
   )
 

@@ -172,6 +172,7 @@ def table(
   multiplier: float = 1.0,
   dtype: Any = jnp.float32,
   gate_site: str = 'acting',
+  counts: Sequence[int] | None = None,
 ) -> groups.Table:
   """The channel groups of a network of the registry.
 
@@ -184,10 +185,13 @@ def table(
     multiplier: As for `build`.
     dtype: As for `build`.
     gate_site: As for `build`.
+    counts: As for `build`.
   """
   shape = (num_classes, image_size, channels)
   calls = _marked_calls(name, *shape, width, multiplier)
-  return _table(calls, gate_sizes(name, width), dtype, gate_site)
+  sizes = gate_sizes(name, width)
+  sizes = dict(zip(sizes, counts or sizes.values(), strict=True))
+  return _table(calls, sizes, dtype, gate_site)
 
 
 def _table(calls, sizes, dtype: Any, gate_site: str) -> groups.Table:

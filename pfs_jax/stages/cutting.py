@@ -179,7 +179,7 @@ def _reachable(job: Job, budget: prune.Budget, e: prune.Infeasible):
       break
     multiple //= 2
   c = job.network.description
-  if 'name' not in c:
+  if 'name' not in c or 'counts' in c:
     return
   for eighths in range(7, 0, -1):
     width = max(1, c['width'] * eighths // 8)

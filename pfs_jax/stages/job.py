@@ -75,6 +75,7 @@ class Job:
       multiplier=c.multiplier,
       dtype=dtype,
       gate_site=c.gate_site,
+      counts=c.counts,
     )
 
   @property

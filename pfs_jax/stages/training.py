@@ -174,11 +174,11 @@ def _initial(job: Job, module, total, label, weights=None, penalty=None):
   )
 
 
-def _test(job: Job, module, state) -> tuple[float, int]:
-  """(accuracy, images) of the one reading of the test set."""
+def _test(job: Job, module, state) -> tuple[float, float, int]:
+  """(accuracy, loss, images) of the one reading of the test set."""
   test = job.data.test()
-  accuracy = train_lib.evaluate(module, state.variables, test)['accuracy']
-  return accuracy, test.size
+  found = train_lib.evaluate(module, state.variables, test)
+  return found['accuracy'], found['loss'], test.size
 
 
 def _reference_accuracy(job: Job) -> float | None:
@@ -191,7 +191,7 @@ def _reference_accuracy(job: Job) -> float | None:
   if not result.exists():
     module = job.network.reference
     state = fit(job, module, folder, 'reference', job.config.train.epochs)
-    accuracy, _ = _test(job, module, state)
+    accuracy, *_ = _test(job, module, state)
     storage.write_json(result, {'test_accuracy': accuracy}, sealed=True)
     runs.barrier('reference')
   return storage.read_json(result, dict[str, float])['test_accuracy']
@@ -200,12 +200,13 @@ def _reference_accuracy(job: Job) -> float | None:
 def _write_result(job, name, structure, module, state, folder, reference):
   c, network = job.config, job.network
   searched = network.cost_model.macs(network.cost_model.widths)
-  accuracy, examples = _test(job, module, state)
+  accuracy, loss, examples = _test(job, module, state)
   foreign = pathlib.Path(c.train.structure).is_file()
   search = {} if foreign else searching.summary(job)
   warnings = search.pop('warnings', []) + _warnings(folder, accuracy)
   result = {
     'test_accuracy': accuracy,
+    'test_loss': loss,
     'reference_test_accuracy': reference,
     'test_examples': examples,
     'macs': structure.macs,
@@ -268,7 +269,7 @@ def restore(job: Job, name: str, structure: prune.Structure):
 def evaluate(job: Job) -> None:
   """Restores the trained narrow network and evaluates it on the test set."""
   folder, step, module, state = restore(job, *cutting.read(job))
-  accuracy, n = _test(job, module, state)
+  accuracy, _, n = _test(job, module, state)
   console.say(
     f'{folder} at step {step}: test accuracy {accuracy:.2%} '
     f'({round(accuracy * n)} of {n} images)'

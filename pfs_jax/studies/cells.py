@@ -134,6 +134,7 @@ def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
     epochs *= result['reference_macs'] / result['macs']
   return {
     'test_accuracy': result['test_accuracy'],
+    'test_loss': result.get('test_loss'),
     'seconds': result['seconds'],
     'commit': result['versions']['commit'],
     'hardware': result['versions']['hardware'],
