@@ -28,5 +28,9 @@ def get_config(variant='full'):
     arms=('uniform', 'tournament', 'full'),
     seeds=(100, 101, 102),
     baseline='uniform',
-    smoke={'arms': ('seeing+structure', 'full+structure'), 'seeds': (0,)},
+    smoke={
+      'arms': ('seeing+structure', 'full+structure'),
+      'seeds': (0,),
+      'baseline': '',
+    },
   )

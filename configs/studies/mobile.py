@@ -25,5 +25,9 @@ def get_config(variant='full'):
     arms=('uniform', 'searched', 'tournament'),
     seeds=(100, 101, 102),
     baseline='uniform',
-    smoke={'arms': ('tilt1+structure', 'uniform+structure'), 'seeds': (0,)},
+    smoke={
+      'arms': ('tilt1+structure', 'uniform+structure'),
+      'seeds': (0,),
+      'baseline': '',
+    },
   )

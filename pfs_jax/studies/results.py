@@ -7,9 +7,9 @@ results/<study>.json is a list of records, one a line, each with the fields
 
 (test_accuracy 0..1 of the last epoch, null where only the structure was asked;
 seconds of the training, those of search and wide training apart) and, for
-whoever asks why, fields, train_epochs, search_epochs, sparsity, tie_share,
-gate_means {layer: mean gate} and kept {layer: bits as hexadecimal, channel 0
-the lowest}.
+whoever asks why, test_loss, fields, train_epochs, search_epochs, sparsity,
+tie_share, gate_means {layer: mean gate} and kept {layer: bits as hexadecimal,
+channel 0 the lowest}.
 """
 
 from __future__ import annotations
