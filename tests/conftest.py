@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Compiling takes longer than running here. Without LLVM's optimisations and the
 # newer emitters of fusions, a search step of ResNet-20 compiles in 1.7 s of CPU
 # time instead of 5.7. The optimisations of XLA's own graph stay, so operations
-# and bytes can be counted. A test of speed runs in processes.run(..., fresh=True,
-# env={'XLA_FLAGS': ''}).
+# and bytes can be counted. A test of speed runs by
+# processes.run(..., fresh=True, env={'XLA_FLAGS': ''}).
 _FAST_TO_COMPILE = (
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
