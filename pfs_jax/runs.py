@@ -126,6 +126,8 @@ class Result(TypedDict):
   seconds: Annotated[float, msgspec.Meta(ge=0)]
   # More, which only people and reports read.
   test_loss: NotRequired[float]
+  latency: NotRequired[dict[str, float]]
+  warnings: NotRequired[list[str]]
   reference_macs: NotRequired[_Count]
   reference_params: NotRequired[_Count]
   searched_macs: NotRequired[_Count]
@@ -133,7 +135,6 @@ class Result(TypedDict):
   model: NotRequired[dict[str, Any]]
   seed: NotRequired[int]
   search: NotRequired[dict[str, Any]]
-  warnings: NotRequired[list[str]]
   versions: NotRequired[dict[str, Any]]
   config: NotRequired[dict[str, Any]]
 

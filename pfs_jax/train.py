@@ -215,13 +215,20 @@ def step(
 
 
 @functools.cache
-def _evaluation_step(module: nn.Module, augmentation):
+def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
+  """(variables, images, labels, weights) -> (loss, correct, classes), jitted.
+
+  Loss and correct answers are weighted sums over the batch; the classes are
+  those that the network says.
+  """
+
   def evaluate_batch(variables, images, labels, weight):
     x = augmentation.test(images)
     logits = module.apply(variables, x, train=False)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = logits.argmax(-1) == labels
-    return (ce * weight).sum(), (correct * weight).sum()
+    predicted = logits.argmax(-1)
+    correct = predicted == labels
+    return (ce * weight).sum(), (correct * weight).sum(), predicted
 
   return jax.jit(evaluate_batch, out_shardings=devices.replicated())
 
@@ -237,11 +244,11 @@ def evaluate(
     batches: Yields (images, labels, weights); `.augmentation.test` normalises
       inside the compiled program, `.size` is the number of images.
   """
-  call = _evaluation_step(module, batches.augmentation)
+  call = evaluation_step(module, batches.augmentation)
   sums = [call(variables, *batch) for batch in batches]
   return {
-    'loss': sum(float(ce) for ce, _ in sums) / batches.size,
-    'accuracy': sum(float(correct) for _, correct in sums) / batches.size,
+    'loss': sum(float(ce) for ce, _, _ in sums) / batches.size,
+    'accuracy': sum(float(correct) for _, correct, _ in sums) / batches.size,
   }
 
 

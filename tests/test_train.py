@@ -12,6 +12,7 @@ import pytest
 
 from pfs_jax import checkpointing, config, devices, errors, models, runs, train
 from pfs_jax.data import pipeline
+from pfs_jax.stages import examining
 from tests import processes
 
 
@@ -348,6 +349,23 @@ def trained_state():
   for seed in range(3):
     state, _ = train.step(state, *make_batch(seed))
   return state
+
+
+def test_the_exam_counts_as_the_evaluation_does_and_keeps_mistakes():
+  """20 images in batches of 8: the last four are padding and no mistakes."""
+  state, test = trained_state(), make_evaluation(20, 8)
+  exam = examining.examine(state.module, state.variables, test)
+  expected = train.evaluate(state.module, state.variables, test)
+  assert (exam.loss, exam.accuracy) == (expected['loss'], expected['accuracy'])
+  assert (exam.images, exam.batch) == (20, 8) and exam.milliseconds > 0
+  images, labels = make_examples(20)
+  x = jnp.asarray((images / 255.0 - 0.5) / 0.25, jnp.float32)
+  said = np.asarray(state.module.apply(state.variables, x).argmax(-1))
+  wrong = np.flatnonzero(said != labels)[:12]
+  assert wrong.size
+  np.testing.assert_array_equal(exam.mistakes['images'], images[wrong])
+  np.testing.assert_array_equal(exam.mistakes['labels'], labels[wrong])
+  np.testing.assert_array_equal(exam.mistakes['predicted'], said[wrong])
 
 
 @pytest.mark.parametrize('n, batch_size', [(23, 8), (24, 8), (5, 8), (23, 1)])

@@ -152,7 +152,9 @@ def _first_screen(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   if trained:
     report.paragraph(
       'These are results of one seed (n = 1), so the spread over seeds is '
-      'unknown. The 95% intervals reflect the number of test images alone.',
+      'unknown. The 95% intervals reflect the number of test images alone. A '
+      'time is the least of three batches right after the training; other work '
+      'on the machine makes it longer.',
       'soft',
     )
   report.table(*_networks(job, cuts))
@@ -214,7 +216,7 @@ def _networks(job: Job, cuts: Sequence[Cut]) -> Table:
     rows.append(row(cut.name, cut.macs, cut.params, accuracy, ms))
   whole = (network.reference_macs, network.reference_params)
   accuracy = known.get('reference_test_accuracy')
-  ms = times[0]['reference_ms'] if times else None
+  ms = times[0].get('reference_ms') if times else None
   rows.append(row('reference', *whole, accuracy, ms))
   widest = (model.macs(model.widths), model.params(model.widths))
   rows.append(row('searched', *widest, None, None))

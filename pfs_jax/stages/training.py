@@ -23,7 +23,7 @@ from pfs_jax import (
   storage,
 )
 from pfs_jax import train as train_lib
-from pfs_jax.stages import cutting, searching, showing
+from pfs_jax.stages import cutting, examining, searching, showing
 from pfs_jax.stages.job import Job
 
 
@@ -91,7 +91,7 @@ def train(job: Job, weights: Mapping[str, Any] | None = None) -> None:
     module = job.network.narrow(structure.counts)
     weights = weights or _inherited(job, name, structure)
     state = fit(job, module, folder, 'train', epochs, weights)
-    reference = _reference_accuracy(job)
+    reference = _reference(job)
     _write_result(job, name, structure, module, state, folder, reference)
   showing.show(job, name, structure)
 
@@ -174,41 +174,39 @@ def _initial(job: Job, module, total, label, weights=None, penalty=None):
   )
 
 
-def _test(job: Job, module, state) -> tuple[float, float, int]:
-  """(accuracy, loss, images) of the one reading of the test set."""
-  test = job.data.test()
-  found = train_lib.evaluate(module, state.variables, test)
-  return found['accuracy'], found['loss'], test.size
-
-
-def _reference_accuracy(job: Job) -> float | None:
-  """Test accuracy of the reference network, where the config wants it."""
+def _reference(job: Job) -> dict[str, float]:
+  """Test accuracy and time of the reference network, {} if it is not wanted."""
   if not job.config.train.reference:
-    return None
+    return {}
   folder = job.workdir / 'reference'
   runs.claim(folder, config.identity(job.config, 'train'))
   result = folder / 'result.json'
   if not result.exists():
     module = job.network.reference
     state = fit(job, module, folder, 'reference', job.config.train.epochs)
-    accuracy, *_ = _test(job, module, state)
-    storage.write_json(result, {'test_accuracy': accuracy}, sealed=True)
+    exam = examining.examine(module, state.variables, job.data.test())
+    found = {'test_accuracy': exam.accuracy, 'batch_ms': exam.milliseconds}
+    storage.write_json(result, found, sealed=True)
     runs.barrier('reference')
-  return storage.read_json(result, dict[str, float])['test_accuracy']
+  return storage.read_json(result, dict[str, float])
 
 
 def _write_result(job, name, structure, module, state, folder, reference):
   c, network = job.config, job.network
   searched = network.cost_model.macs(network.cost_model.widths)
-  accuracy, loss, examples = _test(job, module, state)
+  exam = examining.examine(module, state.variables, job.data.test())
+  latency = {'batch': exam.batch, 'narrow_ms': exam.milliseconds}
+  if 'batch_ms' in reference:
+    latency['reference_ms'] = reference['batch_ms']
   foreign = pathlib.Path(c.train.structure).is_file()
   search = {} if foreign else searching.summary(job)
-  warnings = search.pop('warnings', []) + _warnings(folder, accuracy)
+  warnings = search.pop('warnings', []) + _warnings(folder, exam.accuracy)
   result = {
-    'test_accuracy': accuracy,
-    'test_loss': loss,
-    'reference_test_accuracy': reference,
-    'test_examples': examples,
+    'test_accuracy': exam.accuracy,
+    'test_loss': exam.loss,
+    'reference_test_accuracy': reference.get('test_accuracy'),
+    'test_examples': exam.images,
+    'latency': latency,
     'macs': structure.macs,
     'params': structure.params,
     'reference_macs': network.reference_macs,
@@ -227,6 +225,8 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'versions': runs.versions(),
     'config': c.to_dict(),
   }
+  if exam.mistakes:
+    storage.write_arrays(folder / 'mistakes.npz', exam.mistakes, sealed=True)
   storage.write_json(job.folder(name) / 'result.json', result, sealed=True)
   runs.barrier('result')
 
@@ -269,8 +269,9 @@ def restore(job: Job, name: str, structure: prune.Structure):
 def evaluate(job: Job) -> None:
   """Restores the trained narrow network and evaluates it on the test set."""
   folder, step, module, state = restore(job, *cutting.read(job))
-  accuracy, _, n = _test(job, module, state)
+  exam = examining.examine(module, state.variables, job.data.test())
+  n, right = exam.images, round(exam.accuracy * exam.images)
   console.say(
-    f'{folder} at step {step}: test accuracy {accuracy:.2%} '
-    f'({round(accuracy * n)} of {n} images)'
+    f'{folder} at step {step}: test accuracy {exam.accuracy:.2%} '
+    f'({right} of {n} images)'
   )
