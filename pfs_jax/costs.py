@@ -9,7 +9,10 @@ Counting rules (those of the published implementation; one multiply-accumulate
 is 1 MAC):
 
 * convolution: kernel_h * kernel_w * C_in * C_out / groups per output position;
-* dense: inputs * outputs;
+* transposed convolution: the same, for each input position;
+* dense: inputs * outputs per position;
+* other operations that multiply and accumulate (matrix products and
+  convolutions in the model's own code): counted from the traced program, fixed;
 * global average pooling: its input elements (modules that declare
   `macs_per_input = 1`; VGG's pooling does not);
 * normalisation, activations, max pooling, additions: 0;
@@ -30,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pfs_jax import errors
+
 # A number of channels as an affine function of the counts: pairs (group,
 # multiple) that are added up. Group FIXED stands for the number 1.
 FIXED = -1
@@ -45,7 +50,8 @@ class Layer:
 
   Attributes:
     path: Module path, joined by '/'.
-    kind: 'conv', 'depthwise', 'dense', 'norm' or 'pool'.
+    kind: 'conv', 'depthwise', 'dense', 'norm' or 'pool'; 'other' for what is
+      counted but neither gated nor narrowed.
     inputs: Channels that go in.
     outputs: Channels that come out.
     positions: Output positions per image (1 for dense); for 'pool' the input
@@ -64,6 +70,11 @@ class Layer:
     obstacle: Why surgery cannot follow channels through it, '' if it can.
     dtype: Dtype of the parameters.
     low_precision: Whether it computes in fewer than 32 bits.
+    transposed: Whether the kernel is [..., outputs, inputs].
+    joint: Whether a normalisation has statistics over all channels.
+    axis_name: The axis of devices that a BatchNorm averages over, '' if none.
+    fixed_macs: Further MACs that no count changes.
+    fixed_params: Further parameters that no count changes.
     reads: `inputs` as a function of the counts; fixed by default.
     makes: `outputs` as a function of the counts; fixed by default.
   """
@@ -85,6 +96,11 @@ class Layer:
   obstacle: str = ''
   dtype: Any = np.float32
   low_precision: bool = False
+  transposed: bool = False
+  joint: bool = False
+  axis_name: str = ''
+  fixed_macs: int = 0
+  fixed_params: int = 0
   reads: Size = ()
   makes: Size = ()
 
@@ -101,7 +117,7 @@ class Layer:
 
   def _kernel_terms(self) -> Terms:
     """Products inputs * outputs / groups as {(group, group): coefficient}."""
-    if self.kind in ('norm', 'pool'):
+    if self.kind in ('norm', 'pool', 'other'):
       return {}
     if self.kind == 'depthwise':  # One filter per output channel.
       return {(i, FIXED): self.taps * a for i, a in self.makes}
@@ -115,7 +131,8 @@ class Layer:
     """MACs as {(group, group): coefficient}."""
     if self.kind == 'pool':
       return {(i, FIXED): a * self.positions for i, a in self.reads}
-    return {k: v * self.positions for k, v in self._kernel_terms().items()}
+    terms = {k: v * self.positions for k, v in self._kernel_terms().items()}
+    return {**terms, **_fixed(self.fixed_macs)}
 
   def params_terms(self) -> Terms:
     """Parameters as {(group, group): coefficient}."""
@@ -124,6 +141,7 @@ class Layer:
     terms = collections.Counter(self._kernel_terms())
     for i, a in self.makes:
       terms[i, FIXED] += self.vectors * a
+    terms.update(_fixed(self.fixed_params))
     return terms
 
   def macs(self, counts: Sequence[int] = ()) -> int:
@@ -137,6 +155,10 @@ class Layer:
   def channels(self, counts: Sequence[int]) -> tuple[int, int]:
     """(inputs, outputs) at the given counts."""
     return value(self.reads, counts), value(self.makes, counts)
+
+
+def _fixed(number: int) -> Terms:
+  return {(FIXED, FIXED): number} if number else {}
 
 
 def value(size: Size, counts: Sequence[int]) -> int:
@@ -153,13 +175,17 @@ def _value(terms: Terms, counts: Sequence[int]) -> int:
 # Recording.
 
 
+def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+  """What Flax takes as one number for all axes, as one number for each."""
+  if value is None or isinstance(value, int):
+    return (value or 1,) * rank
+  return tuple(value)
+
+
 def _convolution(module: nn.Module, x, y) -> dict[str, Any]:
   kernel = module.kernel_size
   kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
-  groups = module.feature_group_count
-  strides = module.strides
-  if strides is None or isinstance(strides, int):
-    strides = (strides or 1,) * len(kernel)
+  groups = getattr(module, 'feature_group_count', 1)
   depthwise = groups > 1 and groups == x.shape[-1]
   space = y.shape[-1 - len(kernel) : -1]
   return {
@@ -168,12 +194,20 @@ def _convolution(module: nn.Module, x, y) -> dict[str, Any]:
     'positions': math.prod(space),
     'taps': math.prod(kernel),
     'groups': groups,
-    'vectors': int(module.use_bias),
+    'vectors': _vectors(module, y.shape[-1]),
     'output_size': space,
     'input_size': x.shape[-1 - len(kernel) : -1],
     'kernel': kernel,
-    'strides': tuple(strides),
+    'strides': _tuple(getattr(module, 'strides', 1), len(kernel)),
   }
+
+
+def _transposed(module: nn.ConvTranspose, x, y) -> dict[str, Any]:
+  fields = _convolution(module, x, y)
+  fields['positions'] = math.prod(fields['input_size'])
+  # Timed as a convolution with as many operations.
+  fields['strides'] = (1,) * len(fields['kernel'])
+  return {**fields, 'transposed': module.transpose_kernel}
 
 
 def _dense(module: nn.Module, x, y) -> dict[str, Any]:
@@ -182,45 +216,103 @@ def _dense(module: nn.Module, x, y) -> dict[str, Any]:
   return {
     'kind': 'dense',
     'positions': math.prod(space),
-    'vectors': int(module.use_bias),
+    'vectors': _vectors(module, y.shape[-1]),
     'output_size': space,
   }
 
 
 def _norm(module: nn.Module, x, y) -> dict[str, Any]:
-  axis = getattr(module, 'axis', -1)
-  axis = axis if isinstance(axis, Sequence) else (axis,)
-  obstacle = ''
-  if not isinstance(module, nn.BatchNorm):
-    obstacle = 'it normalises over several channels'
-  elif [a % x.ndim for a in axis] != [x.ndim - 1]:
+  channels, obstacle, joint = x.shape[-1], '', False
+  axes = getattr(module, 'axis', getattr(module, 'feature_axes', -1))
+  axes = [a % x.ndim for a in (axes if isinstance(axes, Sequence) else [axes])]
+  if axes != [x.ndim - 1]:
     obstacle = 'its channels are not on the last axis'
+  elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+    joint = True
+  elif isinstance(module, nn.GroupNorm):
+    size = module.group_size or channels // (module.num_groups or 1)
+    if size != 1:
+      obstacle = f'it normalises {size} neighbouring channels together'
   return {
     'kind': 'norm',
     'obstacle': obstacle,
+    'joint': joint,
+    'groups': getattr(module, 'num_groups', None) or 1,
+    'axis_name': getattr(module, 'axis_name', None) or '',
     'positions': math.prod(y.shape[1:-1]),
-    'vectors': int(module.use_scale) + int(module.use_bias),
+    'vectors': _vectors(module, y.shape[-1]),
   }
 
 
+def _vectors(module: nn.Module, channels: int) -> int:
+  """How many parameters of a bound layer are vectors over its channels."""
+  params = module.variables.get('params', {})
+  return sum(leaf.shape == (channels,) for leaf in jax.tree.leaves(params))
+
+
 def _pool(module: nn.Module, x, y) -> dict[str, Any]:
-  del module
-  width = x.shape[-1]
-  positions = math.prod(x.shape[1:-1])
-  return {'kind': 'pool', 'outputs': width, 'positions': positions}
+  del module, y
+  return {'kind': 'pool', 'positions': math.prod(x.shape[1:-1])}
+
+
+# Classes that are layers, and how to describe them. The first that fits counts.
+_RULES: dict[type, Callable[..., dict[str, Any]]] = {
+  nn.ConvTranspose: _transposed,
+  nn.Conv: _convolution,
+  nn.Dense: _dense,
+  nn.BatchNorm: _norm,
+  nn.LayerNorm: _norm,
+  nn.RMSNorm: _norm,
+  nn.InstanceNorm: _norm,
+  nn.GroupNorm: _norm,
+}
+
+
+def register_norm(cls: type[nn.Module]) -> None:
+  """Makes a class of the user's own known as a BatchNorm.
+
+  Subclasses of Flax's normalisations, and classes that call them, are known
+  without it. The class must treat each channel of the last axis alone and have
+  its parameters and statistics as vectors [C] of its own.
+  """
+  _register(cls, _norm)
+
+
+def register_conv(cls: type[nn.Module]) -> None:
+  """Makes a class of the user's own known as a convolution.
+
+  Subclasses of `nn.Conv`, and classes that call it, are known without it. The
+  class needs the fields `features` (the number of outputs, which narrowing
+  sets) and `kernel_size`, and a kernel [..., inputs, outputs].
+
+  Raises:
+    errors.UserError: A field is missing.
+  """
+  fields = {f.name for f in dataclasses.fields(cls)}
+  missing = {'features', 'kernel_size'} - fields
+  if missing:
+    raise errors.UserError(
+      f'{cls.__name__} must have the fields features and kernel_size to be a '
+      f'convolution; it has no {" and no ".join(sorted(missing))}.'
+    )
+  _register(cls, _convolution)
+
+
+def _register(cls: type[nn.Module], rule: Callable[..., dict[str, Any]]):
+  if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    raise errors.UserError(f'{cls!r} must be a class of flax.linen.Module.')
+  _RULES[cls] = rule
 
 
 def _rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
   """How to describe a call of this module, None if it is no layer."""
-  if isinstance(module, nn.Conv):
-    return _convolution
-  if isinstance(module, nn.Dense):
-    return _dense
-  if isinstance(module, nn.BatchNorm | nn.LayerNorm | nn.GroupNorm):
-    return _norm
-  if getattr(type(module), 'macs_per_input', 0):
-    return _pool
-  return None
+  for cls in reversed(_RULES):  # Those of the user come first.
+    if isinstance(module, cls):
+      return _RULES[cls]
+  if isinstance(module, nn.DenseGeneral):
+    plain = isinstance(module.features, int) and not module.batch_dims
+    return _dense if plain and module.axis in (-1, (-1,)) else None
+  return _pool if getattr(type(module), 'macs_per_input', 0) else None
 
 
 def is_pool(module: nn.Module) -> bool:

@@ -26,7 +26,8 @@ class Changes:
 
   Attributes:
     features: (path, output channels) of convolutions and dense layers.
-    multipliers: (path, output channels per input channel) of depthwise ones.
+    multipliers: (path, output channels per input channel) of depthwise ones
+      and of normalisations with a group for each channel.
     gates: (path, units of its channels, -1 for none) of gated layers.
     groups: The groups whose gates there are.
   """
@@ -146,18 +147,32 @@ class Wrapped(nn.Module):
 
     def around(module, path, x, call):
       # A module is made anew at each call: nothing of the user's is changed.
-      if path in multipliers:
-        object.__setattr__(module, 'feature_group_count', x.shape[-1])
-        width = x.shape[-1] * multipliers[path]
-        object.__setattr__(module, 'features', width)
+      def change(name, value):
+        object.__setattr__(module, name, value)
+
+      if path in multipliers and isinstance(module, nn.GroupNorm):
+        change('num_groups', x.shape[-1])
+      elif path in multipliers:
+        change('feature_group_count', x.shape[-1])
+        change('features', x.shape[-1] * multipliers[path])
       elif path in features:
-        object.__setattr__(module, 'features', features[path])
+        change('features', features[path])
+      if not _bound(getattr(module, 'axis_name', None)):
+        change('axis_name', None)  # One mesh: the statistics are of all images.
       y = call(x)
       if path in carriers:
         y = y * _last(_vector(gates, carriers[path]), y)
       return y
 
     return costs.intercept(around, len(self.path))
+
+
+def _bound(axis: str | None) -> bool:
+  """Whether an axis that a layer averages over exists here; no axis does."""
+  try:
+    return axis is None or bool(jax.lax.axis_size(axis))
+  except NameError:
+    return False
 
 
 def _vector(gates: Sequence[jax.Array], units: Sequence[int]) -> jax.Array:
@@ -223,7 +238,11 @@ def narrowed(
     layers: {path: layer} of the wide model.
     features: {path: output channels} of convolutions and dense layers.
   """
-  multipliers = {p: c.multiplier for p, c in layers.items() if c.multiplier}
+  multipliers = {
+    path: layer.multiplier or 1
+    for path, layer in layers.items()
+    if layer.multiplier or (layer.kind == 'norm' and layer.groups > 1)
+  }
   return Wrapped(
     source, Changes(tuple(features.items()), tuple(multipliers.items()))
   )

@@ -40,7 +40,7 @@ class Group:
     producers: Convolutions and dense layers that make them (several where
       outputs are multiplied or, on request, added).
     norms: Layers whose outputs the gates multiply: the last BatchNorms before
-      the consumers.
+      the consumers; the producers where the model has no BatchNorm.
     consumers: Convolutions and dense layers that read and mix them.
     depthwise: Depthwise convolutions that they pass through.
     removable: Whether a gate of 0 equals a removed channel. If not (an
@@ -71,8 +71,8 @@ class Table:
     outputs: {path: [C_out] units} of convolutions and dense layers.
     gated: {path: [C] units} of the layers whose outputs gates multiply.
     left_alone: {path: reason} of every layer that is not wholly in groups.
-    uncounted: {path: parameters} of modules that the cost model does not know;
-      their parameters and MACs are not counted.
+    uncounted: Operations that may multiply and accumulate, but whose MACs
+      cannot be counted, each with the place where it stands.
     call: How the model is called: (module, x, *args, train, **kwargs).
   """
 
@@ -82,7 +82,7 @@ class Table:
   outputs: Mapping[str, np.ndarray]
   gated: Mapping[str, np.ndarray]
   left_alone: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  uncounted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  uncounted: tuple[str, ...] = ()
   call: Callable[..., Any] | None = None
 
   @property
@@ -272,10 +272,13 @@ class Table:
       keeps = (units < 0) | np.append(mask, True)[units]
       return None if keeps.all() else np.flatnonzero(keeps)
 
-    if path[-1] == 'kernel' and layer.kind in costs.MIXING:
-      leaf = _take(leaf, taken(self.reads(layer)), -2)
-    if leaf.shape[-1] == layer.outputs:
-      leaf = _take(leaf, taken(self.makes(layer)), -1)
+    inputs, outputs = (-1, -2) if layer.transposed else (-2, -1)
+    if leaf.ndim == 1:
+      outputs = -1
+    elif layer.kind in costs.MIXING:
+      leaf = _take(leaf, taken(self.reads(layer)), inputs)
+    if leaf.shape[outputs] == layer.outputs:
+      leaf = _take(leaf, taken(self.makes(layer)), outputs)
     return leaf
 
   def __str__(self) -> str:
@@ -292,6 +295,12 @@ class Table:
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    fixed = [c for c in self.calls if c.kind == 'other']
+    if fixed:
+      lines += ['', 'counted, but not narrowed (MACs, parameters)']
+      lines += [
+        f'{c.path}  {c.fixed_macs:,}  {c.fixed_params:,}' for c in fixed
+      ]
     paths = collections.defaultdict(list)
     for path, reason in self.left_alone.items():
       paths[reason].append(path)
@@ -299,8 +308,7 @@ class Table:
       lines += ['', 'left alone']
       lines += [f'{some(p)}: {reason}' for reason, p in paths.items()]
     if self.uncounted:
-      lines += ['', 'not counted (parameters)']
-      lines += [f'{p}  {n:,}' for p, n in self.uncounted.items()]
+      lines += ['', 'MACs not counted', *self.uncounted]
     return '\n'.join(lines)
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import flax.linen as nn
 
 from pfs_jax import costs
+from pfs_jax.costs import register_conv, register_norm
 from pfs_jax.gating import Wrapped, gate
 from pfs_jax.groups import Group, Table
 from pfs_jax.surgery.check import check, narrow
-from pfs_jax.surgery.discover import discover
+from pfs_jax.surgery.discover import discover, layer_calls
 from pfs_jax.surgery.factory import network, network_from_factory
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
   'narrow',
   'network',
   'network_from_factory',
+  'register_conv',
+  'register_norm',
   'slice_variables',
 ]
 
@@ -43,9 +46,8 @@ def cost_model(
 ) -> costs.CostModel:
   """MACs and parameters of the narrow models, exact functions of the counts.
 
-  Convolutions, dense layers and normalisations are counted (`costs`), and
-  nothing else: neither a model's own `x.mean()` nor the modules of
-  `table.uncounted`.
+  Whatever multiplies and accumulates is counted (`costs`), but for what
+  `table.uncounted` names. Sums, such as a model's own `x.mean()`, cost nothing.
 
   Args:
     model: The model of `discover`.
@@ -55,7 +57,7 @@ def cost_model(
     *args: Further arguments of the model.
   """
   plain = narrow(model, table, table.sizes)
-  return table.cost_model(costs.record_model(plain, x, *args))
+  return table.cost_model(layer_calls(plain, x, *args))
 
 
 def slice_variables(

@@ -49,6 +49,12 @@ class TrainArgument:
     return module(x, *args, **kwargs)
 
 
+def untold(module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any):
+  """Calls a model that does the same in training and in evaluation."""
+  del train
+  return module(x, *args, **kwargs)
+
+
 def train_argument(model: nn.Module, name: str | None = None) -> TrainArgument:
   """How a model is told whether to train.
 
@@ -70,5 +76,5 @@ def train_argument(model: nn.Module, name: str | None = None) -> TrainArgument:
   known = ', '.join(NAMES) if name is None else repr(name)
   raise errors.UserError(
     f'surgery: {type(model).__name__} has no argument or field {known}; say '
-    'how to call it with call=lambda module, x, train: ...'
+    'how to call it with call=lambda module, x, train: ... (config.model.call)'
   )

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from pfs_jax import costs, errors, gating, groups
-from pfs_jax.surgery import calling, trace
+from pfs_jax.surgery import calling, counting, trace
 from pfs_jax.surgery.cells import State
 from pfs_jax.surgery.flow import NESTED, Flow
 
@@ -60,27 +59,26 @@ def discover(
     rest was left alone.
 
   Raises:
-    errors.UserError: Not a Linen module, no BatchNorm, no known way to say
-      whether to train, or a collection `gates` of the model's own, or `leave`
-      names no layer.
+    errors.UserError: Not a Linen module, no layer, no known way to say whether
+      to train, or a collection `gates` of the model's own, or `leave` names no
+      layer.
   """
   _check(model)
-  source = gating.Source(
-    model, call or calling.train_argument(model, train_kwarg)
-  )
+  source, told = _source(model, call, train_kwarg)
   plain, arguments = gating.Wrapped(source), (x, args, kwargs)
   shapes = _init_shapes(plain, arguments)
   if groups.GATES in shapes:
     raise errors.UserError(
       f'surgery: the model has a collection {groups.GATES!r} of its own.'
     )
-  flow, calls = _follow(plain, shapes, arguments)
-  if not any(c.kind == 'norm' and not c.obstacle for c in calls):
+  flow, calls, uncounted = _follow(plain, shapes, arguments)
+  if not flow.layers:
     raise errors.UserError(
-      'surgery: the model calls no flax.linen.BatchNorm, and gates multiply '
-      "BatchNorm's output. (Modules of flax.nnx, also inside bridge.to_linen, "
-      'and other normalisations cannot carry them.)'
+      'surgery: the model calls no layer of flax.linen that makes channels. '
+      '(Layers of flax.nnx inside bridge.to_linen are not seen.)'
     )
+  if not told and not flow.bare:
+    calling.train_argument(model, train_kwarg)  # Raises.
   unknown = sorted(set(leave) - set(flow.outputs))
   if unknown:
     raise errors.UserError(
@@ -92,10 +90,26 @@ def discover(
   found = _Found(flow, residual)
   _try_out(source, arguments, found)
   return dataclasses.replace(
-    found.table(calls),
-    uncounted=_uncounted(shapes, flow.layers),
-    call=source.call,
+    found.table(calls), uncounted=uncounted, call=source.call
   )
+
+
+def layer_calls(plain: gating.Wrapped, x: Any, *args: Any) -> list[costs.Layer]:
+  """All that costs something in a model, at this size of images."""
+  arguments = (x, args, {})
+  return _follow(plain, _init_shapes(plain, arguments), arguments)[1]
+
+
+def _source(model, call, train_kwarg) -> tuple[gating.Source, bool]:
+  """A model and how to call it; whether it can be told that it trains."""
+  if call is None:
+    try:
+      call = calling.train_argument(model, train_kwarg)
+    except errors.UserError:
+      if train_kwarg is not None:
+        raise
+      return gating.Source(model, calling.untold), False
+  return gating.Source(model, call), True
 
 
 def _check(model: Any) -> None:
@@ -152,8 +166,11 @@ def _init_shapes(plain: gating.Wrapped, arguments) -> Any:
 
 def _follow(
   plain: gating.Wrapped, shapes, arguments, emitted=None, wide=None
-) -> tuple[Flow, list[costs.Layer]]:
+) -> tuple[Flow, list[costs.Layer], tuple[str, ...]]:
   """Traces a model and walks through the trace.
+
+  Returns:
+    The walk, all that costs something, and what cannot be counted.
 
   Args:
     plain: The model, wide or narrowed.
@@ -190,7 +207,13 @@ def _follow(
     values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
   for value in flow.run(program, values):
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
-  return flow, calls
+  images = arrays[0].shape[0]
+  more, uncounted = counting.rest(program, layers, images)
+  params = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes['params']))
+  unknown = params - sum(c.params() for c in calls)
+  if unknown:
+    more.append(counting.other('other parameters', params=unknown))
+  return flow, [*calls, *more], uncounted
 
 
 # Groups.
@@ -325,7 +348,7 @@ class _Found:
     flow, left = self.flow, {}
     for path, layer in flow.layers.items():
       reason = flow.unseen.get(path, '')
-      if reason or layer.kind == 'pool':
+      if reason or layer.kind in ('pool', 'other'):
         pass
       elif path not in flow.inputs:
         reason = NESTED
@@ -387,7 +410,7 @@ def _objection(source, arguments, found: _Found, chosen) -> str:
   narrow = gating.narrowed(source, flow.layers, features)
   try:
     shapes = _init_shapes(narrow, arguments)
-    seen, _ = _follow(narrow, shapes, arguments, emitted, flow.layers)
+    seen, *_ = _follow(narrow, shapes, arguments, emitted, flow.layers)
   except Exception as e:  # Whatever the model's own code raises.
     text = (str(e).strip() or type(e).__name__).splitlines()[0]
     return f"the model's code fixes this width: {text}"
@@ -400,13 +423,3 @@ def _objection(source, arguments, found: _Found, chosen) -> str:
       if list(itertools.compress(before, kept[channels])) != now:
         return f"the model's code treats channels of {path} by their number"
   return ''
-
-
-def _uncounted(shapes, layers) -> dict[str, int]:
-  """{module path: parameters} that no known layer holds."""
-  found = collections.Counter()
-  flat = flax.traverse_util.flatten_dict(shapes.get('params', {}))
-  for path, leaf in flat.items():
-    if '/'.join(path[:-1]) not in layers:
-      found['/'.join(path[:-1]) or path[-1]] += math.prod(leaf.shape)
-  return dict(found)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pfs_jax import errors, models
+from pfs_jax import console, costs, errors, models, user_code
 from pfs_jax.surgery.check import narrow
 from pfs_jax.surgery.discover import discover
 
@@ -52,16 +49,22 @@ def network(
     residual=residual,
     leave=leave,
   )
-  costs = table.cost_model()
+  model_costs = table.cost_model()
   made = models.Network(
     module=model,
     table=table,
-    reference=narrow(model, table, costs.widths),
-    reference_macs=costs.macs(costs.widths),
-    reference_params=costs.params(costs.widths),
+    reference=narrow(model, table, model_costs.widths),
+    reference_macs=model_costs.macs(model_costs.widths),
+    reference_params=model_costs.params(model_costs.widths),
     build=lambda counts: narrow(model, table, counts),
     description=dict(description or {}),
   )
+  axes = sorted({c.axis_name for c in table.calls if c.axis_name})
+  if axes:
+    console.note(
+      f"BatchNorm's axis_name={axes[0]!r} is left out: statistics are of the "
+      'whole batch, over all devices.'
+    )
   made.gated  # noqa: B018  Refuses a model without a group.
   return made
 
@@ -74,6 +77,10 @@ def network_from_factory(
   dtype: Any = jnp.float32,
   *,
   residual: bool = False,
+  leave: Sequence[str] = (),
+  call: str = '',
+  norm: str = '',
+  conv: str = '',
 ) -> models.Network:
   """The model that `package.module:callable` makes, as a `models.Network`.
 
@@ -88,16 +95,30 @@ def network_from_factory(
     channels: Channels of the images.
     dtype: Dtype of the computation; must be float32 if the callable takes none.
     residual: As for `discover`.
+    leave: As for `discover`.
+    call: 'package.module:function', (module, x, train) -> logits; '' if the
+      callable says it, or the model is called in a usual way.
+    norm: 'package.module:Class' of a BatchNorm of the user's own
+      (`costs.register_norm`); '' for none.
+    conv: The same for a convolution (`costs.register_conv`).
 
   Raises:
-    errors.UserError: The spec, module, attribute or result is not right, or as
-      for `network`.
+    errors.UserError: A spec, module, attribute or result is not right, the
+      user's code raises, or as for `network`.
   """
-  factory = _import(spec)
-  model = _call(spec, factory, {'num_classes': num_classes, 'dtype': dtype})
-  call = None
+  for field, name, register in (
+    ('model.norm', norm, costs.register_norm),
+    ('model.conv', conv, costs.register_conv),
+  ):
+    if name:
+      register(user_code.imported(field, name))
+  factory = user_code.imported('model.factory', spec)
+  available = {'num_classes': num_classes, 'dtype': dtype}
+  with user_code.blamed('model.factory', spec):
+    model = _made(spec, factory, available)
+  how = user_code.imported('model.call', call) if call else None
   if isinstance(model, tuple) and len(model) == 2:
-    model, call = model
+    model, how = model[0], how or model[1]
   if not isinstance(model, nn.Module):
     raise _error(spec, f'returned {type(model).__name__}, not a Linen module')
   x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
@@ -108,15 +129,23 @@ def network_from_factory(
     'image_size': image_size,
     'channels': channels,
   }
-  made = network(
-    model, x, call=call, residual=residual, description=description
-  )
-  _check_logits(spec, made, x, num_classes)
+  given = {'leave': list(leave), 'call': call, 'norm': norm, 'conv': conv}
+  description.update({k: v for k, v in given.items() if v})
+  with user_code.blamed('model.factory', spec):
+    made = network(
+      model,
+      x,
+      call=how,
+      residual=residual,
+      leave=leave,
+      description=description,
+    )
+    _check_logits(spec, made, x, num_classes)
   return made
 
 
 def _check_logits(spec: str, made: models.Network, x, num_classes: int) -> None:
-  """Labels beyond the logits would only show as a loss that is no number."""
+  """Labels beyond the logits would only show as a loss that is not a number."""
   logits, _ = jax.eval_shape(
     made.reference.init_with_output, jax.random.key(0), x
   )
@@ -133,29 +162,9 @@ def _error(spec: str, problem: str) -> errors.UserError:
   return errors.UserError(f'config.model.factory={spec}: {problem}.')
 
 
-def _import(spec: str) -> Callable[..., Any]:
-  module_name, colon, attribute = spec.partition(':')
-  if not (module_name and colon and attribute):
-    raise errors.UserError(
-      f'config.model.factory must be package.module:callable; got {spec!r}.'
-    )
-  here = os.getcwd()  # As for `python -m`: also beside the user.
-  if here not in sys.path:
-    sys.path.append(here)
-  try:
-    target = importlib.import_module(module_name)
-    for name in attribute.split('.'):
-      target = getattr(target, name)
-  except ModuleNotFoundError as e:
-    raise _error(spec, f'cannot be imported: {e}') from e
-  except AttributeError as e:
-    raise _error(spec, str(e)) from e
-  if not callable(target):
-    raise _error(spec, 'is not callable')
-  return target
-
-
-def _call(spec: str, factory, available: Mapping[str, Any]) -> Any:
+def _made(
+  spec: str, factory: Callable[..., Any], available: Mapping[str, Any]
+) -> Any:
   """Calls a factory with what it has arguments for."""
   if isinstance(factory, type) and not issubclass(factory, nn.Module):
     raise _error(spec, 'is a class, but not of flax.linen.Module')
@@ -173,5 +182,5 @@ def _call(spec: str, factory, available: Mapping[str, Any]) -> Any:
   if len(required) == 1 and 'num_classes' not in known:
     return factory(available['num_classes'], **known)
   if required:
-    raise _error(spec, f'needs {", ".join(required)}, which nobody gives it')
+    raise _error(spec, f'needs {", ".join(required)}, which has no default')
   return factory(**known)

@@ -42,11 +42,18 @@ _BY_INDEX = frozenset(['dynamic_slice', 'gather'])
 _KNOWN_SIZE = 1 << 16
 
 
+def is_batch_norm(layer: costs.Layer) -> bool:
+  """Whether a layer normalises each channel of the last axis alone."""
+  return layer.kind == 'norm' and not layer.obstacle and not layer.joint
+
+
 class Flow:
   """The walk through a marked jaxpr, and what it found.
 
   Attributes:
     layers: {path: layer}.
+    bare: Whether there is no BatchNorm: gates then stand at the outputs of
+      convolutions and dense layers.
     channels: The channels that the layers make.
     cells: The cells of the walk.
     inputs: {path: [C_in] channels that the layer reads, 0 where fixed}.
@@ -64,6 +71,7 @@ class Flow:
   ):
     """`emitted`: channels that layers make; by default new ones."""
     self.layers = dict(layers)
+    self.bare = not any(is_batch_norm(c) for c in layers.values())
     self.inputs, self.outputs, self.unseen = {}, {}, {}
     self.uses, self.pasts = [], collections.defaultdict(list)
     self._emitted = emitted
@@ -218,7 +226,7 @@ class Flow:
     self.pasts[path].append([self.cells[i].past for i in columns])
     self._share(path, columns)
     if layer.kind == 'norm':
-      out = self._norm(path, columns)
+      out = self._norm(layer, columns)
     elif layer.kind == 'depthwise':
       out = self._depthwise(layer, columns)
     else:
@@ -236,13 +244,14 @@ class Flow:
         reason = f'read by {path}, which also reads a fixed width'
         self.channels.fix((old, new), reason)
 
-  def _norm(self, path: str, columns: list[int]) -> list[int]:
-    out = []
+  def _norm(self, layer: costs.Layer, columns: list[int]) -> list[int]:
+    # A channel with gate 0 still counts in statistics over all channels.
+    gated, out = State.CONST if layer.joint else State.ZERO, []
     for i, number in enumerate(columns):
       channel, _, _, past = self.cells[number]
-      state = State.ZERO if channel > 0 else State.LIVE
-      gates = frozenset([(path, i)] if channel > 0 else [])
-      past = hash((path, past))
+      state = gated if channel > 0 else State.LIVE
+      gates = frozenset([(layer.path, i)] if channel > 0 else [])
+      past = hash((layer.path, past))
       out.append(self.cells.number(Cell(channel, state, gates, past)))
     return out
 
@@ -271,8 +280,13 @@ class Flow:
     if layer.outputs == 1 and self._emitted is None:
       self.channels.fix(channels, 'a single channel')
       return [self.cells.number(Cell(0, State.LIVE))]
-    past = hash(layer.path)
-    return [self.cells.number(Cell(c, State.LIVE, past=past)) for c in channels]
+    state, past = State.ZERO if self.bare else State.LIVE, hash(layer.path)
+    return [
+      self.cells.number(
+        Cell(c, state, frozenset([(layer.path, i)] if self.bare else []), past)
+      )
+      for i, c in enumerate(channels)
+    ]
 
   # Elementwise operations.
 

@@ -1,0 +1,343 @@
+"""Models in the habits of Flax users that the other tests do not show."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import train_state
+
+from pfs_jax import costs, errors, models, search, surgery
+
+X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+
+
+class MnistCnn(nn.Module):
+  """The network of flax/examples/mnist: no BatchNorm, no train argument."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(features=6, kernel_size=(3, 3))(x)
+    x = nn.avg_pool(nn.relu(x), window_shape=(2, 2), strides=(2, 2))
+    x = nn.Conv(features=8, kernel_size=(3, 3))(x)
+    x = nn.avg_pool(nn.relu(x), window_shape=(2, 2), strides=(2, 2))
+    x = x.reshape((x.shape[0], -1))
+    x = nn.relu(nn.Dense(features=12)(x))
+    return nn.Dense(features=3)(x)
+
+
+class ResNetBlock(nn.Module):
+  """A block of flax/examples/imagenet: partials, last scales start at 0."""
+
+  filters: int
+  conv: Any
+  norm: Any
+  strides: tuple[int, int] = (1, 1)
+
+  @nn.compact
+  def __call__(self, x):
+    residual = x
+    y = self.conv(self.filters, (3, 3), self.strides)(x)
+    y = nn.relu(self.norm()(y))
+    y = self.conv(self.filters, (3, 3))(y)
+    y = self.norm(scale_init=nn.initializers.zeros_init())(y)
+    if residual.shape != y.shape:
+      residual = self.conv(
+        self.filters, (1, 1), self.strides, name='conv_proj'
+      )(residual)
+      residual = self.norm(name='norm_proj')(residual)
+    return nn.relu(residual + y)
+
+
+class ImageNetResNet(nn.Module):
+  """ResNet18 of flax/examples/imagenet, with fewer filters and stages."""
+
+  num_classes: int = 3
+  stage_sizes: tuple[int, ...] = (1, 1)
+  num_filters: int = 4
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train: bool = True):
+    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      dtype=self.dtype,
+      axis_name='batch',
+    )
+    x = conv(
+      self.num_filters,
+      (7, 7),
+      (2, 2),
+      padding=[(3, 3), (3, 3)],
+      name='conv_init',
+    )(x)
+    x = nn.relu(norm(name='bn_init')(x))
+    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
+    for i, block_size in enumerate(self.stage_sizes):
+      for j in range(block_size):
+        strides = (2, 2) if i > 0 and j == 0 else (1, 1)
+        x = ResNetBlock(self.num_filters * 2**i, conv, norm, strides)(x)
+    x = jnp.mean(x, axis=(1, 2))
+    x = nn.Dense(self.num_classes, dtype=self.dtype)(x)
+    return jnp.asarray(x, self.dtype)
+
+
+class UNet(nn.Module):
+  """Up again by transposed convolutions, with a connection past the middle."""
+
+  transpose_kernel: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+    a = nn.relu(norm()(nn.Conv(5, (3, 3), name='down')(x)))
+    b = nn.Conv(6, (3, 3), strides=(2, 2), name='middle')(a)
+    b = nn.relu(norm()(b))
+    up = nn.ConvTranspose(
+      4, (2, 2), (2, 2), transpose_kernel=self.transpose_kernel, name='up'
+    )
+    c = jnp.concatenate([a, nn.relu(norm()(up(b)))], -1)
+    return nn.Dense(3)(nn.Conv(7, (1, 1), name='head')(c).mean((1, 2)))
+
+
+class OwnNorm(nn.Module):
+  """A look-alike: one scale and two statistics for each channel."""
+
+  use_running_average: bool
+
+  @nn.compact
+  def __call__(self, x):
+    c = x.shape[-1]
+    mean = self.variable('batch_stats', 'mu', jnp.zeros, (c,))
+    var = self.variable('batch_stats', 'sigma2', jnp.ones, (c,))
+    gain = self.param('gain', nn.initializers.ones, (c,))
+    if not self.use_running_average and not self.is_initializing():
+      mean.value = x.mean((0, 1, 2))
+      var.value = x.var((0, 1, 2))
+    shape = (1, 1, 1, -1)
+    x = (x - mean.value.reshape(shape)) / jnp.sqrt(
+      var.value.reshape(shape) + 1e-3
+    )
+    return x * gain.reshape(shape)
+
+
+class OwnConv(nn.Module):
+  """A look-alike without `nn.Conv` inside."""
+
+  features: int
+  kernel_size: tuple[int, int] = (3, 3)
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (*self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param('w', nn.initializers.lecun_normal(), shape)
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+class OwnLayers(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    for width in (5, 6):
+      x = nn.relu(OwnNorm(not train)(OwnConv(width)(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Normalised(nn.Module):
+  """Convolutions with another normalisation."""
+
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x):
+    for width in (6, 4):
+      x = nn.relu(self.norm()(nn.Conv(width, (3, 3))(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Attending(nn.Module):
+  """Matrix products outside of layers, one of them in a loop."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(6, (3, 3), name='conv')(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+    x = nn.Conv(4, (8, 8), padding='VALID', name='last')(x).reshape(len(x), 4)
+    mix = self.param('mix', nn.initializers.normal(), (4, 4))
+    x, _ = jax.lax.scan(lambda c, _: (c @ mix, None), x, None, length=3)
+    return nn.Dense(3)(jnp.einsum('nc,cd->nd', x, mix))
+
+
+def built(model, **options):
+  table = surgery.discover(model, X, **options)
+  return table, table.cost_model()
+
+
+def parameters(module):
+  shapes = jax.eval_shape(module.init, jax.random.key(0), X)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
+
+
+def holds(model, table, counts):
+  """Costs, checked weights and shapes of a narrow model."""
+  narrow = surgery.narrow(model, table, counts, verify=True, x=X)
+  cost_model = table.cost_model()
+  assert cost_model.params(counts) == parameters(narrow)
+  assert cost_model.params(cost_model.widths) == parameters(model)
+  again = surgery.cost_model(model, table, X[:1])
+  assert again.macs(counts) == cost_model.macs(counts)
+  return narrow
+
+
+def test_without_batchnorm_gates_stand_at_the_convolutions():
+  table, cost_model = built(MnistCnn())
+  assert table.sizes == {'Conv_0': 6, 'Conv_1': 8, 'Dense_0': 12}
+  assert [g.norms for g in table.groups] == [(g,) for g in table.sizes]
+  # 8x8x3 -> 6, 4x4x6 -> 8, 2x2x8 -> 12, 12 -> 3.
+  macs = 64 * 27 * 6 + 16 * 54 * 8 + 32 * 12 + 36
+  assert cost_model.macs(cost_model.widths) == macs
+  holds(MnistCnn(), table, (2, 3, 5))
+
+
+def test_axis_name_is_left_out(capsys):
+  model = ImageNetResNet()
+  network = surgery.network_from_factory(f'{__name__}:ImageNetResNet', 3, 8, 3)
+  assert "axis_name='batch'" in capsys.readouterr().err
+  variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
+  state = search.init(
+    network.gated, variables, sparsity=0.5, balance=0.5, learning_rate=0.1
+  )
+  state, metrics = search.step(state, X, np.array([0, 1]))
+  assert np.isfinite(metrics['ce'])
+  holds(model, network.table, [2] * len(network.table.groups))
+  # Where the axis exists, the statistics are averaged over it as before.
+  apply = functools.partial(
+    network.gated.apply, train=True, mutable=['batch_stats']
+  )
+  two = np.stack([X, 2 * X])
+  _, apart = jax.vmap(apply, (None, 0), axis_name='batch')(variables, two)
+  _, joint = apply(variables, two.reshape(-1, 8, 8, 3))
+  for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(joint), strict=True):
+    np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('transpose_kernel', [False, True])
+def test_transposed_convolutions_are_counted_and_narrowed(transpose_kernel):
+  model = UNet(transpose_kernel)
+  table, cost_model = built(model)
+  assert table.sizes == {'down': 5, 'middle': 6, 'up': 4}
+  (up,) = (c for c in cost_model.ops if c.path == 'up')
+  assert up.macs(cost_model.widths) == 4 * 4 * 4 * 6 * 4
+  holds(model, table, (3, 2, 3))
+
+
+def test_registered_classes_are_layers():
+  blind = surgery.discover(OwnLayers(), X)
+  assert not blind.groups  # A convolution that nobody knows fixes its channels.
+  before = dict(costs._RULES)
+  try:
+    surgery.register_norm(OwnNorm)
+    surgery.register_conv(OwnConv)
+    table, _ = built(OwnLayers())
+    assert table.sizes == {'OwnConv_0': 5, 'OwnConv_1': 6}
+    holds(OwnLayers(), table, (2, 3))
+    with pytest.raises(errors.UserError, match='no features and no kernel'):
+      surgery.register_conv(OwnNorm)
+  finally:
+    costs._RULES.clear()
+    costs._RULES.update(before)
+
+
+def test_layer_norm_is_narrowed_but_not_sliced():
+  model = Normalised(nn.LayerNorm)
+  table, cost_model = built(model)
+  assert table.sizes == {'Conv_0': 6, 'Conv_1': 4}
+  assert not any(g.removable for g in table.groups)
+  holds(model, table, (3, 2))  # The check keeps them whole.
+  with pytest.raises(errors.UserError, match='cannot be sliced'):
+    kept = {'Conv_0': [0, 1], 'Conv_1': [0]}
+    table.slice_variables(model.init(jax.random.key(0), X), kept)
+
+
+@pytest.mark.parametrize(
+  'norm',
+  [
+    functools.partial(nn.GroupNorm, num_groups=None, group_size=1),
+    nn.InstanceNorm,
+  ],
+)
+def test_normalisation_of_each_channel_alone_is_narrowed(norm):
+  table, _ = built(Normalised(norm))
+  assert table.sizes == {'Conv_0': 6, 'Conv_1': 4}
+  holds(Normalised(norm), table, (3, 2))
+
+
+def test_group_norm_is_refused_with_its_name_and_the_reason():
+  table, _ = built(Normalised(functools.partial(nn.GroupNorm, 2)))
+  assert not table.groups
+  reason = table.left_alone['Conv_0']
+  assert reason == (
+    'read by GroupNorm_0: it normalises 3 neighbouring channels together'
+  )
+
+
+def test_matrix_products_in_the_models_code_are_counted():
+  model = Attending()
+  table, cost_model = built(model)
+  assert table.sizes == {'conv': 6}
+  fixed = sum(c.fixed_macs for c in cost_model.ops)
+  assert fixed == (3 + 1) * 16  # Three rounds of the loop and the einsum.
+  assert 'counted, but not narrowed' in str(table)
+  holds(model, table, (2,))
+
+
+def test_what_cannot_be_counted_is_named():
+  class Solving(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Conv(4, (3, 3))(x).mean((1, 2))
+      x = jnp.fft.fft(x).real
+      return nn.Dense(3)(x)
+
+  table, _ = built(Solving())
+  assert table.uncounted == ('fft in Solving',)
+  assert 'MACs not counted' in str(table)
+
+
+def test_a_narrow_model_is_a_module():
+  model = MnistCnn()
+  table, _ = built(model)
+  narrow = surgery.narrow(model, table, (2, 3, 5))
+  assert isinstance(narrow, nn.Module)
+  assert 'Conv_0: 2, Conv_1: 3, Dense_0: 5' in repr(narrow)
+  variables = narrow.init(jax.random.key(0), X)
+  logits = narrow.apply(variables, X)
+  np.testing.assert_array_equal(narrow.bind(variables)(X), logits)
+  shown = narrow.tabulate(jax.random.key(0), X, console_kwargs={'width': 200})
+  assert 'Conv_1' in shown and '[3,3,2,3]' in shown
+
+  class Twice(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+      return self.inner(x) + nn.Dense(3, name='beside')(x.mean((1, 2)))
+
+  outer = Twice(narrow).init(jax.random.key(0), X)['params']
+  assert outer['inner']['Conv_1']['kernel'].shape == (3, 3, 2, 3)
+  state = train_state.TrainState.create(
+    apply_fn=narrow.apply, params=variables['params'], tx=optax.sgd(0.1)
+  )
+  grads = jax.grad(lambda p: (state.apply_fn({'params': p}, X) ** 2).sum())(
+    state.params
+  )
+  assert state.apply_gradients(grads=grads).step == 1
