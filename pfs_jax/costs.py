@@ -182,7 +182,8 @@ def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
   return tuple(value)
 
 
-def _convolution(module: nn.Module, x, y) -> dict[str, Any]:
+def describe_convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
+  """The fields of a convolution's record."""
   kernel = module.kernel_size
   kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
   groups = getattr(module, 'feature_group_count', 1)
@@ -203,14 +204,15 @@ def _convolution(module: nn.Module, x, y) -> dict[str, Any]:
 
 
 def _transposed(module: nn.ConvTranspose, x, y) -> dict[str, Any]:
-  fields = _convolution(module, x, y)
+  fields = describe_convolution(module, x, y)
   fields['positions'] = math.prod(fields['input_size'])
   # Timed as a convolution with as many operations.
   fields['strides'] = (1,) * len(fields['kernel'])
   return {**fields, 'transposed': module.transpose_kernel}
 
 
-def _dense(module: nn.Module, x, y) -> dict[str, Any]:
+def describe_dense(module: Any, x: Any, y: Any) -> dict[str, Any]:
+  """The fields of a dense layer's record."""
   del x
   space = y.shape[1:-1]  # On a feature map it is applied at each position.
   return {
@@ -221,7 +223,8 @@ def _dense(module: nn.Module, x, y) -> dict[str, Any]:
   }
 
 
-def _norm(module: nn.Module, x, y) -> dict[str, Any]:
+def describe_norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
+  """The fields of a normalisation's record."""
   channels, obstacle, joint = x.shape[-1], '', False
   axes = getattr(module, 'axis', getattr(module, 'feature_axes', -1))
   axes = [a % x.ndim for a in (axes if isinstance(axes, Sequence) else [axes])]
@@ -238,7 +241,6 @@ def _norm(module: nn.Module, x, y) -> dict[str, Any]:
     'obstacle': obstacle,
     'joint': joint,
     'groups': getattr(module, 'num_groups', None) or 1,
-    'axis_name': getattr(module, 'axis_name', None) or '',
     'positions': math.prod(y.shape[1:-1]),
     'vectors': _vectors(module, y.shape[-1]),
   }
@@ -258,13 +260,13 @@ def _pool(module: nn.Module, x, y) -> dict[str, Any]:
 # Classes that are layers, and how to describe them. The first that fits counts.
 _RULES: dict[type, Callable[..., dict[str, Any]]] = {
   nn.ConvTranspose: _transposed,
-  nn.Conv: _convolution,
-  nn.Dense: _dense,
-  nn.BatchNorm: _norm,
-  nn.LayerNorm: _norm,
-  nn.RMSNorm: _norm,
-  nn.InstanceNorm: _norm,
-  nn.GroupNorm: _norm,
+  nn.Conv: describe_convolution,
+  nn.Dense: describe_dense,
+  nn.BatchNorm: describe_norm,
+  nn.LayerNorm: describe_norm,
+  nn.RMSNorm: describe_norm,
+  nn.InstanceNorm: describe_norm,
+  nn.GroupNorm: describe_norm,
 }
 
 
@@ -275,7 +277,7 @@ def register_norm(cls: type[nn.Module]) -> None:
   without it. The class must treat each channel of the last axis alone and have
   its parameters and statistics as vectors [C] of its own.
   """
-  _register(cls, _norm)
+  register(cls, describe_norm)
 
 
 def register_conv(cls: type[nn.Module]) -> None:
@@ -295,10 +297,21 @@ def register_conv(cls: type[nn.Module]) -> None:
       f'{cls.__name__} must have the fields features and kernel_size to be a '
       f'convolution; it has no {" and no ".join(sorted(missing))}.'
     )
-  _register(cls, _convolution)
+  register(cls, describe_convolution)
 
 
-def _register(cls: type[nn.Module], rule: Callable[..., dict[str, Any]]):
+def register(
+  cls: type[nn.Module], rule: Callable[[Any, Any, Any], dict[str, Any]]
+) -> None:
+  """Makes a class known as a layer.
+
+  Args:
+    cls: A class of Linen modules.
+    rule: (module, x, y) -> the fields of `Layer` that describe y = module(x).
+
+  Raises:
+    errors.UserError: It is no such class.
+  """
   if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
     raise errors.UserError(f'{cls!r} must be a class of flax.linen.Module.')
   _RULES[cls] = rule
@@ -311,7 +324,7 @@ def _rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
       return _RULES[cls]
   if isinstance(module, nn.DenseGeneral):
     plain = isinstance(module.features, int) and not module.batch_dims
-    return _dense if plain and module.axis in (-1, (-1,)) else None
+    return describe_dense if plain and module.axis in (-1, (-1,)) else None
   return _pool if getattr(type(module), 'macs_per_input', 0) else None
 
 

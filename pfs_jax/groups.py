@@ -246,13 +246,24 @@ class Table:
       errors.UserError: As for `mask`, or a group loses channels although a
         gate of 0 is not a removed channel there.
     """
-    mask = self.mask(kept)
     for group in self.groups:
-      if not group.removable and len(kept[group.name]) < group.size:
+      if not group.removable and len(kept.get(group.name, ())) < group.size:
         raise errors.UserError(
           f'weights of {group.name} cannot be sliced: what follows its gates '
           'makes a constant of their zeros. Train the counts from new weights.'
         )
+    return self.taken(variables, kept)
+
+  def taken(
+    self, variables: Mapping[str, Any], kept: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """As `slice_variables`, also where a gate of 0 removes no channel.
+
+    Args:
+      variables: The wide network's variables, gated or not.
+      kept: {group name: sorted indices}.
+    """
+    mask = self.mask(kept)
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return flax.traverse_util.unflatten_dict(
       {

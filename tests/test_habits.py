@@ -341,3 +341,54 @@ def test_a_narrow_model_is_a_module():
     state.params
   )
   assert state.apply_gradients(grads=grads).step == 1
+
+
+def late_error(num_classes):
+  class Late(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(num_classes)(x.mean((1, 2))) * x.mean().item()
+
+  return Late()
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('late_error', r'ConcretizationTypeError.*test_habits.py:\d+ in __call__'),
+    ('early_error', r'ValueError: early \(.*test_habits.py:\d+ in early_error'),
+  ],
+)
+def test_an_error_in_the_users_code_is_one_line_with_its_place(name, message):
+  with pytest.raises(errors.UserError, match=message) as caught:
+    surgery.network_from_factory(f'{__name__}:{name}', 3, 8, 3)
+  assert '\n' not in str(caught.value)
+
+
+def early_error(num_classes):
+  raise ValueError('early')
+
+
+def call_it(module, x, train):
+  return module(x, train=train)
+
+
+def test_leave_call_and_classes_come_from_names():
+  before = dict(costs._RULES)
+  try:
+    network = surgery.network_from_factory(
+      f'{__name__}:OwnLayers',
+      3,
+      8,
+      3,
+      leave=('OwnConv_0',),
+      call=f'{__name__}:call_it',
+      norm=f'{__name__}:OwnNorm',
+      conv=f'{__name__}:OwnConv',
+    )
+  finally:
+    costs._RULES.clear()
+    costs._RULES.update(before)
+  assert network.table.sizes == {'OwnConv_1': 6}
+  assert network.table.left_alone['OwnConv_0'] == 'left alone on request'
+  assert network.description['leave'] == ['OwnConv_0']

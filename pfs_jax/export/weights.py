@@ -73,6 +73,12 @@ def build(structure: Structure, factory: str = '') -> Any:
     )
   if not factory:
     return models.build_from(structure)
+  classes = [k for k in ('call', 'norm', 'conv') if model.get(k)]
+  if classes:
+    raise errors.UserError(
+      f'structure: model.{classes[0]} names code, which only a config may do. '
+      'Let the factory return (module, call) and register its own classes.'
+    )
   network = surgery.network_from_factory(
     factory,
     model['num_classes'],
@@ -80,5 +86,6 @@ def build(structure: Structure, factory: str = '') -> Any:
     model['channels'],
     jnp.float32,
     residual=model.get('residual', False),
+    leave=model.get('leave', ()),
   )
   return network.narrow(structure.counts)

@@ -145,7 +145,13 @@ def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
 
 
 def check_budget(job: Job, budget: prune.Budget) -> None:
-  """Refuses a budget below the floor, with what would be reachable."""
+  """Refuses a budget below the floor, or costs that are not all known."""
+  uncounted = job.network.table.uncounted
+  if uncounted and not job.config.budget.uncounted:
+    raise errors.UserError(
+      'config.budget.uncounted must be True for a model with operations whose '
+      f'MACs cannot be counted: {", ".join(uncounted)}.'
+    )
   try:
     budget.check(job.network.cost_model, job.latency_of(budget))
   except prune.Infeasible as e:

@@ -65,7 +65,14 @@ class Job:
     )
     if c.factory:
       return surgery.network_from_factory(
-        c.factory, *shape, dtype, residual=c.residual
+        c.factory,
+        *shape,
+        dtype,
+        residual=c.residual,
+        leave=c.leave,
+        call=c.call,
+        norm=c.norm,
+        conv=c.conv,
       )
     return models.network(
       c.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pfs_jax import console, profiles, prune, runs, storage
+from pfs_jax import console, costs, profiles, prune, runs, storage
 from pfs_jax.stages.job import Job
 
 
@@ -44,16 +44,25 @@ def info(job: Job) -> None:
   """Layers, MACs, parameters and floors; reads no data, trains nothing."""
   network, model = job.network, job.network.cost_model
   total = model.macs(model.widths)
-  gated = set(model.layers)
+  if job.config.model.factory:
+    console.say(str(network.table))
   rows = []
   for op in model.ops:
-    if op.kind == 'norm':
-      continue
-    inputs, outputs = op.channels(model.widths)
-    rows.append(_info_row(op, model, total, gated, inputs, outputs))
+    if op.kind != 'norm':
+      rows.append(_info_row(op, model, total))
   console.table(
     f'{job.model_name}, searched network',
-    ['layer', 'kind', 'output', 'channels', 'MACs', 'share', 'gate'],
+    [
+      'layer',
+      'kind',
+      'output',
+      'channels',
+      'MACs',
+      'share',
+      'parameters',
+      'share',
+      'group',
+    ],
     rows,
   )
   _info_totals(job, network, model, total)
@@ -64,9 +73,11 @@ def info(job: Job) -> None:
     console.say('--mode=probe tells which layers are out of proportion.')
 
 
-def _info_row(op, model, total, gated, inputs, outputs):
-  macs = op.macs(model.widths)
-  site = op.path.rpartition('/')[0]
+def _info_row(op: costs.Layer, model: costs.CostModel, total: int) -> list[str]:
+  """One layer; its group is the one that it makes, if it makes only that."""
+  inputs, outputs = op.channels(model.widths)
+  macs, params = op.macs(model.widths), op.params(model.widths)
+  group = model.layers[op.makes[0][0]] if op.makes[0][0] >= 0 else ''
   return [
     op.path,
     op.kind,
@@ -74,7 +85,9 @@ def _info_row(op, model, total, gated, inputs, outputs):
     f'{inputs} -> {outputs}',
     f'{macs:,}',
     f'{macs / total:.1%}',
-    'yes' if site in gated else '',
+    f'{params:,}',
+    f'{params / model.params(model.widths):.1%}',
+    group,
   ]
 
 

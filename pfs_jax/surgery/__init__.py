@@ -14,13 +14,11 @@ own families: `groups`, `gating`, `costs`.
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-
 from pfs_jax import costs
 from pfs_jax.costs import register_conv, register_norm
-from pfs_jax.gating import Wrapped, gate
+from pfs_jax.gating import Wrapped
 from pfs_jax.groups import Group, Table
-from pfs_jax.surgery.check import check, narrow
+from pfs_jax.surgery.check import check, gate, narrow, narrow_linen
 from pfs_jax.surgery.discover import discover, layer_calls
 from pfs_jax.surgery.factory import network, network_from_factory
 
@@ -41,9 +39,7 @@ __all__ = [
 ]
 
 
-def cost_model(
-  model: nn.Module, table: Table, x: Any, *args: Any
-) -> costs.CostModel:
+def cost_model(model: Any, table: Table, x: Any, *args: Any) -> costs.CostModel:
   """MACs and parameters of the narrow models, exact functions of the counts.
 
   Whatever multiplies and accumulates is counted (`costs`), but for what
@@ -56,12 +52,12 @@ def cost_model(
       from the one that was discovered with.
     *args: Further arguments of the model.
   """
-  plain = narrow(model, table, table.sizes)
+  plain = narrow_linen(model, table, list(table.sizes.values()))
   return table.cost_model(layer_calls(plain, x, *args))
 
 
 def slice_variables(
-  model: nn.Module,
+  model: Any,
   table: Table,
   variables: Mapping[str, Any],
   kept: Mapping[str, Any],

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from pfs_jax import errors, gating, groups
+from pfs_jax.surgery import nnx_models
 
 _TOLERANCE = 1e-5
 _TOLERANCE_LOW = 5e-2  # bfloat16 keeps 8 bits.
 
 
 def narrow(
-  model: nn.Module,
+  model: Any,
   table: groups.Table,
   counts: Sequence[int] | Mapping[str, int],
   *,
   verify: bool = False,
   x: Any = None,
   args: Sequence[Any] = (),
-) -> gating.Wrapped:
+) -> Any:
   """The model with `counts` channels in each group, to train from new weights.
 
   Args:
@@ -39,6 +40,8 @@ def narrow(
 
   Returns:
     A Linen module: it can be bound, tabulated and used inside other modules.
+    For an NNX module an NNX module, with the weights of the first channels of
+    each group: train it from new weights, or use `nnx_models.narrowed`.
 
   Raises:
     errors.UserError: Wrong counts, or the check failed.
@@ -48,12 +51,37 @@ def narrow(
     if x is None:
       raise errors.UserError('surgery: verify=True needs images, x=...')
     check(model, table, counts, x, args)
-  source = gating.Source(model, table.call)
+  if isinstance(model, nnx.Module):
+    return nnx_models.narrowed(model, table, counts)
+  return narrow_linen(model, table, counts)
+
+
+def narrow_linen(
+  model: Any, table: groups.Table, counts: Sequence[int]
+) -> gating.Wrapped:
+  """As `narrow`, a Linen module also for a model of flax.nnx.
+
+  Args:
+    model: The model of `discover`.
+    table: What `discover` found.
+    counts: Channels of each group, forward order.
+  """
+  source = gating.Source(nnx_models.as_linen(model), table.call)
   return gating.narrowed(source, table.layers, table.features(counts))
 
 
+def gate(model: Any, table: groups.Table) -> gating.Wrapped:
+  """As `gating.gate`, also for a model of flax.nnx; a Linen module.
+
+  Args:
+    model: The model of `discover`.
+    table: What `discover` found.
+  """
+  return gating.gate(nnx_models.as_linen(model), table)
+
+
 def check(
-  model: nn.Module,
+  model: Any,
   table: groups.Table,
   counts: Sequence[int] | Mapping[str, int],
   x: Any,
@@ -111,7 +139,7 @@ def check(
 
 def _error(model, table: groups.Table, kept, arguments, random) -> float:
   """The largest difference of the logits, relative where they are large."""
-  wide = gating.gate(model, table)
+  wide = gate(model, table)
   variables = _random_variables(wide, arguments, random)
   by_name = groups.by_name(table.sizes, variables[groups.GATES])
   parts = np.split(table.mask(kept), table.offsets[1:-1])
@@ -122,7 +150,7 @@ def _error(model, table: groups.Table, kept, arguments, random) -> float:
     }
   )
   expected = jax.jit(wide.apply)({**variables, groups.GATES: gates}, *arguments)
-  thin = narrow(model, table, {name: len(k) for name, k in kept.items()})
+  thin = narrow_linen(model, table, [len(kept[n]) for n in table.sizes])
   sliced = table.slice_variables(variables, kept)
   found = jax.jit(thin.apply)(sliced, *arguments)
   error = 0.0

@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pfs_jax import costs, errors, gating, groups
-from pfs_jax.surgery import calling, counting, trace
+from pfs_jax.surgery import calling, counting, nnx_models, trace
 from pfs_jax.surgery.cells import State
 from pfs_jax.surgery.flow import NESTED, Flow
 
@@ -24,7 +23,7 @@ _SEED = 0  # Decides which channels the trial narrowing keeps.
 
 
 def discover(
-  model: nn.Module,
+  model: Any,
   x: Any,
   *args: Any,
   train_kwarg: str | None = None,
@@ -42,7 +41,7 @@ def discover(
   fixed place, say) is left alone.
 
   Args:
-    model: Any Linen module, untouched.
+    model: Any Linen module, or an instance of an NNX module, untouched.
     x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 will do.
     *args: Further arguments of the model's `__call__`.
     train_kwarg: Name of the argument or field that says whether to train;
@@ -63,7 +62,7 @@ def discover(
       to train, or a collection `gates` of the model's own, or `leave` names no
       layer.
   """
-  _check(model)
+  model = _checked(model)
   source, told = _source(model, call, train_kwarg)
   plain, arguments = gating.Wrapped(source), (x, args, kwargs)
   shapes = _init_shapes(plain, arguments)
@@ -77,7 +76,7 @@ def discover(
       'surgery: the model calls no layer of flax.linen that makes channels. '
       '(Layers of flax.nnx inside bridge.to_linen are not seen.)'
     )
-  if not told and not flow.bare:
+  if not told and shapes.get('batch_stats'):
     calling.train_argument(model, train_kwarg)  # Raises.
   unknown = sorted(set(leave) - set(flow.outputs))
   if unknown:
@@ -112,19 +111,15 @@ def _source(model, call, train_kwarg) -> tuple[gating.Source, bool]:
   return gating.Source(model, call), True
 
 
-def _check(model: Any) -> None:
-  if isinstance(model, nnx.Module) or (
-    isinstance(model, type) and issubclass(model, nnx.Module)
-  ):
-    raise errors.UserError(
-      'surgery: the model is a flax.nnx module, whose layers have their sizes '
-      'fixed when they are made; it cannot be narrowed. See docs/own_model.md.'
-    )
+def _checked(model: Any) -> nn.Module:
+  """The model as a Linen module."""
+  model = nnx_models.as_linen(model)
   if not isinstance(model, nn.Module):
     raise errors.UserError(
-      'surgery: the model must be an instance of flax.linen.Module; got '
-      f'{model!r}.'
+      'surgery: the model must be an instance of flax.linen.Module or of '
+      f'flax.nnx.Module; got {model!r}.'
     )
+  return model
 
 
 # Tracing.

@@ -9,14 +9,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from pfs_jax import console, costs, errors, models, user_code
-from pfs_jax.surgery.check import narrow
+from pfs_jax.surgery import nnx_models
+from pfs_jax.surgery.check import narrow_linen
 from pfs_jax.surgery.discover import discover
 
 
 def network(
-  model: nn.Module,
+  model: Any,
   x: Any,
   *,
   train_kwarg: str | None = None,
@@ -30,7 +32,7 @@ def network(
   The reference network is the model itself at full width.
 
   Args:
-    model: A Linen module.
+    model: A Linen module, or an NNX module.
     x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`.
     train_kwarg: As for `discover`.
     call: As for `discover`.
@@ -51,12 +53,12 @@ def network(
   )
   model_costs = table.cost_model()
   made = models.Network(
-    module=model,
+    module=nnx_models.as_linen(model),
     table=table,
-    reference=narrow(model, table, model_costs.widths),
+    reference=narrow_linen(model, table, model_costs.widths),
     reference_macs=model_costs.macs(model_costs.widths),
     reference_params=model_costs.params(model_costs.widths),
-    build=lambda counts: narrow(model, table, counts),
+    build=lambda counts: narrow_linen(model, table, counts),
     description=dict(description or {}),
   )
   axes = sorted({c.axis_name for c in table.calls if c.axis_name})
@@ -84,9 +86,10 @@ def network_from_factory(
 ) -> models.Network:
   """The model that `package.module:callable` makes, as a `models.Network`.
 
-  The callable is given those of `num_classes` and `dtype` that its signature
-  names (or one positional argument: `num_classes`) and returns a Linen module
-  or a pair (module, call) with `call` as for `discover`.
+  The callable is given those of `num_classes`, `dtype` and `rngs` that its
+  signature names (or one positional argument: `num_classes`) and returns a
+  Linen module, an NNX module, or a pair (module, call) with `call` as for
+  `discover`.
 
   Args:
     spec: 'package.module:callable', importable from here.
@@ -114,12 +117,13 @@ def network_from_factory(
       register(user_code.imported(field, name))
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
+  available['rngs'] = nnx.Rngs(0)  # An NNX module is drawn when it is made.
   with user_code.blamed('model.factory', spec):
     model = _made(spec, factory, available)
   how = user_code.imported('model.call', call) if call else None
   if isinstance(model, tuple) and len(model) == 2:
     model, how = model[0], how or model[1]
-  if not isinstance(model, nn.Module):
+  if not isinstance(model, nn.Module | nnx.Module):
     raise _error(spec, f'returned {type(model).__name__}, not a Linen module')
   x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
   description = {
@@ -166,7 +170,9 @@ def _made(
   spec: str, factory: Callable[..., Any], available: Mapping[str, Any]
 ) -> Any:
   """Calls a factory with what it has arguments for."""
-  if isinstance(factory, type) and not issubclass(factory, nn.Module):
+  if isinstance(factory, type) and not issubclass(
+    factory, (nn.Module, nnx.Module)
+  ):
     raise _error(spec, 'is a class, but not of flax.linen.Module')
   parameters = inspect.signature(factory).parameters
   known = {k: v for k, v in available.items() if k in parameters}

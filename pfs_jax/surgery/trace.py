@@ -39,9 +39,11 @@ def trace(
   def around(module, path, x, call):
     looked_into = costs.is_pool(module)
     mark = PEEK if looked_into else ENTER
+    axis = getattr(module, 'axis_name', None) or ''  # Before it is left out.
     y = call(_mark(mark + path, lambda x: x, x))
     layer = costs.describe(module, path, x, y)
-    calls.append(dataclasses.replace(layer, again=path in seen))
+    again = path in seen
+    calls.append(dataclasses.replace(layer, axis_name=axis, again=again))
     seen.add(path)
     if looked_into:
       return y

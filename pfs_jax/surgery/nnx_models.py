@@ -1,0 +1,312 @@
+"""Modules of flax.nnx, as Linen modules that surgery understands.
+
+An NNX module holds its arrays. `Adapter` runs a copy of it in which each layer
+takes its parameters from Linen variables, which are named by the layer's path
+in the NNX module. All else (`discover`, gates, costs, slicing, the stages) then
+works as for a Linen model. `narrowed` goes the way back: it gives an ordinary
+NNX module with fewer channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pfs_jax import costs, errors, groups
+from pfs_jax.surgery import calling
+
+_MAKERS = (nnx.Conv, nnx.Linear)
+_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm)
+_COLLECTIONS = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats'}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+  """An NNX module, hidden from Linen; equal if it is the same object."""
+
+  model: Any
+
+  def __hash__(self) -> int:
+    return id(self.model)
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, Held) and self.model is other.model
+
+
+def as_linen(model: Any) -> Any:
+  """An `Adapter` for an instance of `nnx.Module`; anything else as it is."""
+  return Adapter(Held(model)) if isinstance(model, nnx.Module) else model
+
+
+class Adapter(nn.Module):
+  """An NNX module as a Linen module.
+
+  `init` draws new weights: matrices and kernels from a normal distribution with
+  the spread of the module's own array, for the number of inputs that there are
+  now; vectors keep their values.
+
+  Attributes:
+    held: The NNX module; its arrays say shapes and spreads.
+  """
+
+  held: Held
+
+  def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
+    """The module's output; it is told by `train()` or `eval()`, too."""
+    model = nnx.clone(self.held.model)
+    (model.train if train else model.eval)()
+    if train and self.has_rng('dropout'):
+      key = self.make_rng('dropout')
+      nnx.reseed(model, dropout=key, default=key)
+    own = self._own_variables(model)
+    for path, layer in _layers(model):
+      run = functools.partial(self._run, path, layer, type(layer).__call__)
+      object.__setattr__(layer, 'surgery', run)
+      object.__setattr__(layer, '__class__', _marked(type(layer)))
+    for name in inspect.signature(type(model).__call__).parameters:
+      if name in calling.NAMES:
+        kwargs[name] = calling.NAMES[name] == train
+    out = model(x, *args, **kwargs)
+    for linen, variable in own:
+      _keep(self.scope, linen, variable)
+    return out
+
+  def _own_variables(self, model: nnx.Module) -> list[tuple[Any, Any]]:
+    """Variables outside of layers, set: pairs of Linen's and NNX's."""
+    inside = {
+      id(v) for _, layer in _layers(model) for _, v in _variables(layer)
+    }
+    found = []
+    for path, variable in nnx.iter_graph(model):
+      collection = _collection(variable)
+      if collection and id(variable) not in inside:
+        scope = _child(self.scope, path[:-1])
+        like = variable[...]
+        linen = _drawn(scope, collection, str(path[-1]), like, like.shape)
+        variable.set_value(linen.value)
+        found.append((linen, variable))
+    return found
+
+  def _run(self, path, layer, call, x, *args, **kwargs):
+    """One call of a layer, as a call of a Linen module at its path."""
+    outputs = getattr(layer, 'out_features', getattr(layer, 'num_features', 0))
+    axis = getattr(layer, 'axis_name', None)
+    module = NnxLayer(
+      Spec(layer, call),
+      outputs,
+      getattr(layer, 'feature_group_count', 1),
+      axis,
+      parent=_child(self.scope, path),
+    )
+    return module(x, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+  """An NNX layer of a copy, and its own `__call__`."""
+
+  layer: Any
+  call: Callable[..., Any]
+
+
+class NnxLayer(nn.Module):
+  """A call of an NNX layer, with parameters from Linen.
+
+  Attributes:
+    spec: The layer.
+    features: Output channels; surgery changes them.
+    feature_group_count: Groups of a convolution; surgery changes them.
+    axis_name: The axis that a BatchNorm averages over; surgery drops it.
+  """
+
+  spec: Spec
+  features: int
+  feature_group_count: int = 1
+  axis_name: str | None = None
+
+  @property
+  def param_dtype(self) -> Any:
+    """Dtype of the parameters."""
+    return self.spec.layer.param_dtype
+
+  def __call__(self, x: Any, *args: Any, **kwargs: Any):
+    """The layer's output."""
+    layer, groups = self.spec.layer, self.feature_group_count
+    shapes = _resize(layer, x.shape[-1], self.features, groups)
+    if hasattr(layer, 'axis_name'):
+      layer.axis_name = self.axis_name
+    found = []
+    for name, variable in _variables(layer):
+      shape = shapes.get(name, shapes[''])
+      like, collection = variable[...], _collection(variable)
+      linen = _drawn(self.scope, collection, name, like, shape)
+      variable.set_value(linen.value)
+      found.append((linen, variable))
+    y = self.spec.call(layer, x, *args, **kwargs)
+    for linen, variable in found:
+      _keep(self.scope, linen, variable)
+    return y
+
+
+def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
+  """As `costs` describes Linen's layers."""
+  layer = module.spec.layer
+  view = types.SimpleNamespace(**{**vars(layer), 'variables': module.variables})
+  if isinstance(layer, nnx.Linear):
+    return costs.describe_dense(view, x, y)
+  if isinstance(layer, nnx.Conv):
+    return costs.describe_convolution(view, x, y)
+  found = costs.describe_norm(view, x, y)
+  return {**found, 'joint': not isinstance(layer, nnx.BatchNorm)}
+
+
+costs.register(NnxLayer, _describe)
+
+
+@functools.cache
+def _marked(cls: type) -> type:
+  """A class like this one whose instances are called through `surgery`."""
+
+  def call(self, x, *args, **kwargs):
+    return self.surgery(x, *args, **kwargs)
+
+  return type(cls.__name__, (cls,), {'__call__': call})
+
+
+def _layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
+  """(path, layer) of each layer of a module."""
+  for path, layer in nnx.iter_modules(model):
+    if isinstance(layer, _MAKERS + _NORMS):
+      yield path, layer
+
+
+def _collection(node: Any) -> str:
+  """The Linen collection of an NNX variable, '' for anything else."""
+  return next((c for t, c in _COLLECTIONS.items() if isinstance(node, t)), '')
+
+
+def _variables(layer: Any) -> list[tuple[str, Any]]:
+  """(name, variable) of the parameters and statistics of a layer."""
+  return [(name, v) for name, v in vars(layer).items() if _collection(v)]
+
+
+def _child(scope: Any, path: Sequence[Any]) -> Any:
+  for part in path:
+    scope = scope.push(str(part), reuse=True)
+  return scope
+
+
+def _drawn(scope: Any, collection: str, name: str, like, shape) -> Any:
+  """A Linen variable, drawn anew with this shape where it does not exist."""
+
+  def draw():
+    if like.ndim < 2 or collection != 'params':
+      return like[tuple(slice(n) for n in shape)]
+    fans = math.prod(like.shape[:-1]) / math.prod(shape[:-1])
+    drawn = jax.random.normal(scope.make_rng('params'), shape, like.dtype)
+    return drawn * jnp.std(like) * math.sqrt(fans)
+
+  return scope.variable(collection, name, draw)
+
+
+def _keep(scope: Any, linen: Any, variable: Any) -> None:
+  """Takes a statistic that the NNX module has updated over to Linen."""
+  if linen.collection != 'params' and scope.is_mutable_collection(
+    linen.collection
+  ):
+    linen.value = variable[...]
+
+
+def _resize(
+  layer: Any, inputs: int, outputs: int, feature_groups: int
+) -> dict[str, tuple[int, ...]]:
+  """Sets the sizes of a layer; the shapes of its variables, '' of vectors."""
+  if isinstance(layer, _NORMS):
+    layer.num_features = inputs
+    return {'': (inputs,)}
+  layer.in_features, layer.out_features = inputs, outputs
+  kernel = (inputs, outputs)
+  if isinstance(layer, nnx.Conv):
+    layer.feature_group_count = feature_groups
+    size = layer.kernel_size
+    size = (size,) if isinstance(size, int) else tuple(size)
+    kernel = layer.kernel_shape = (*size, inputs // feature_groups, outputs)
+  return {'kernel': kernel, '': (outputs,)}
+
+
+def variables_of(model: nnx.Module) -> dict[str, Any]:
+  """The parameters and statistics of an NNX module, as Linen names them."""
+  return flax.traverse_util.unflatten_dict(
+    {
+      (_collection(variable), *map(str, path)): variable[...]
+      for path, variable in nnx.iter_graph(model)
+      if _collection(variable)
+    }
+  )
+
+
+def narrowed(
+  model: nnx.Module,
+  table: groups.Table,
+  counts: Sequence[int],
+  variables: Mapping[str, Any] | None = None,
+) -> nnx.Module:
+  """An ordinary NNX module with `counts` channels in each group.
+
+  Args:
+    model: The module of `discover`; it is not changed.
+    table: What `discover` found.
+    counts: Channels of each group, forward order.
+    variables: The arrays of the narrow module, as Linen names them (from a
+      training, or `table.slice_variables`); None: those of the first channels
+      of each group, for shapes. Train them anew, or say which are kept.
+
+  Raises:
+    errors.UserError: The variables do not fit.
+  """
+  if variables is None:
+    kept = {g.name: range(n) for g, n in zip(table.groups, counts, strict=True)}
+    variables = table.taken(variables_of(model), kept)
+  flat = {
+    (c, *path): leaf
+    for c in _COLLECTIONS.values()
+    for path, leaf in flax.traverse_util.flatten_dict(
+      variables.get(c, {})
+    ).items()
+  }
+  narrow, small = nnx.clone(model), table.narrowed(counts)
+  shapes = {}
+  for path, layer in _layers(narrow):
+    name = '/'.join(map(str, path))
+    call = small.layers.get(name)
+    if call is not None:
+      feature_groups = call.inputs if call.kind == 'depthwise' else call.groups
+      sizes = _resize(layer, call.inputs, call.outputs, feature_groups)
+      shapes.update(
+        {id(v): sizes.get(n, sizes['']) for n, v in _variables(layer)}
+      )
+  for path, variable in nnx.iter_graph(narrow):
+    collection = _collection(variable)
+    if not collection:
+      continue
+    leaf = flat.get((collection, *map(str, path)))
+    shape = shapes.get(id(variable), variable[...].shape)
+    if leaf is None or leaf.shape != shape:
+      found = 'nothing' if leaf is None else f'shape {leaf.shape}'
+      raise errors.UserError(
+        f'variables must hold {"/".join(map(str, path))} with shape {shape}; '
+        f'got {found}.'
+      )
+    variable.set_value(jnp.asarray(leaf))
+  return narrow

@@ -1,0 +1,285 @@
+"""Models of flax.nnx: found, gated, narrowed, the same as Linen's twins."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from pfs_jax import costs, errors, groups, models, search, surgery
+from pfs_jax.surgery import nnx_models
+from tests import processes
+
+X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+
+
+class Block(nnx.Module):
+  """A residual block; the shortcut is a convolution where widths differ."""
+
+  def __init__(self, inputs, hidden, outputs, rngs, **kwargs):
+    def conv(i, o, size):
+      return nnx.Conv(i, o, size, rngs=rngs, **kwargs)
+
+    def norm(n):
+      return nnx.BatchNorm(n, momentum=0.9, rngs=rngs, **kwargs)
+
+    self.conv1, self.norm1 = conv(inputs, hidden, (3, 3)), norm(hidden)
+    self.conv2, self.norm2 = conv(hidden, outputs, (3, 3)), norm(outputs)
+    self.project = inputs != outputs
+    if self.project:
+      self.shortcut, self.norm3 = conv(inputs, outputs, (1, 1)), norm(outputs)
+
+  def __call__(self, x):
+    y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
+    if self.project:
+      x = self.norm3(self.shortcut(x))
+    return nnx.relu(x + y)
+
+
+class ResNet(nnx.Module):
+  def __init__(self, num_classes=3, *, rngs, dtype=jnp.float32):
+    kwargs = {'param_dtype': jnp.promote_types(dtype, jnp.float32)}
+    self.stem = nnx.Conv(3, 6, (3, 3), rngs=rngs, **kwargs)
+    self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs, **kwargs)
+    self.blocks = nnx.List(
+      [Block(6, 4, 6, rngs, **kwargs), Block(6, 5, 8, rngs, **kwargs)]
+    )
+    self.head = nnx.Linear(8, num_classes, rngs=rngs, **kwargs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.norm(self.stem(x)))
+    for block in self.blocks:
+      x = block(x)
+    return self.head(x.mean((1, 2)))
+
+
+class LinenBlock(nn.Module):
+  hidden: int
+  outputs: int
+  dtype: object
+
+  @nn.compact
+  def __call__(self, x, train):
+    def conv(o, size, name):
+      return nn.Conv(o, size, param_dtype=self.dtype, name=name)
+
+    def norm(name):
+      return nn.BatchNorm(
+        not train, momentum=0.9, param_dtype=self.dtype, name=name
+      )
+
+    y = nn.relu(norm('norm1')(conv(self.hidden, (3, 3), 'conv1')(x)))
+    y = norm('norm2')(conv(self.outputs, (3, 3), 'conv2')(y))
+    if x.shape != y.shape:
+      x = norm('norm3')(conv(self.outputs, (1, 1), 'shortcut')(x))
+    return nn.relu(x + y)
+
+
+class LinenBlocks(nn.Module):
+  dtype: object
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = LinenBlock(4, 6, self.dtype, name='0')(x, train)
+    return LinenBlock(5, 8, self.dtype, name='1')(x, train)
+
+
+class LinenResNet(nn.Module):
+  """The twin of `ResNet`, with layers of the same names."""
+
+  dtype: object = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(6, (3, 3), param_dtype=self.dtype, name='stem')(x)
+    x = nn.BatchNorm(
+      not train, momentum=0.9, param_dtype=self.dtype, name='norm'
+    )(x)
+    x = LinenBlocks(self.dtype, name='blocks')(nn.relu(x), train)
+    return nn.Dense(3, param_dtype=self.dtype, name='head')(x.mean((1, 2)))
+
+
+class MnistCnn(nnx.Module):
+  """The network of flax's NNX tutorial for MNIST, with fewer channels."""
+
+  def __init__(self, *, rngs):
+    self.conv1 = nnx.Conv(3, 5, kernel_size=(3, 3), rngs=rngs)
+    self.batch_norm1 = nnx.BatchNorm(5, rngs=rngs)
+    self.dropout1 = nnx.Dropout(rate=0.25, rngs=rngs)
+    self.conv2 = nnx.Conv(5, 6, kernel_size=(3, 3), rngs=rngs)
+    self.batch_norm2 = nnx.BatchNorm(6, rngs=rngs)
+    self.linear1 = nnx.Linear(24, 7, rngs=rngs)
+    self.dropout2 = nnx.Dropout(rate=0.25, rngs=rngs)
+    self.linear2 = nnx.Linear(7, 3, rngs=rngs)
+
+  def __call__(self, x):
+    def pool(x):
+      return nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+
+    x = pool(nnx.relu(self.batch_norm1(self.dropout1(self.conv1(x)))))
+    x = pool(nnx.relu(self.batch_norm2(self.conv2(x))))
+    x = x.reshape(x.shape[0], -1)
+    return self.linear2(nnx.relu(self.dropout2(self.linear1(x))))
+
+
+class Mixer(nnx.Module):
+  """Mixes positions by a dense layer: channels cannot be told apart."""
+
+  def __init__(self, *, rngs):
+    self.embed = nnx.Linear(3, 6, rngs=rngs)
+    self.norm = nnx.LayerNorm(6, rngs=rngs)
+    self.mix = nnx.Linear(64, 64, rngs=rngs)
+    self.head = nnx.Linear(6, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.embed(x.reshape(x.shape[0], -1, 3))
+    x = x + self.mix(self.norm(x).swapaxes(1, 2)).swapaxes(1, 2)
+    return self.head(x.mean(1))
+
+
+def parameters(model):
+  return sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize(
+  ('cls', 'sizes'),
+  [
+    (ResNet, {'blocks/0/conv1': 4, 'blocks/1/conv1': 5}),
+    (MnistCnn, {'conv1': 5, 'conv2': 6}),
+  ],
+)
+def test_found_checked_and_narrowed_to_an_ordinary_module(cls, sizes):
+  model = cls(rngs=nnx.Rngs(0))
+  before = parameters(model)
+  table = surgery.discover(model, X)
+  assert table.sizes == sizes
+  counts = (2, 3)
+  narrow = surgery.narrow(model, table, counts, verify=True, x=X)
+  assert type(narrow) is cls
+  narrow.eval()
+  assert nnx.jit(lambda m, x: m(x))(narrow, X).shape == (2, 3)
+  cost_model = surgery.cost_model(model, table, X[:1])
+  assert cost_model.params(counts) == parameters(narrow)
+  assert cost_model.params(cost_model.widths) == parameters(model) == before
+  linen = surgery.network(model, X[:1]).narrow(counts)
+  assert cost_model.macs(counts) == costs.count(linen, (8, 8, 3))[0]
+
+
+def test_narrow_weights_are_the_kept_ones():
+  model = ResNet(rngs=nnx.Rngs(0))
+  table = surgery.discover(model, X)
+  kept = {'blocks/0/conv1': [1, 3], 'blocks/1/conv1': [0, 2, 4]}
+  variables = nnx_models.variables_of(model)
+  sliced = table.slice_variables(variables, kept)
+  narrow = nnx_models.narrowed(model, table, (2, 3), sliced)
+  conv = narrow.blocks[0].conv1
+  np.testing.assert_array_equal(
+    conv.kernel[...], model.blocks[0].conv1.kernel[...][..., [1, 3]]
+  )
+  assert (conv.out_features, conv.kernel_shape) == (2, (3, 3, 6, 2))
+  assert narrow.blocks[0].norm1.num_features == 2
+  assert narrow.blocks[0].conv2.in_features == 2
+  gates = groups.tree(
+    {
+      name: jnp.isin(jnp.arange(size), jnp.array(kept[name])) * 1.0
+      for name, size in table.sizes.items()
+    }
+  )
+  wide = surgery.gate(model, table).apply({**variables, 'gates': gates}, X)
+  narrow.eval()
+  np.testing.assert_allclose(narrow(X), wide, atol=1e-5)
+  with pytest.raises(errors.UserError, match='must hold .* with shape'):
+    nnx_models.narrowed(model, table, (2, 2), sliced)
+
+
+def test_a_mixer_is_left_alone_with_the_reason():
+  model = Mixer(rngs=nnx.Rngs(0))
+  table = surgery.discover(model, X)
+  assert 'embed' in table.left_alone and 'mix' in table.left_alone
+  with pytest.raises(errors.UserError, match='no channel of the model can'):
+    surgery.gate(model, table)
+
+
+def test_dropout_draws_from_the_steps_key():
+  model = MnistCnn(rngs=nnx.Rngs(0))
+  gated = surgery.gate(model, surgery.discover(model, X))
+  variables = gated.init(jax.random.key(0), X)
+
+  def logits(seed):
+    out, _ = gated.apply(
+      variables,
+      X,
+      train=True,
+      mutable=['batch_stats'],
+      rngs={'dropout': jax.random.key(seed)},
+    )
+    return out
+
+  np.testing.assert_array_equal(logits(0), logits(0))
+  assert not np.array_equal(logits(0), logits(1))
+
+
+TWINS = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from pfs_jax import prune, search, surgery
+from pfs_jax.surgery import nnx_models
+from tests import test_nnx
+x = np.random.default_rng(0).normal(size=(8, 8, 8, 3))
+y = jnp.arange(8) % 3
+twins = (
+  test_nnx.ResNet(rngs=nnx.Rngs(0), dtype=jnp.float64),
+  test_nnx.LinenResNet(jnp.float64),
+)
+weights = nnx_models.variables_of(twins[0])
+found = []
+for model in twins:
+  table = surgery.discover(model, x[:1])
+  gated = surgery.gate(model, table)
+  state = search.init(
+    gated, {**weights, 'gates': gated.unit_gates()},
+    sparsity=0.5, balance=0.5, learning_rate=0.05)
+  for _ in range(5):
+    state, metrics = search.step(state, x, y)
+  gates = gated.by_layer(jax.device_get(state.gates))
+  model = table.cost_model()
+  full = model.macs(model.widths)
+  floor = model.macs([1] * len(model.widths))
+  cut = prune.fit(gates, model, max_macs=(full + floor) // 2)
+  found.append((gates, cut.counts, cut.macs, cut.params))
+one, two = found
+assert list(one[0]) == list(two[0])
+error = max(abs(one[0][n] - two[0][n]).max() for n in one[0])
+print(error < 1e-10, one[0]['blocks/0/conv1'].dtype, one[1:] == two[1:])
+"""
+
+
+def test_structures_are_those_of_the_linen_twin():
+  assert processes.output(TWINS, x64=True) == 'True float64 True'
+
+
+def make(num_classes, rngs):
+  return ResNet(num_classes, rngs=rngs)
+
+
+def test_a_factory_may_return_an_nnx_module():
+  network = surgery.network_from_factory(f'{__name__}:make', 3, 8, 3)
+  variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
+  state = search.init(
+    network.gated, variables, sparsity=0.5, balance=0.5, learning_rate=0.1
+  )
+  state, metrics = search.step(state, X, np.array([0, 1]))
+  assert np.isfinite(metrics['ce'])
+  gates = network.by_layer(state.gates)
+  assert all(abs(g - 1).max() > 0.01 for g in gates.values())
+  narrow = network.narrow((2, 2))
+  drawn = models.init(narrow, jax.random.key(0), (8, 8, 3))
+  kernel = drawn['params']['blocks']['0']['conv2']['kernel']
+  assert kernel.shape == (3, 3, 2, 6)
+  assert kernel.std() == pytest.approx(1 / np.sqrt(18), rel=0.3)  # LeCun.
+
+
+def test_a_class_is_no_instance():
+  with pytest.raises(errors.UserError, match='must be an instance of'):
+    surgery.discover(ResNet, X)
