@@ -93,7 +93,7 @@ class Table:
   @functools.cached_property
   def layers(self) -> dict[str, costs.Layer]:
     """{path: first call} of the layers, forward order."""
-    return first_calls(self.calls)
+    return first_calls(c for c in self.calls if c.kind != 'other')
 
   @functools.cached_property
   def offsets(self) -> np.ndarray:
