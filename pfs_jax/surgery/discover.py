@@ -204,7 +204,9 @@ def _follow(
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
   images = arrays[0].shape[0]
   more, uncounted = counting.rest(program, layers, images)
-  params = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes.get('params')))
+  params = sum(
+    math.prod(a.shape) for a in jax.tree.leaves(shapes.get('params'))
+  )
   unknown = params - sum(c.params() for c in calls)
   if unknown:
     more.append(counting.other('other parameters', params=unknown))
