@@ -21,6 +21,12 @@ VARIANTS = {
     'search.batch_size': 64,
     'train.epochs': 1.0,
     'train.batch_size': 64,
+    'probe.epochs': 0.5,
+    'probe.draws': 2,
+    'probe.share': 2.0,
+    'tournament.candidates': ('tilt1', 'tilt-1', 'sensitivity'),
+    'tournament.epochs': 0.5,
+    'tournament.share': 20.0,
   },
 }
 

@@ -72,7 +72,8 @@ def digits(name='vgg16'):
   c.probe.epochs = 1.0
   c.probe.draws = 2
   c.probe.share = 2.0
-  c.tournament.candidates = ('layer_mean', 'tilt1')
+  c.tournament.candidates = ('tilt1',)
+  c.tournament.seeds = 2
   c.tournament.share = 20.0
   return c
 

@@ -159,6 +159,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
         for n in names
       }
     )
+    products.forget_programs()  # Each round has other schedules.
     losses = {n: [done[n, i]['loss'] for i in range(seeds)] for n in names}
     log.append({'epochs': epochs, 'losses': losses})
     seconds |= {t['name']: t['seconds'] for t in done.values()}
@@ -234,7 +235,6 @@ def _training(
     last = runs.read_metrics(folder)[-1]
     found = {'loss': last['validation_loss'], 'seconds': last['seconds']}
     storage.write_json(path, {'name': folder.name, **found})
-    products.forget_programs()
 
   products.make(path, folder, train)
   return storage.read_json(path)
