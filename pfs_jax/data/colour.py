@@ -33,12 +33,9 @@ def jitter(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
   True
 
   Args:
-    x: [N, H, W, 3], 0..1.
+    x: [N, H, W, 3], 0..1, as the result.
     key: A PRNG key.
     strength: 0..1.
-
-  Returns:
-    [N, H, W, 3], 0..1.
   """
   low = max(0.0, 1 - strength)
   factors = jax.random.uniform(
@@ -66,12 +63,9 @@ def lighting(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
   same number to pixels in 0..255, where it is next to nothing.)
 
   Args:
-    x: [N, H, W, 3], 0..1.
+    x: [N, H, W, 3], 0..1; the result may leave this range.
     key: A PRNG key.
     strength: Standard deviation of a_k.
-
-  Returns:
-    [N, H, W, 3]; may leave 0..1.
   """
   a = strength * jax.random.normal(key, (x.shape[0], 3), x.dtype)
   values = jnp.asarray(_EIGENVALUES, x.dtype).reshape(1, 3)
@@ -110,20 +104,12 @@ class StreamDraw:
   """One batch (x normalised, y) of a stream, inside the compiled program.
 
   Equal by value, so that a second source does not compile the step again.
-
-  Attributes:
-    augmentation: Of the pixels.
-    augment: Whether it is used; else images are normalised only.
   """
 
   augmentation: ColourAugmentation
-  augment: bool = True
 
   def __call__(self, resident: Any, item: Any) -> tuple[jax.Array, jax.Array]:
     """The batch of one step; `resident` is empty."""
-    del resident
     pixels, labels, (step, key) = item
-    if not self.augment:
-      return self.augmentation.test(pixels), labels
     key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
     return self.augmentation.train(pixels, key), labels

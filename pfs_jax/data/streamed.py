@@ -181,7 +181,7 @@ class Streamed:
       scale=(recipe.crop_scale or self.spec.crop_scale) if augment else 0.0,
       skip=self._skip,
     )
-    draw = colour.StreamDraw(self._augmentation(stage), augment)
+    draw = colour.StreamDraw(self._augmentation(stage if augment else None))
     return StreamSource(
       batches, self._workers, self._named[0], device_key, draw
     )
@@ -212,14 +212,17 @@ class Streamed:
     return StreamEvaluation(batches, self._workers, named, augmentation)
 
   def _augmentation(self, stage: str | None) -> colour.ColourAugmentation:
-    recipe = self._config[stage] if stage else None
-    return colour.ColourAugmentation(
-      mean=self.spec.mean,
-      std=self.spec.std,
+    """Of a stage; None only normalises."""
+    plain = colour.ColourAugmentation(
+      self.spec.mean, self.spec.std, dtype=config.DTYPES[self._config.dtype]
+    )
+    if stage is None:
+      return plain
+    return dataclasses.replace(
+      plain,
       flip=self.spec.flip and self._config.data.flip,
-      dtype=config.DTYPES[self._config.dtype],
-      colour_jitter=recipe.colour_jitter if recipe else 0.0,
-      lighting=recipe.lighting if recipe else 0.0,
+      colour_jitter=self._config[stage].colour_jitter,
+      lighting=self._config[stage].lighting,
     )
 
 
