@@ -94,6 +94,30 @@ def test_estimates_are_the_statistics_of_all_images(digits):
   np.testing.assert_allclose(stats['var'], y.var((0, 1, 2)), rtol=1e-3)
 
 
+class Brighter:
+  """Batches that differ much: the i-th has pixels of brightness i."""
+
+  resident, steps_per_epoch = (), 4
+
+  def chunk(self, step, k):
+    return np.arange(step, step + k, dtype=np.float32)
+
+  @staticmethod
+  def draw(resident, item):
+    return item * jnp.ones((2, 8, 8, 1)), jnp.zeros(2, int)
+
+
+def test_variances_count_the_spread_between_batches():
+  settled = norms.estimated(_state(Habit()), Brighter(), 0)
+  x = jnp.concatenate([Brighter.draw((), i)[0] for i in (0.0, 1.0, 2.0, 3.0)])
+  kernel = settled.params['Conv_0']['kernel']
+  y = jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  stats = settled.batch_stats['BatchNorm_0']
+  np.testing.assert_allclose(stats['var'], y.var((0, 1, 2)), rtol=1e-3)
+
+
 @pytest.mark.parametrize('momentum', [0.5, 0.9, 0.99, 0.999])
 def test_no_layer_has_to_say_its_momentum(momentum, digits):
   _, source, _ = digits
