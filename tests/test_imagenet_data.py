@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import textwrap
 import threading
@@ -341,37 +342,69 @@ SHARDED = """
 """
 
 
-@pytest.mark.slow  # Three new interpreters.
-def test_two_processes_make_the_batches_of_one(folder, tmp_path):
-  root = tmp_path / 'one_corrupt'
-  shutil.copytree(folder, root)
-  (root / 'val/n03/n03_0.JPEG').write_bytes(b'no image')
-  import socket
+def _hosts(code, arguments, devices):
+  """(exit code, last line, stderr) of processes that start together.
 
+  Args:
+    code: Takes a port (0: alone) and the number of the process first.
+    arguments: What it takes besides.
+    devices: Simulated devices of each; the first process is alone.
+  """
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = str(s.getsockname()[1])
-  code = processes.command(SHARDED)
-
-  def start(port, index, devices):
-    return subprocess.Popen(
-      [*code, port, str(index), str(root)],
-      env=processes.environment(devices),
+  running = [
+    subprocess.Popen(
+      processes.command([*code, port if i else '0', str(max(i - 1, 0)), *more]),
+      env=processes.environment(n),
       cwd=processes.ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-
-  running = [start('0', 0, 4), start(port, 0, 2), start(port, 1, 2)]
-  done = [p.communicate(timeout=120) for p in running]
-  assert [p.returncode for p in running] == [0, 0, 0], done
-  one, *two = [
-    [line for line in out.splitlines() if not line.startswith('[Gloo]')][-1]
-    for out, _ in done
+    for i, (n, more) in enumerate(zip(devices, arguments, strict=True))
+    if n
   ]
-  assert two == [one, one]
+  found = []
+  for process in running:
+    out, err = process.communicate(timeout=120)
+    lines = [v for v in out.splitlines() if not v.startswith('[Gloo]')]
+    found.append((process.returncode, lines[-1:], err))
+  return found
+
+
+@pytest.mark.slow  # Three new interpreters.
+def test_two_processes_make_the_batches_of_one(folder, tmp_path):
+  root = tmp_path / 'one_corrupt'
+  shutil.copytree(folder, root)
+  (root / 'val/n03/n03_0.JPEG').write_bytes(b'no image')
+  code = ['-c', textwrap.dedent(SHARDED)]
+  done = _hosts(code, [[str(root)]] * 3, (4, 2, 2))
+  assert [code for code, _, _ in done] == [0, 0, 0], done
+  (one,), *two = [line for _, line, _ in done]
+  assert two == [[one], [one]]
   assert one.endswith(f', {CLASSES * VAL - 1}.0, {CLASSES * VAL - 1}]')
+
+
+@pytest.mark.slow  # Two new interpreters.
+def test_a_corrupt_image_on_one_process_ends_all(folder, tmp_path):
+  root = tmp_path / 'one_corrupt'
+  shutil.copytree(folder, root)
+  (root / 'train/n03/n03_0.JPEG').write_bytes(b'no image')
+  join = """
+  import sys
+  from pfs_jax import peers
+  port, index = sys.argv.pop(1), int(sys.argv.pop(1))
+  peers.start(f'127.0.0.1:{port}', 2, index)
+  """
+  code = ['-c', textwrap.dedent(join) + textwrap.dedent(TRAINED)]
+  more = [str(root), str(tmp_path / 'work')]
+  start = time.monotonic()
+  done = _hosts(code, [more] * 3, (0, 1, 1))
+  assert time.monotonic() - start < 100
+  assert sorted(code for code, _, _ in done) == [1, 2], done
+  for _, _, err in done:
+    assert 'n03_0.JPEG cannot be decoded' in err and 'Traceback' not in err
 
 
 # Evaluation.
