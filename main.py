@@ -1,69 +1,13 @@
-"""The command line: flags and a table of modes; see README.md.
+"""The command line of a checkout: flags and modes; see README.md.
 
 python main.py --config configs/digits.py --mode=run
 """
 
-import pathlib
+from absl import flags
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from pfs_jax import command
 
-from pfs_jax import console, errors, peers, report, stages, studies
-
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A config file, with an optional :variant.', lock_config=True
-)
-MODES = [*stages.MODES, 'tournament', 'study', 'report']
-MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do.')
-WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
-)
-OUT = flags.DEFINE_string(
-  'out', None, 'Folder of an export or report; default: in the workdir.'
-)
-COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'Of several processes: host:port of the first, or auto.'
-)
-PROCESSES = flags.DEFINE_integer('processes', 1, 'Their number.')
-PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is.')
-
-
-def workdir() -> pathlib.Path:
-  """The run's folder: as asked, or named after the config and its variant."""
-  if WORKDIR.value:
-    return pathlib.Path(WORKDIR.value)
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, *variant = name.split(':')
-  return pathlib.Path('runs') / '-'.join([pathlib.Path(path).stem, *variant])
-
-
-def parse(argv: list[str]) -> list[str]:
-  """absl's flags, and the config file behind them."""
-  rest = flags.FLAGS(argv)
-  for name in ('config', 'mode'):
-    if flags.FLAGS[name].value is None:
-      raise errors.UserError(f'--{name} is required; see README.md.')
-  if len(rest) > 1:
-    raise errors.UserError(f'unexpected argument {rest[1]!r}.')
-  CONFIG.value.is_locked  # A missing file shows only now.  # noqa: B018
-  return rest
-
-
-def main(_: list[str]) -> None:
-  """Runs one mode in the workdir."""
-  logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
-  peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  c, mode = CONFIG.value, MODE.value
-  out = pathlib.Path(OUT.value) if OUT.value else None
-  if mode == 'report':
-    report.write(c, workdir(), out)
-  elif studies.asked(mode, c):
-    studies.run(c, workdir())
-  elif mode == 'tournament':
-    studies.tournament.run(c, workdir())
-  else:
-    stages.execute(mode, stages.Job(c, workdir()), out)
-
+flags.adopt_module_key_flags(command)  # So that --help shows them.
 
 if __name__ == '__main__':
-  app.run(console.guarded(main), flags_parser=console.guarded_parser(parse))
+  command.start()

@@ -28,7 +28,9 @@ FLOORS = [
   {'norms', 'train'},
   {'search', 'probe', 'surgery', 'export'},
   {'stages'},
-  {'studies', 'report', 'predict'},
+  {'studies', 'report', 'predict', 'loading'},
+  {'command'},
+  {'__main__'},
 ]
 # On one floor, but the second builds on the first.
 PEERS = {

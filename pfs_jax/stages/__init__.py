@@ -28,6 +28,7 @@ probe_cost = probing.cost
 train = training.train
 fit = training.fit
 evaluate = training.evaluate
+restore = training.restore
 export = exporting.export
 info = showing.info
 

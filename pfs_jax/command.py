@@ -1,0 +1,117 @@
+"""The command line: flags and a table of modes; see README.md.
+
+  python main.py --config configs/digits.py --mode=run     in a checkout
+  pfs-jax --config digits --mode=run                       installed, anywhere
+
+Without a path, a config is one of those that come with the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pathlib
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from pfs_jax import console, errors, peers, report, stages, studies
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A config file, with an optional :variant.', lock_config=True
+)
+MODES = [*stages.MODES, 'tournament', 'study', 'report']
+MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do.')
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
+)
+OUT = flags.DEFINE_string(
+  'out', None, 'Folder of an export or report; default: in the workdir.'
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'Of several processes: host:port of the first, or auto.'
+)
+PROCESSES = flags.DEFINE_integer('processes', 1, 'Their number.')
+PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is.')
+
+
+def workdir() -> pathlib.Path:
+  """The run's folder: as asked, or named after the config and its variant."""
+  if WORKDIR.value:
+    return pathlib.Path(WORKDIR.value)
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, *variant = name.split(':')
+  return pathlib.Path('runs') / '-'.join([pathlib.Path(path).stem, *variant])
+
+
+def parse(argv: list[str]) -> list[str]:
+  """absl's flags, and the config file behind them."""
+  rest = flags.FLAGS(argv)
+  for name in ('config', 'mode'):
+    if flags.FLAGS[name].value is None:
+      raise errors.UserError(f'--{name} is required; see README.md.')
+  if len(rest) > 1:
+    raise errors.UserError(f'unexpected argument {rest[1]!r}.')
+  CONFIG.value.is_locked  # A missing file shows only now.  # noqa: B018
+  return rest
+
+
+def main(_: list[str]) -> None:
+  """Runs one mode in the workdir."""
+  logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
+  peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  c, mode = CONFIG.value, MODE.value
+  out = pathlib.Path(OUT.value) if OUT.value else None
+  if mode == 'report':
+    report.write(c, workdir(), out)
+  elif studies.asked(mode, c):
+    studies.run(c, workdir())
+  elif mode == 'tournament':
+    studies.tournament.run(c, workdir())
+  else:
+    stages.execute(mode, stages.Job(c, workdir()), out)
+
+
+def configs() -> pathlib.Path:
+  """The folder of the configs that come with the package.
+
+  An installed package has them as pfs_jax.configs. They import each other from
+  `configs`, the name that they have in a checkout.
+  """
+  package = pathlib.Path(__file__).parent
+  if not (package / 'configs').is_dir():
+    return package.parent / 'configs'
+  if importlib.util.find_spec('configs') is None:
+    sys.modules['configs'] = importlib.import_module('pfs_jax.configs')
+  return package / 'configs'
+
+
+def located(argv: list[str]) -> list[str]:
+  """The command line with the path of a config that is given by name.
+
+  >>> located(['pfs-jax', '--config=configs/digits.py', '--mode=run'])
+  ['pfs-jax', '--config=configs/digits.py', '--mode=run']
+  """
+  found = []
+  for before, argument in zip(['', *argv], argv, strict=False):
+    flag, _, value = argument.rpartition('=')
+    if before in ('--config', '-config') and not flag:
+      flag, value = '', argument
+    elif flag not in ('--config', '-config'):
+      found.append(argument)
+      continue
+    name, *variant = value.split(':')
+    path = configs() / f'{name}.py'
+    if re.fullmatch(r'[\w/]+', name) and path.is_file():
+      value = ':'.join([str(path), *variant])
+    found.append(f'{flag}={value}' if flag else value)
+  return found
+
+
+def start() -> None:
+  """Parses the command line and runs one mode; the console script pfs-jax."""
+  sys.argv[:] = located(sys.argv)  # ml_collections looks there.
+  parser = console.guarded_parser(parse)
+  app.run(console.guarded(main), flags_parser=parser)

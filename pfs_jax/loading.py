@@ -1,0 +1,81 @@
+"""A finished workdir as a network that can be called."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from flax import linen as nn
+
+from pfs_jax import config as configs
+from pfs_jax import errors, fields, prune, runs, stages
+
+# Fields that name code, which is imported and called.
+_CODE = tuple(f.name for f in fields.FIELDS if 'package.module' in f.doc)
+
+
+def load(
+  workdir: str | pathlib.Path,
+  budget: str = '',
+  config: ml_collections.ConfigDict | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+  """The narrow network that a run trained, with its weights.
+
+  `module.apply(variables, x)` maps normalised images [N, H, W, C] to logits
+  [N, classes].
+
+  Args:
+    workdir: The folder of a run with result.json.
+    budget: The name of one of its budgets, such as 'keep0.3'; empty: the one
+      whose result.json is in the workdir itself.
+    config: The config of the run; None: the one that result.json holds. A model
+      of your own (config.model.factory) needs it, since no code is imported
+      because a file names it.
+
+  Returns:
+    (module, variables), with the collections 'params' and 'batch_stats'.
+
+  Raises:
+    errors.UserError: If no training has finished there, a file is damaged, or
+      the config is that of another run.
+  """
+  root = pathlib.Path(workdir)
+  path = root / budget / 'result.json'
+  result = runs.read_result(path)
+  job = stages.Job(config or _config(path, result), root)
+  names, counts = zip(*result['counts'].items(), strict=True)
+  structure = prune.Structure(names, counts, result['macs'], result['params'])
+  if names != job.network.cost_model.layers:
+    raise errors.UserError(
+      f'{path}: counts must name the layers of {job.model_name}, in order.'
+    )
+  name = budget or result['budget']
+  _, _, module, state = stages.restore(job, name, structure)
+  return module, dict(state.variables)
+
+
+def _config(
+  path: pathlib.Path, result: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """The config in result.json, checked; one with code of its own is refused."""
+  c, there = configs.default(), result.get('config', {})
+  for name, plain in configs.flat(c, *c).items():
+    name = name.removeprefix('config.')
+    try:
+      value = configs.get(there, name)
+      value = tuple(value) if isinstance(plain, tuple) else value
+      c.update_from_flattened_dict({name: value})
+    except KeyError:
+      continue  # A field that came later stays at its default.
+    except (TypeError, ValueError) as e:
+      raise errors.UserError(f'{path}: config.{name} is wrong: {e}') from e
+  configs.validate(c)
+  for name in _CODE:
+    if configs.get(c, name):
+      raise errors.UserError(
+        f'{path} names code of your own (config.{name}): give it, as in '
+        'load(workdir, config=...). No code runs because a file names it.'
+      )
+  return c
