@@ -91,7 +91,7 @@ def fit(
   >>> model = models.cost_model('resnet20', 10, 32)
   >>> half = model.macs(model.widths) // 2
   >>> fit(scores.equal(model), model, max_macs=half).counts
-  (8, 8, 8, 16, 15, 16, 31, 31, 31)
+  (8, 8, 8, 16, 15, 15, 32, 32, 31)
   """
   budget = Budget(
     max_macs=max_macs,

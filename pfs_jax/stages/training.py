@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import linen as nn
 
 from pfs_jax import (
   checkpointing,
@@ -98,7 +99,7 @@ def train(job: Job, weights: Mapping[str, Any] | None = None) -> None:
 
 def fit(
   job: Job,
-  module,
+  module: nn.Module,
   folder: pathlib.Path,
   label: str,
   epochs: float,
@@ -107,7 +108,7 @@ def fit(
   hold_out: bool | None = None,
   penalty: optax.GradientTransformation | None = None,
   watch: Callable[[Any, float], None] | None = None,
-):
+) -> train_lib.TrainState:
   """Trains a module by the recipe of the config, or goes on with it.
 
   Args:
@@ -242,7 +243,9 @@ def _warnings(folder: pathlib.Path, test_accuracy: float) -> list[str]:
   return [found] if found else []
 
 
-def restore(job: Job, name: str, structure: prune.Structure):
+def restore(
+  job: Job, name: str, structure: prune.Structure
+) -> tuple[pathlib.Path, int, nn.Module, train_lib.TrainState]:
   """(folder, step, module, state) of the trained narrow network.
 
   Raises:

@@ -109,7 +109,9 @@ def _read_weights(path: pathlib.Path) -> dict[str, Any]:
   )
 
 
-def trained(cell: plan.Cell, root: pathlib.Path, epochs: float):
+def trained(
+  cell: plan.Cell, root: pathlib.Path, epochs: float
+) -> tuple[dict[str, Any], pathlib.Path]:
   """(variables, folder) of the searched network, trained for so many epochs.
 
   The ungated network at the searched width starts from the weights that the
@@ -162,7 +164,9 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
 # Gates.
 
 
-def searched(cell: plan.Cell, root: pathlib.Path):
+def searched(
+  cell: plan.Cell, root: pathlib.Path
+) -> tuple[dict[str, np.ndarray], pathlib.Path]:
   """(gates, folder) of the search of a cell.
 
   Raises:
@@ -185,7 +189,9 @@ def searched(cell: plan.Cell, root: pathlib.Path):
   return storage.read_arrays(path), where
 
 
-def probed(cell: plan.Cell, root: pathlib.Path):
+def probed(
+  cell: plan.Cell, root: pathlib.Path
+) -> tuple[dict[str, Any], pathlib.Path]:
   """(content of probe.json, folder) of the probe of a cell's budget.
 
   Raises:

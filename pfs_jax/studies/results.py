@@ -19,13 +19,17 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
+
 from pfs_jax import storage
 from pfs_jax.studies import plan
 
 Record = Mapping[str, Any]
 
 
-def path(study, workdir: pathlib.Path) -> pathlib.Path:
+def path(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> pathlib.Path:
   """The file of a study's results."""
   folder = pathlib.Path(study.results_dir) if study.results_dir else workdir
   return folder / f'{study.study}.json'
@@ -51,7 +55,9 @@ def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
     storage.write_text(file, f'[\n{lines}\n]\n')
 
 
-def known(study, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+def known(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> dict[str, dict[str, Any]]:
   """{config hash: record} of every study beside this one's file."""
   folder = path(study, workdir).parent
   found = {}
@@ -74,7 +80,9 @@ def channels(text: str) -> list[int]:
   return [i for i in range(number.bit_length()) if number >> i & 1]
 
 
-def mine(study, workdir: pathlib.Path) -> list[dict[str, Any]]:
+def mine(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
   """The records of the study's cells, in their order."""
   there = {r['config_hash']: r for r in read(path(study, workdir))}
   found = []
