@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from pfs_jax import costs, errors
 
 # Counts -> milliseconds.
-Latency = Callable[[Sequence[int]], float]
+Latency = Callable[[costs.Counts], float]
 
 
 class Infeasible(errors.UserError):
@@ -107,11 +107,11 @@ class Budget:
 
   def ceilings(
     self, cost_model: costs.CostModel, latency: Latency | None = None
-  ) -> dict[str, tuple[Callable[[Sequence[int]], float], float]]:
+  ) -> dict[str, tuple[Latency, float]]:
     """{quantity: (cost of counts, ceiling)} of the ceilings that are given."""
     if self.max_latency_ms is not None and latency is None:
       raise ValueError('max_latency_ms needs a latency model.')
-    given = {
+    given: dict[str, tuple[Any, Any]] = {
       'macs': (cost_model.macs, self.max_macs),
       'params': (cost_model.params, self.max_params),
       'latency_ms': (latency, self.max_latency_ms),

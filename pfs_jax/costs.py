@@ -35,6 +35,9 @@ import numpy as np
 
 from pfs_jax import errors
 
+# Channels of the gated layers, in forward order.
+Counts = Sequence[int] | np.ndarray
+
 # A number of channels as an affine function of the counts: pairs (group,
 # multiple) that are added up. Group FIXED stands for the number 1.
 FIXED = -1
@@ -343,7 +346,9 @@ def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
     'dtype': getattr(module, 'param_dtype', np.float32),
     'low_precision': y.dtype.itemsize < 4,
   }
-  return Layer(**{**fields, **_rule(module)(module, x, y)})
+  rule = _rule(module)
+  assert rule is not None, path
+  return Layer(**{**fields, **rule(module, x, y)})
 
 
 def intercept(
@@ -475,19 +480,19 @@ class CostModel:
     self._macs = _Polynomial(op.macs_terms() for op in self.ops)
     self._params = _Polynomial(op.params_terms() for op in self.ops)
 
-  def _checked(self, counts: Sequence[int]) -> np.ndarray:
-    counts = np.asarray(counts)
-    if counts.shape != (len(self.layers),):
+  def _checked(self, counts: Counts) -> np.ndarray:
+    array = np.asarray(counts)
+    if array.shape != (len(self.layers),):
       raise ValueError(
         f'counts must hold one number for each of the {len(self.layers)} gated '
-        f'layers; got shape {counts.shape}.'
+        f'layers; got shape {array.shape}.'
       )
-    return counts.astype(np.int64)
+    return array.astype(np.int64)
 
-  def macs(self, counts: Sequence[int]) -> int:
+  def macs(self, counts: Counts) -> int:
     """Multiply-accumulates of one image at these counts, exact."""
     return self._macs(self._checked(counts))
 
-  def params(self, counts: Sequence[int]) -> int:
+  def params(self, counts: Counts) -> int:
     """Parameters at these counts, exact."""
     return self._params(self._checked(counts))

@@ -155,7 +155,7 @@ def _shifted(x, kernel, strides, padding) -> jax.Array:
   rows, columns, _, channels = kernel.shape
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   n, height, width, _ = x.shape
-  total = 0
+  total: Any = 0
   for i, j in itertools.product(range(rows), range(columns)):
     stop = (n, height - rows + 1 + i, width - columns + 1 + j, channels)
     taken = jax.lax.slice(x, (0, i, j, 0), stop, (1, *strides, 1))

@@ -50,7 +50,7 @@ class Source:
   """
 
   model: nn.Module
-  call: Callable[..., Any]
+  call: Callable[..., Any] | None
 
   def __hash__(self) -> int:
     return hash(type(self.model))
@@ -97,7 +97,8 @@ class Wrapped(nn.Module):
 
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
     """The model's output; further arguments are passed on."""
-    call, fields = self.source.call, {}
+    call: Any = self.source.call
+    fields = {}
     if getattr(call, 'field', False):
       fields = {call.name: call.value(train)}
     # The model lives in the wrapper's own scope: no name is added to its tree.
@@ -124,6 +125,7 @@ class Wrapped(nn.Module):
     """The gates of each group, in forward order; made if initialising."""
     found = []
     for group in self.changes.groups:
+      assert self.scope is not None
       scope = self.scope.rewound()  # The model may use the same names.
       for part in group.name.split('/'):
         scope = scope.push(part, reuse=True)

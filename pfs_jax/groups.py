@@ -196,10 +196,9 @@ class Table:
           strict=True,
         )
       ),
-      **{
-        field: {p: renumbered(u) for p, u in getattr(self, field).items()}
-        for field in ('inputs', 'outputs', 'gated')
-      },
+      inputs={p: renumbered(u) for p, u in self.inputs.items()},
+      outputs={p: renumbered(u) for p, u in self.outputs.items()},
+      gated={p: renumbered(u) for p, u in self.gated.items()},
     )
 
   def mask(self, kept: Mapping[str, Any]) -> np.ndarray:
@@ -383,10 +382,10 @@ def from_marks(
     first = offsets[index[channels]]
     return np.arange(first, first + width(channels))
 
-  def paths(group: int, kind: str, side: str) -> list[str]:
+  def paths(group: int, kinds: tuple[str, ...], side: str) -> list[str]:
     mark = _FIRST_MARK + group
     return [
-      c.path for c in calls if c.kind in kind and getattr(c, side) == mark
+      c.path for c in calls if c.kind in kinds and getattr(c, side) == mark
     ]
 
   groups = []

@@ -179,14 +179,14 @@ class LatencyModel:
     )
     return store.get(key, measure)
 
-  def layers(self, counts: Sequence[int]) -> dict[str, float]:
+  def layers(self, counts: costs.Counts) -> dict[str, float]:
     """{layer path: milliseconds} at these counts, per call of a layer."""
     return {
       op.path: 1000 * _interpolate(*table, *op.channels(counts))
       for op, *table in self._tables
     }
 
-  def __call__(self, counts: Sequence[int]) -> float:
+  def __call__(self, counts: costs.Counts) -> float:
     """Milliseconds of one batch: the sum over the layers."""
     return sum(self.layers(counts).values())
 

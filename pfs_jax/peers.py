@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -51,7 +51,7 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
   """
   if coordinator is None:
     return
-  given: dict[str, str | int] = {}
+  given: dict[str, Any] = {}
   if coordinator != 'auto':
     if not 0 <= process < processes:
       raise errors.UserError(

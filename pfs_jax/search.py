@@ -293,11 +293,12 @@ def _moved_classifier(state: SearchState, updates: Any) -> Any:
   Other updates are zeros; adding them would copy every weight in every step
   (and turn -0.0 into 0.0).
   """
-  if state.classifier is None:
+  classifier = state.classifier
+  if classifier is None:
     return state.params
 
   def moved(path, weight, update):
-    inside = _is_in(state.classifier, (jax.tree_util.DictKey('params'), *path))
+    inside = _is_in(classifier, (jax.tree_util.DictKey('params'), *path))
     return optax.apply_updates(weight, update) if inside else weight
 
   return jax.tree_util.tree_map_with_path(moved, state.params, updates)

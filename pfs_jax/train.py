@@ -226,7 +226,7 @@ def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
     x = augmentation.test(images)
     logits = module.apply(variables, x, train=False)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    predicted = logits.argmax(-1)
+    predicted = logits.argmax(-1)  # type: ignore[union-attr]
     correct = predicted == labels
     return (ce * weight).sum(), (correct * weight).sum(), predicted
 

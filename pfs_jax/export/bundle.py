@@ -290,7 +290,7 @@ def _import_path() -> list[str]:
 def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
   if found.shape != wanted.shape:
     return float('inf')
-  largest = max(float(np.abs(wanted).max()), np.finfo(np.float32).tiny)
+  largest = max(float(np.abs(wanted).max()), float(np.finfo(np.float32).tiny))
   return float(np.abs(found - wanted).max()) / largest
 
 

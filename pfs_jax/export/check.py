@@ -23,7 +23,7 @@ def main(directory: str, asked: str, answered: str, factory: str = '') -> None:
     for i, images in enumerate(batches):
       logits[f'{name}/{i}'] = classify(images)
   with pathlib.Path(answered).open('wb') as file:
-    np.savez(file, **logits)
+    np.savez(file, **logits)  # type: ignore[arg-type]
 
 
 if __name__ == '__main__':

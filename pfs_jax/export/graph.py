@@ -113,8 +113,8 @@ class Graph:
       self._made[node.output] = node
     if folded:
       weights = np.moveaxis(weights, -1, axis).astype(dtype)
-      bias = self.constant(bias.astype(dtype))
-      node.inputs = [node.inputs[0], self.constant(weights), bias]
+      term = self.constant(bias.astype(dtype))
+      node.inputs = [node.inputs[0], self.constant(weights), term]
 
   def _affine(self, node: Node, x: str, channels: int, rank: int):
     """(factor, term), scalars or [channels], if node is factor * x + term."""

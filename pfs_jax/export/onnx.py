@@ -98,9 +98,10 @@ def _walk(graph, jaxpr, consts, arguments) -> list[Any]:
   )
   values.update(zip(jaxpr.invars, arguments, strict=True))
 
-  def read(atom):
+  def read(atom: Any):
     if isinstance(atom, jax.extend.core.Literal):
-      return np.asarray(atom.val, atom.aval.dtype)
+      aval: Any = atom.aval
+      return np.asarray(atom.val, aval.dtype)
     return values[atom]
 
   for equation in jaxpr.eqns:
@@ -363,7 +364,8 @@ def _pool(op: str) -> Callable:
     if dilated and op == 'AveragePool':
       raise _Refused(' with a dilated window')
     order = _pooled_order(p)
-    axes, more = order[2:], {}
+    axes = order[2:]
+    more: dict[str, Any] = {}
     if dilated:
       more['dilations'] = [p['window_dilation'][a] for a in axes]
     if op == 'AveragePool':

@@ -124,8 +124,7 @@ def build(
       f'got {gate_site!r}.'
     )
   sizes = entry.gate_sizes(width)
-  counts = sizes.values() if counts is None else counts
-  counts = tuple(int(c) for c in counts)
+  counts = tuple(map(int, sizes.values() if counts is None else counts))
   if len(counts) != len(sizes) or min(counts) < 1:
     raise errors.UserError(
       f'counts of {name} must be {len(sizes)} integers >= 1, one for each '
@@ -269,4 +268,5 @@ def init(
 
   Compiled, so that the forward pass that `module.init` contains is dropped.
   """
-  return module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+  variables: Any = module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+  return variables

@@ -59,7 +59,7 @@ class Block(nn.Module):
   """
 
   features: int
-  hidden: tuple[int]
+  hidden: tuple[int, ...]
   stride: int
   project: bool
   conv: Callable[..., layers.ConvBN]
@@ -82,8 +82,6 @@ class Bottleneck(Block):
   Its attributes are those of `Block`, but `hidden` holds the channels of the
   first and of the second convolution, and the stride is that of the second.
   """
-
-  hidden: tuple[int, int]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:

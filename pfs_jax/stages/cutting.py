@@ -209,6 +209,7 @@ def _show_latency(job: Job, structure: prune.Structure) -> None:
   key = config.key(job.config.seed, 'latency')
   variables = models.init(module, key, job.image_shape)
   median, least = latency.measure(module, variables, batch, job.image_shape)
+  assert structure.latency_ms is not None
   gap = least / structure.latency_ms - 1
   console.say(
     f'predicted {structure.latency_ms:.3f} ms a batch of {batch} (sum of '
@@ -222,7 +223,7 @@ def _show_latency(job: Job, structure: prune.Structure) -> None:
     ['layer', 'ms', 'of 8', 'of 128'],
     [
       [path, f'{ms:.3f}', f'{use[0][path]:.0%}', f'{use[1][path]:.0%}']
-      for path, ms in job.latency.layers(counts).items()
+      for path, ms in job.latency_model.layers(counts).items()
     ],
   )
 

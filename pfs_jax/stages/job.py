@@ -91,7 +91,7 @@ class Job:
     return self.config.model.factory or self.config.model.name
 
   @functools.cached_property
-  def latency(self) -> latency.LatencyModel:
+  def latency_model(self) -> latency.LatencyModel:
     """Milliseconds of a batch on the present device, measured at first use."""
     cache = os.environ.get('XDG_CACHE_HOME', '~/.cache')
     return latency.LatencyModel(
@@ -103,7 +103,7 @@ class Job:
 
   def latency_of(self, budget: prune.Budget) -> latency.LatencyModel | None:
     """The latency model, measured only for a budget in milliseconds."""
-    return None if budget.max_latency_ms is None else self.latency
+    return None if budget.max_latency_ms is None else self.latency_model
 
   def cut(
     self, scores: Mapping[str, Any], budget: prune.Budget

@@ -66,7 +66,7 @@ def _cache_programs(study, workdir: pathlib.Path) -> None:
 
   JAX_COMPILATION_CACHE_DIR, where set, is left as it is.
   """
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values['jax_compilation_cache_dir'] is None:
     folder = study.compilation_cache or str((workdir / 'compiled').absolute())
     jax.config.update('jax_compilation_cache_dir', folder)
 

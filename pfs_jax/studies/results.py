@@ -47,7 +47,7 @@ def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
   that the study no longer has come last.
   """
   with storage.locked(file.parent, wait=lambda: None):
-    found = {r['config_hash']: r for r in read(file)}
+    found: dict[str, Record] = {r['config_hash']: r for r in read(file)}
     found[record['config_hash']] = record
     place = {h: i for i, h in enumerate(order)}
     ordered = sorted(found, key=lambda h: place.get(h, len(place)))

@@ -21,9 +21,9 @@ class Summary:
 
 def summary(values: Sequence[float]) -> Summary:
   """Mean and standard deviation of at least one value."""
-  values = np.asarray(values, np.float64)
-  sd = float(values.std(ddof=1)) if len(values) > 1 else None
-  return Summary(len(values), float(values.mean()), sd)
+  array = np.asarray(values, np.float64)
+  sd = float(array.std(ddof=1)) if len(array) > 1 else None
+  return Summary(len(array), float(array.mean()), sd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,11 @@ def paired(
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
   """Pearson's correlation of two vectors; None where one is constant."""
-  a, b = (np.asarray(v, np.float64) - np.mean(v) for v in (a, b))
-  scale = math.sqrt(float(a @ a) * float(b @ b))
+  x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (a, b))
+  scale = math.sqrt(float(x @ x) * float(y @ y))
   if scale < 1e-12:
     return None
-  return float(a @ b) / scale
+  return float(x @ y) / scale
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:

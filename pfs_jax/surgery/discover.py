@@ -189,11 +189,11 @@ def _follow(
       )
   flow = Flow(layers, emitted)
   values = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+  for place, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     if math.prod(leaf.shape) == 1:
       values.append(flow.cells.value(leaf.ndim, 0, State.CONST))
     else:
-      names = [str(getattr(p, 'key', p)) for p in path]
+      names = [str(getattr(p, 'key', p)) for p in place]
       origin = flow.cells.origin(f'the parameter {"/".join(names[1:])}')
       values.append(flow.cells.value(leaf.ndim, origin, State.LIVE))
   origin = flow.cells.origin("the model's input")
@@ -398,7 +398,7 @@ def _objection(source, arguments, found: _Found, chosen) -> str:
   for made in chosen:
     roots = np.array(found.classes[made])
     # The first goes, so that a split at a fixed place shows; half of them stay.
-    number = random.integers(1, (len(roots) + 1) // 2, endpoint=True)
+    number = int(random.integers(1, (len(roots) + 1) // 2, endpoint=True))
     number = min(number, len(roots) - 1)
     dropped = [roots[0], *random.permutation(roots[1:])[: number - 1]]
     kept &= ~np.isin(found.unit_of, found.unit_of[dropped])

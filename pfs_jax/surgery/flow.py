@@ -303,8 +303,8 @@ class Flow:
       for v in values
     ]
     states = {}  # By the states of the operands.
-    cells = [self._combine(eqn, o, known, states) for o in operands]
-    cells = np.array(cells, int)[inverse]
+    combined = [self._combine(eqn, o, known, states) for o in operands]
+    cells = np.array(combined, int)[inverse]
     return Value(cells.reshape((1,) * (ndim - key.ndim) + key.shape))
 
   def _combine(self, eqn, numbers: list[int], known, states) -> int:
@@ -375,7 +375,7 @@ def _by_index(eqn, values: list[Value]) -> Value:
   shapes = [v.aval.shape for v in eqn.invars]
   cells = np.broadcast_to(values[0].cells, shapes[0]).astype(np.int32)
   indices = [
-    np.broadcast_to(v.known, s)
+    np.broadcast_to(np.asarray(v.known), s)
     for v, s in zip(values[1:], shapes[1:], strict=True)
   ]
   out = eqn.primitive.bind(cells, *indices, **eqn.params)

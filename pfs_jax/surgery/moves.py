@@ -7,6 +7,7 @@ list where it has several).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def _pad(equation: Any, cells: np.ndarray, filler: np.ndarray) -> np.ndarray:
   return compressed(cells)
 
 
-MOVES = {
+MOVES: dict[str, Callable[..., Any]] = {
   'broadcast_in_dim': _broadcast_in_dim,
   'concatenate': _concatenate,
   'pad': _pad,
