@@ -23,7 +23,7 @@ VARIANTS = {
     'train.batch_size': 64,
     'probe.epochs': 0.5,
     'probe.draws': 2,
-    'probe.share': 2.0,
+    'probe.share': 4.0,
     'tournament.candidates': ('tilt1', 'tilt-1', 'sensitivity'),
     'tournament.epochs': 0.5,
     'tournament.share': 20.0,

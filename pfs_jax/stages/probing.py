@@ -51,7 +51,7 @@ def measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   runs.claim(folder, {**fields, 'budget': budget.name})
   path = folder / 'probe.json'
   if not path.exists():
-    _check(job)
+    cost(job)  # Refused before anything is trained.
     storage.write_json(path, _measure(job, folder))
     runs.barrier('probe')
   return storage.read_json(path)
@@ -61,8 +61,15 @@ def cost(job: Job) -> float:
   """What a probe costs, as a share of one training of the narrow network.
 
   A step of training counts as three forward passes.
+
+  Raises:
+    errors.UserError: No images are held out, or the cost is more than allowed.
   """
   c = job.config
+  if not c.data.validation_examples:
+    raise errors.UserError(
+      'config.data.validation_examples must be >= 1 for a probe; got 0.'
+    )
   epoch, every = (
     job.data.train_source('train', hold_out=out).steps_per_epoch
     * c.train.batch_size
@@ -71,23 +78,14 @@ def cost(job: Job) -> float:
   batch = min(c.data.eval_batch_size, job.data.validation().size)
   layers = len(job.network.cost_model.layers) + 1
   each = 3 * c.probe.epochs * epoch + layers * c.probe.draws * batch
-  return c.probe.seeds * c.probe.steps * each / (3 * c.train.epochs * every)
-
-
-def _check(job: Job) -> None:
-  """Refuses a probe without held-out images, and one that costs too much."""
-  c = job.config
-  if not c.data.validation_examples:
-    raise errors.UserError(
-      'config.data.validation_examples must be >= 1 for a probe; got 0.'
-    )
-  share = cost(job)
+  share = c.probe.seeds * c.probe.steps * each / (3 * c.train.epochs * every)
   if share > c.probe.share:
     raise errors.UserError(
       f'config.probe.share must be >= {math.ceil(100 * share) / 100:g}, what '
       f'the probe costs of a training of {c.train.epochs:g} epochs; got '
       f'{c.probe.share:g}.'
     )
+  return share
 
 
 def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
