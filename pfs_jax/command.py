@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
   """Runs one mode in the workdir."""
   logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  c, mode = CONFIG.value, MODE.value
+  c, mode = CONFIG.value, str(MODE.value)
   out = pathlib.Path(OUT.value) if OUT.value else None
   if mode == 'report':
     report.write(c, workdir(), out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 from pfs_jax import cpu
 
 
-def conv_init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+def conv_init(
+  key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
+) -> jax.Array:
   """N(0, sqrt(2 / (k * k * C_out))) for [k, k, C_in / groups, C_out].
 
   Drawn in vectors whose lengths are powers of two (at least 2**16) and cut to

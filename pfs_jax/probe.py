@@ -66,7 +66,7 @@ class ChannelDropout:
     x: jax.Array,
     train: bool = False,
     rngs: dict[str, jax.Array] | None = None,
-    **kwargs,
+    **kwargs: Any,
   ) -> Any:
     """As `nn.Module.apply`."""
     if train:

@@ -74,7 +74,9 @@ def init(
   )
 
 
-def schedule(recipe: ml_collections.ConfigDict, total_steps: int):
+def schedule(
+  recipe: ml_collections.ConfigDict, total_steps: int
+) -> optax.Schedule:
   """Learning rate by step: 'step' or 'cosine', after a linear warm-up.
 
   'step' multiplies by `decay_factor` at each share of `decay_at`; the drop acts
@@ -234,7 +236,7 @@ def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
 
 
 def evaluate(
-  module: nn.Module, variables: Mapping[str, Any], batches
+  module: nn.Module, variables: Mapping[str, Any], batches: Any
 ) -> dict[str, float]:
   """{'loss', 'accuracy'} over batches that hold every image exactly once.
 
@@ -256,7 +258,7 @@ def evaluate(
 
 
 @functools.cache
-def compiled_call(step_fn: Callable, draw: Callable):
+def compiled_call(step_fn: Callable, draw: Callable) -> Callable:
   """(state, resident, chunk) -> (state, metrics [k]), k steps in one call.
 
   `chunk` holds what `draw` needs, with leading axis k; one step is not put into

@@ -176,10 +176,12 @@ def _batches(shape, spec: data.Spec) -> list[np.ndarray]:
   return [normalised(x, spec.mean, spec.std) for x in pixels]
 
 
-def normalised(pixels: np.ndarray, mean, std) -> np.ndarray:
+def normalised(
+  pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
   """uint8 [N, H, W, C] -> float32 (pixels / 255 - mean) / std."""
-  mean, std = (np.reshape(np.float32(v), (1, 1, 1, -1)) for v in (mean, std))
-  return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+  m, s = (np.reshape(v, (1, 1, 1, -1)).astype(np.float32) for v in (mean, std))
+  return (pixels.astype(np.float32) / np.float32(255) - m) / s
 
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:

@@ -99,7 +99,7 @@ def train(job: Job, weights: Mapping[str, Any] | None = None) -> None:
 
 def fit(
   job: Job,
-  module: nn.Module,
+  module: Any,
   folder: pathlib.Path,
   label: str,
   epochs: float,

@@ -189,9 +189,7 @@ def searched(
   return storage.read_arrays(path), where
 
 
-def probed(
-  cell: plan.Cell, root: pathlib.Path
-) -> tuple[dict[str, Any], pathlib.Path]:
+def probed(cell: plan.Cell, root: pathlib.Path) -> tuple[Any, pathlib.Path]:
   """(content of probe.json, folder) of the probe of a cell's budget.
 
   Raises:

@@ -49,7 +49,9 @@ class TrainArgument:
     return module(x, *args, **kwargs)
 
 
-def untold(module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any):
+def untold(
+  module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any
+) -> Any:
   """Calls a model that does the same in training and in evaluation."""
   del train
   return module(x, *args, **kwargs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import enum
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -138,7 +138,7 @@ class Cells:
       self.origins.append(text)
     return -self.origins.index(text) - 1
 
-  def constant(self, known) -> Value:
+  def constant(self, known: Any) -> Value:
     """A value whose numbers are known."""
     known = np.asarray(known)
     if known.size > 1 and (known == known.flat[0]).all():

@@ -27,8 +27,9 @@ _UNKNOWN = frozenset(
 
 def other(path: str, macs: int = 0, params: int = 0) -> costs.Layer:
   """The record of something with a fixed cost."""
-  fixed = {'fixed_macs': macs, 'fixed_params': params}
-  return costs.Layer(path, 'other', 0, 0, 1, **fixed)
+  return costs.Layer(
+    path, 'other', 0, 0, 1, fixed_macs=macs, fixed_params=params
+  )
 
 
 def rest(
@@ -102,7 +103,7 @@ def _count_inner(equation, layers, images, times, here, macs, unknown) -> None:
     if isinstance(p, core.Jaxpr | core.ClosedJaxpr)
   ]
   if name in jaxprs.CALLS:
-    inner = [jaxprs.called(equation)]
+    inner = [part] if (part := jaxprs.called(equation)) else []
   elif name == 'scan':
     times *= equation.params['length']
   for part in inner:

@@ -114,7 +114,8 @@ def network_from_factory(
     ('model.conv', conv, costs.register_conv),
   ):
     if name:
-      register(user_code.imported(field, name))
+      kind: Any = user_code.imported(field, name)
+      register(kind)
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
   available['rngs'] = nnx.Rngs(0)  # An NNX module is drawn when it is made.
@@ -174,7 +175,8 @@ def _made(
     factory, (nn.Module, nnx.Module)
   ):
     raise _error(spec, 'is a class, but not of flax.linen.Module')
-  parameters = inspect.signature(factory).parameters
+  make: Any = factory
+  parameters = inspect.signature(make).parameters
   known = {k: v for k, v in available.items() if k in parameters}
   if 'dtype' not in known and available['dtype'] != jnp.float32:
     raise _error(spec, 'takes no dtype, so config.dtype must be float32')
@@ -186,7 +188,7 @@ def _made(
     and p.name not in known
   ]
   if len(required) == 1 and 'num_classes' not in known:
-    return factory(available['num_classes'], **known)
+    return make(available['num_classes'], **known)
   if required:
     raise _error(spec, f'needs {", ".join(required)}, which has no default')
-  return factory(**known)
+  return make(**known)

@@ -73,7 +73,8 @@ class Adapter(nn.Module):
     for path, layer in _layers(model):
       run = functools.partial(self._run, path, layer, type(layer).__call__)
       object.__setattr__(layer, 'surgery', run)
-      object.__setattr__(layer, '__class__', _marked(type(layer)))
+      kind: Any = type(layer)
+      object.__setattr__(layer, '__class__', _marked(kind))
     for name in inspect.signature(type(model).__call__).parameters:
       if name in calling.NAMES:
         kwargs[name] = calling.NAMES[name] == train
@@ -236,7 +237,7 @@ def _resize(
     layer.num_features = inputs
     return {'': (inputs,)}
   layer.in_features, layer.out_features = inputs, outputs
-  kernel = (inputs, outputs)
+  kernel: tuple[int, ...] = (inputs, outputs)
   if isinstance(layer, nnx.Conv):
     layer.feature_group_count = feature_groups
     size = layer.kernel_size
