@@ -28,7 +28,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from pfs_jax import errors, storage
+from pfs_jax import errors, fields, storage
 
 # What a result depends on, of the checkout.
 _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
@@ -81,7 +81,8 @@ def hardware() -> str:
 def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   """Makes a folder belong to one identity: a flat map of fields to values.
 
-  A folder that belongs to it already is only read.
+  A folder that belongs to it already is only read. A field that came after the
+  folder was begun counts as its default there.
 
   Raises:
     errors.UserError: If the folder holds the work of another identity; the
@@ -92,8 +93,8 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   if not path.exists():
     storage.write_json(path, identity)
     return
-  there = storage.read_json(path, dict[str, Any])
-  names = [*identity, *(k for k in there if k not in identity)]
+  there = _defaults(identity) | storage.read_json(path, dict[str, Any])
+  names = dict.fromkeys([*identity, *there])
   differ = [k for k in names if there.get(k) != identity.get(k)]
   if differ:
     shown = ', '.join(
@@ -105,6 +106,13 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
       f'{folder} holds the work of another config: {shown}{more}.\n'
       'Give another --workdir, or delete that folder.'
     )
+
+
+def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
+  """The defaults of those names that are fields of the config."""
+  known = ((k, fields.BY_NAME.get(k.removeprefix('config.'))) for k in identity)
+  plain = {k: field.default for k, field in known if field}
+  return dict(json.loads(json.dumps(plain)))
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]

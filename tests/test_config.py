@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from pfs_jax import budgets, config, errors, fields, prune, rankings
+from pfs_jax import budgets, config, errors, fields, prune, rankings, runs
 from tests import processes
 
 PACKAGE = pathlib.Path(config.__file__).parent
@@ -480,6 +480,16 @@ def test_identity_is_every_field_that_changes_the_result(stage):
     changes = config.digest(config.identity(other, stage)) != before
     counts = field.split('.')[0] in own and field not in NOT_IDENTITY
     assert (field, changes) == (field, counts)
+
+
+def test_a_workdir_may_be_older_than_a_field(tmp_path):
+  """What its config.json lacks counts as the default."""
+  identity = config.identity(config.default(), 'train')
+  older = {k: v for k, v in identity.items() if 'decay_at' not in k}
+  runs.claim(tmp_path, older)
+  runs.claim(tmp_path, identity)
+  with pytest.raises(errors.UserError, match='config.train.decay_at'):
+    runs.claim(tmp_path, {**identity, 'config.train.decay_at': (0.9,)})
 
 
 def test_identity_survives_json():

@@ -19,17 +19,17 @@ from pfs_jax.stages import (
 )
 from pfs_jax.stages.job import Job
 
-search = searching.search
+search = searching.run
 cut = cutting.cut
 check_budget = cutting.check_budget
 write = cutting.write
 probe = probing.measure
 probe_cost = probing.cost
-train = training.train
+train = training.run
 fit = training.fit
 evaluate = training.evaluate
 restore = training.restore
-export = exporting.export
+export = exporting.run
 info = showing.info
 
 

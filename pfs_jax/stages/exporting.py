@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from pfs_jax import console, data, runs, storage
-from pfs_jax import export as export_lib
+from pfs_jax import console, data, export, runs, storage
 from pfs_jax.stages import cutting, training
 from pfs_jax.stages.job import Job
 
 
-def export(job: Job, out: pathlib.Path | None = None) -> None:
+def run(job: Job, out: pathlib.Path | None = None) -> None:
   """Writes the trained narrow network to `out`, checked; see `export.save`.
 
   By default `out` is the folder export/ of the workdir. The network computes in
@@ -21,7 +20,7 @@ def export(job: Job, out: pathlib.Path | None = None) -> None:
   state = training.restore(job, name, structure)[-1]
   folder = out or job.folder(name) / 'export'
   if storage.is_first_process():
-    manifest = export_lib.save(
+    manifest = export.save(
       folder,
       _float32(job).network.narrow(structure.counts),
       state.variables,

@@ -26,8 +26,8 @@ from pfs_jax import (
   scores,
   storage,
   surgery,
+  train,
 )
-from pfs_jax import train as train_lib
 
 # Folders of a workdir that belong to no budget.
 FOLDERS = (
@@ -161,9 +161,9 @@ class Job:
       c.train.statistics, bool(c.model.factory), state, source
     )
 
-  def plan(self, total_steps: int, evaluate_steps: int) -> train_lib.Plan:
+  def plan(self, total_steps: int, evaluate_steps: int) -> train.Plan:
     """The plan of a loop under this config."""
-    return train_lib.Plan(
+    return train.Plan(
       total_steps=total_steps,
       log_steps=self.config.log_steps,
       evaluate_steps=evaluate_steps,

@@ -8,14 +8,12 @@ from typing import Any
 
 import jax
 
-from pfs_jax import config, console, runs, storage
-from pfs_jax import search as search_lib
-from pfs_jax import train as train_lib
+from pfs_jax import config, console, runs, search, storage, train
 from pfs_jax.stages import cutting, diverging
 from pfs_jax.stages.job import Job
 
 
-def search(job: Job, weights: Mapping[str, Any] | None = None) -> None:
+def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   """Learns the gates of frozen weights and cuts them to the budgets.
 
   Args:
@@ -44,7 +42,7 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
   c, network = job.config, job.network
   source = job.data.train_source('search', hold_out=True)
   validation = job.data.validation()
-  state = search_lib.init(
+  state = search.init(
     network.gated,
     weights,
     sparsity=c.search.sparsity,
@@ -61,12 +59,12 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
     path = folder / 'gates' / f'{step:08d}.npz'
     storage.write_arrays(path, gates, sealed=True)
     numbers = {
-      'gates_mean': float(search_lib.mean_gate(gates)),
-      'gates_density': float(search_lib.density(gates)),
+      'gates_mean': float(search.mean_gate(gates)),
+      'gates_density': float(search.density(gates)),
     }
     if validation:
       variables = refreshed(state, step).variables
-      found = train_lib.evaluate(network.gated, variables, validation)
+      found = train.evaluate(network.gated, variables, validation)
       numbers['validation_accuracy'] = found['accuracy']
     return numbers
 
@@ -74,9 +72,9 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
   plan = job.plan(total, c.search.evaluate_steps or source.steps_per_epoch)
   if total:
     with source:
-      state = train_lib.loop(
+      state = train.loop(
         state,
-        search_lib.step,
+        search.step,
         source,
         plan,
         folder=folder,
@@ -95,7 +93,7 @@ def _classifier(job: Job) -> str | None:
   c = job.config.search
   if not c.train_classifier:
     return None
-  return c.classifier or search_lib.last_dense(
+  return c.classifier or search.last_dense(
     job.network.gated, job.first_weights, job.image_shape
   )
 
@@ -103,7 +101,7 @@ def _classifier(job: Job) -> str | None:
 def _selected(job: Job, folder: pathlib.Path, last):
   """The gates of the evaluation that the selection rule takes."""
   records = runs.read_metrics(folder)
-  step = search_lib.select(records, job.config.search.sparsity)
+  step = search.select(records, job.config.search.sparsity)
   if step is None:
     return last
   return storage.read_arrays(folder / 'gates' / f'{step:08d}.npz')

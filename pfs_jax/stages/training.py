@@ -22,8 +22,8 @@ from pfs_jax import (
   prune,
   runs,
   storage,
+  train,
 )
-from pfs_jax import train as train_lib
 from pfs_jax.stages import cutting, examining, searching, showing
 from pfs_jax.stages.job import Job
 
@@ -70,7 +70,7 @@ def _inherited(job: Job, name: str, structure: prune.Structure):
   return job.network.slice_variables(jax.device_get(first), kept)
 
 
-def train(job: Job, weights: Mapping[str, Any] | None = None) -> None:
+def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   """Trains the narrow network and evaluates it on the test set.
 
   Args:
@@ -108,7 +108,7 @@ def fit(
   hold_out: bool | None = None,
   penalty: optax.GradientTransformation | None = None,
   watch: Callable[[Any, float], None] | None = None,
-) -> train_lib.TrainState:
+) -> train.TrainState:
   """Trains a module by the recipe of the config, or goes on with it.
 
   Args:
@@ -139,13 +139,13 @@ def fit(
     if validation is None:
       return {}
     variables = refreshed(state, step).variables
-    found = train_lib.evaluate(module, variables, validation)
+    found = train.evaluate(module, variables, validation)
     return {f'validation_{k}': v for k, v in found.items()}
 
   with source:
-    return train_lib.loop(
+    return train.loop(
       state,
-      train_lib.step,
+      train.step,
       source,
       job.plan(total, per_epoch),
       folder=folder,
@@ -165,8 +165,8 @@ def _initial(job: Job, module, total, label, weights=None, penalty=None):
   if weights is None:
     key = config.key(job.config.seed, f'{label} weights')
     weights = models.init(module, key, job.image_shape)
-  optimizer = train_lib.optimizer(job.config.train, total)
-  return train_lib.init(
+  optimizer = train.optimizer(job.config.train, total)
+  return train.init(
     module,
     weights,
     optimizer if penalty is None else _penalised(penalty, optimizer),
@@ -245,7 +245,7 @@ def _warnings(folder: pathlib.Path, test_accuracy: float) -> list[str]:
 
 def restore(
   job: Job, name: str, structure: prune.Structure
-) -> tuple[pathlib.Path, int, nn.Module, train_lib.TrainState]:
+) -> tuple[pathlib.Path, int, nn.Module, train.TrainState]:
   """(folder, step, module, state) of the trained narrow network.
 
   Raises:

@@ -126,7 +126,6 @@ def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
   weights = None
   if cell.arm.training != 'scratch' and not (folder / 'result.json').exists():
     weights = _weights(cell, root, found['kept'])
-  products.renew_claim(folder / 'train')
   stages.train(job, weights)
   result: Mapping[str, Any] = storage.read_json(folder / 'result.json')
   epochs = c.train.epochs

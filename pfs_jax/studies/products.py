@@ -61,15 +61,6 @@ def forget_programs() -> None:
   jax.clear_caches()
 
 
-def renew_claim(folder: pathlib.Path) -> None:
-  """Lets a stage go on in a folder that an earlier version of the code began.
-
-  The hash in the folder's path says whose work it is; what `runs.claim` wrote
-  there may lack fields that came later, with defaults that change nothing.
-  """
-  (folder / 'config.json').unlink(missing_ok=True)
-
-
 # Weights.
 
 
@@ -182,7 +173,6 @@ def searched(
   path = where / 'search' / 'gates.npz'
 
   def search() -> None:
-    renew_claim(where / 'search')
     stages.search(stages.Job(cell.wide, where), variables)
 
   make(path, where, search)
@@ -201,7 +191,6 @@ def probed(cell: plan.Cell, root: pathlib.Path) -> tuple[Any, pathlib.Path]:
   path = where / 'probe' / 'probe.json'
 
   def probe() -> None:
-    renew_claim(path.parent)
     stages.probe(stages.Job(cell.wide, where), path.parent)
 
   make(path, where, probe)
