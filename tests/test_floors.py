@@ -1,7 +1,9 @@
 """Imports go down only: the floors of the README's architecture map."""
 
 import ast
+import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -103,3 +105,38 @@ def test_no_family_is_named_above_the_registry():
     short = [s.lower() for s in strings if len(s) < 60]  # Not docstrings.
     for family in ('resnet', 'vgg', 'mobilenet'):
       assert not [s for s in short if family in s], f'{name} names {family}'
+
+
+def modules_imported(path):
+  """Modules of ours, as paths of their files, that a file imports anywhere."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    names = []
+    if isinstance(node, ast.ImportFrom) and node.module:
+      names = [f'{node.module}.{alias.name}' for alias in node.names]
+      names.append(node.module)
+    elif isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    for name in names:
+      target = PACKAGE.parent.joinpath(*name.split('.')).with_suffix('.py')
+      if name.startswith('pfs_jax.') and target.exists():
+        yield target
+
+
+def test_no_import_circle():
+  """Packages apart: an __init__ imports what is beside it."""
+  graph = {path: set(modules_imported(path)) for path in FILES}
+  list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_documents_name_what_is_there():
+  """README names every room; each file named in architecture.md exists."""
+  root = PACKAGE.parent
+  readme = (root / 'README.md').read_text().split('## Architecture')[1]
+  rooms = set().union(*FLOORS) - {'__main__'}
+  assert rooms == rooms & set(re.findall(r'`([\w.]+)`', readme))
+  text = (root / 'docs' / 'architecture.md').read_text()
+  files = {p.name for p in PACKAGE.rglob('*')} | {
+    p.name for p in root.iterdir()
+  }
+  named = re.findall(r'`(?:\w+/)?(\w+\.(?:py|txt))`', text)
+  assert len(named) > 20 and set(named) <= files
