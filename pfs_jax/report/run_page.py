@@ -14,13 +14,13 @@ from pfs_jax.tables import Table
 
 
 class Cut(NamedTuple):
-  """One budget of a run: its structure and, where trained, its result.
+  """A network of a run: that of one budget, the reference, or the searched one.
 
   Attributes:
     name: The name of the budget.
-    counts: {layer: channels kept}.
-    macs: MACs of the narrow network.
-    params: Its parameters.
+    counts: {layer: channels}.
+    macs: MACs of an image.
+    params: Parameters.
     result: What result.json holds; {} before the training.
   """
 
@@ -39,10 +39,11 @@ def build(job: Job) -> tuple[str, list[figures.Picture]]:
   """
   _check_there(job)
   cuts = _cuts(job)
+  whole = _whole(job, [cut.result for cut in cuts if cut.result])
   report = page.Page(_title(job, cuts))
-  _first_screen(report, job, cuts)
+  _first_screen(report, job, cuts, whole)
   if cuts:
-    _structure(report, job, cuts)
+    _structure(report, job, cuts, whole)
   run_choice.probe(report, job)
   run_choice.tournament(report, job)
   run_logs.gates(report, job)
@@ -72,47 +73,56 @@ def _check_there(job: Job) -> None:
 
 def _cuts(job: Job) -> list[Cut]:
   """All budgets of the workdir, the widest network first."""
-  found: dict[str, Cut] = {}
+  found = []
   for name, folder in job.budget_folders().items():
-    if (folder / 'structure.json').exists():
-      path = folder / 'structure.json'
-      s = structures.Structure.from_json(storage.read_text(path), path)
-      counts = dict(zip(s.layers, s.counts, strict=True))
-      found[name] = Cut(name, counts, s.macs, s.params, {})
-    if (folder / 'result.json').exists():
-      r = storage.read_json(folder / 'result.json')
-      found[name] = Cut(name, r['counts'], r['macs'], r['params'], r)
-  for cut in found.values():
-    if tuple(cut.counts) != job.network.cost_model.layers:
-      raise errors.UserError(
-        f'{job.workdir}: the counts of {cut.name} are not those of '
-        f'{job.model_name}; give the config that made them.'
+    path, r = folder / 'result.json', {}
+    if path.exists():
+      r = storage.read_json(path)
+      counts, macs, params = r['counts'], r['macs'], r['params']
+    else:
+      s = structures.Structure.from_json(
+        (folder / 'structure.json').read_text()
       )
-    if cut.result:
-      _check_trained(job, cut)
-  return sorted(found.values(), key=lambda cut: (-cut.macs, cut.name))
-
-
-def _check_trained(job: Job, cut: Cut) -> None:
-  """Refuses the training of another config, naming the fields that differ."""
-  folder = job.folder(cut.name) / 'train'
-  if (folder / 'config.json').exists():
-    identity = config.identity(job.config, 'train')
-    counts = {'structure.counts': list(cut.counts.values())}
-    runs.claim(folder, {**identity, **counts})
+      counts = dict(zip(s.layers, s.counts, strict=True))
+      macs, params = s.macs, s.params
+    if tuple(counts) != job.network.cost_model.layers:
+      raise errors.UserError(
+        f'{folder}: the counts are not those of {job.model_name}; give the '
+        'config that made them.'
+      )
+    if r and (folder / 'train' / 'config.json').exists():
+      identity = config.identity(job.config, 'train')
+      identity['structure.counts'] = list(counts.values())
+      runs.claim(folder / 'train', identity)  # Else of another config.
+    found.append(Cut(name, counts, macs, params, r))
+  return sorted(found, key=lambda cut: (-cut.macs, cut.name))
 
 
 def _share(job: Job, macs: int) -> str:
   return f'{macs / job.network.reference_macs:.1%}'
 
 
-def _reference_widths(job: Job) -> tuple[int, ...]:
-  """Widths of the reference network; a model of the user's own is its own."""
-  description = job.network.description
-  if 'name' not in description:
-    return job.network.cost_model.widths
-  sizes = models.gate_sizes(description['name'], description['base_width'])
-  return tuple(sizes.values())
+def _whole(job: Job, results: Sequence[Mapping[str, Any]]) -> list[Cut]:
+  """The reference network and the searched one, with what is known of them."""
+  network, model = job.network, job.network.cost_model
+  known: dict[str, Any] = {}
+  for r in results[:1]:
+    accuracy, n = r['reference_test_accuracy'], r['test_examples']
+    if accuracy is not None:
+      known = {'test_accuracy': accuracy, 'test_examples': n}
+    ms = r.get('latency', {}).get('reference_ms')
+    known['latency'] = {} if ms is None else {'narrow_ms': ms}
+  widths = dict(zip(model.layers, model.widths, strict=True))
+  counts, description = widths, network.description
+  if 'name' in description:  # A model of the user's own is its own reference.
+    sizes = (description['name'], description['base_width'])
+    counts = models.gate_sizes(*sizes)
+  costs = (network.reference_macs, network.reference_params)
+  widest = (model.macs(model.widths), model.params(model.widths))
+  return [
+    Cut('reference', counts, *costs, known),
+    Cut('searched', widths, *widest, {}),
+  ]
 
 
 # The first screen.
@@ -142,7 +152,9 @@ def interval(accuracy: float, n: int) -> tuple[float, float]:
   return middle - half, middle + half
 
 
-def _first_screen(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+def _first_screen(
+  report: page.Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
+) -> None:
   trained = [cut.result for cut in cuts if cut.result]
   for line in _answer(job, cuts):
     report.paragraph(line, 'answer')
@@ -157,8 +169,23 @@ def _first_screen(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
       'on the machine makes it longer.',
       'soft',
     )
-  report.table(*_networks(job, cuts))
-  _costs(report, job, cuts)
+  columns = ['network', 'test accuracy', '95% interval', 'MACs', 'share']
+  columns += ['parameters', 'float32 weights']
+  batch = {r['latency']['batch'] for r in trained if r.get('latency')}
+  columns += [f'ms for {n}' for n in list(batch)[:1]]
+  rows = []
+  for name, _, macs, params, r in [*cuts, *whole]:
+    shown = ['-', '-']
+    if 'test_accuracy' in r:
+      low, high = interval(r['test_accuracy'], r['test_examples'])
+      ends = f'{100 * low:.1f} .. {100 * high:.1f}'
+      shown = [f'{r["test_accuracy"]:.2%}', ends]
+    costs = [f'{macs:,}', _share(job, macs), f'{params:,}']
+    ms = r.get('latency', {}).get('narrow_ms')
+    last = [f'{4 * params / 1e6:.2f} MB', '-' if ms is None else f'{ms:.3g}']
+    rows.append([name, *shown, *costs, *last][: len(columns)])
+  report.table('Networks', columns, rows)
+  _costs(report, cuts, whole[0])
 
 
 def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
@@ -167,83 +194,39 @@ def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
     steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
     at = f'at step {steps[-1]}' if steps else 'at its start'
     return [f'The search is {at}. No structure is cut yet.']
-  done = sum(bool(cut.result) for cut in cuts)
-  lines = [f'Budgets that are cut: {len(cuts)}; trained: {done}.']
-  for cut in cuts:
-    r, share = cut.result, _share(job, cut.macs)
-    if not r:
-      continue
-    text = (
-      f'{cut.name}: {r["test_accuracy"]:.2%} test accuracy with {share} of '
-    )
-    text += "the reference network's MACs"
-    if r['reference_test_accuracy'] is not None:
-      points = 100 * (r['test_accuracy'] - r['reference_test_accuracy'])
+  trained = [cut for cut in cuts if cut.result]
+  lines = [f'Budgets that are cut: {len(cuts)}; trained: {len(trained)}.']
+  for cut in trained:
+    accuracy, n = cut.result['test_accuracy'], cut.result['test_examples']
+    reference = cut.result['reference_test_accuracy']
+    text = f'{cut.name}: {accuracy:.2%} test accuracy with '
+    text += f"{_share(job, cut.macs)} of the reference network's MACs"
+    if reference is not None:
+      points = 100 * (accuracy - reference)
       side = 'below' if points < 0 else 'above'
       text += f', {abs(points):.2f} points {side} that network trained alike'
-      images = f'{abs(points) * r["test_examples"] / 100:.0f} of '
-      text += f' ({images}{r["test_examples"]:,} images)'
+      text += f' ({abs(points) * n / 100:.0f} of {n:,} images)'
     lines.append(f'{text}.')
   return lines
 
 
-def _networks(job: Job, cuts: Sequence[Cut]) -> Table:
-  """Accuracy and costs of every network, with sizes and times where known."""
-  network, model = job.network, job.network.cost_model
-  results = [cut.result for cut in cuts if cut.result]
-  known = results[0] if results else {}
-  times = [r['latency'] for r in results if r.get('latency')]
-  columns = ['network', 'test accuracy', '95% interval', 'MACs', 'share']
-  columns += ['parameters', 'float32 weights']
-  columns += [f'ms for {t["batch"]}' for t in times[:1]]
-
-  def row(
-    label: str, macs: int, params: int, accuracy: float | None, ms: Any
-  ) -> list[str]:
-    shown = ['-', '-']
-    if accuracy is not None:
-      low, high = interval(accuracy, known['test_examples'])
-      shown = [f'{accuracy:.2%}', f'{100 * low:.1f} .. {100 * high:.1f}']
-    size = f'{4 * params / 1e6:.2f} MB'
-    costs = [f'{macs:,}', _share(job, macs), f'{params:,}', size]
-    time = '-' if ms is None else f'{ms:.3g}'
-    return [label, *shown, *costs, time][: len(columns)]
-
-  rows = []
-  for cut in cuts:
-    ms = cut.result.get('latency', {}).get('narrow_ms')
-    accuracy = cut.result.get('test_accuracy')
-    rows.append(row(cut.name, cut.macs, cut.params, accuracy, ms))
-  whole = (network.reference_macs, network.reference_params)
-  accuracy = known.get('reference_test_accuracy')
-  ms = times[0].get('reference_ms') if times else None
-  rows.append(row('reference', *whole, accuracy, ms))
-  widest = (model.macs(model.widths), model.params(model.widths))
-  rows.append(row('searched', *widest, None, None))
-  return Table('Networks', columns, rows)
-
-
-def _costs(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+def _costs(report: page.Page, cuts: Sequence[Cut], whole: Cut) -> None:
   """Accuracy against MACs and parameters, where several budgets are trained."""
-  whole = (job.network.reference_macs, job.network.reference_params)
   trained = [cut for cut in reversed(cuts) if cut.result]
   if len(trained) < 2:
     return
-  results = [cut.result for cut in trained]
-  costs = [(cut.macs, cut.params) for cut in trained]
-  points = {'narrow networks': ([r['test_accuracy'] for r in results], costs)}
-  reference = results[0]['reference_test_accuracy']
-  if reference is not None:
-    points['reference'] = ([reference], [whole])
-  n, panels = results[0]['test_examples'], dict[str, list[figures.Line]]()
-  for i, what in enumerate(('MACs', 'parameters')):
-    lines = panels.setdefault(f'accuracy in %,\nover {what}', [])
-    for label, (accuracies, found) in points.items():
-      x = [100 * cost[i] / whole[i] for cost in found]
-      ends = [interval(accuracy, n) for accuracy in accuracies]
-      half = [50 * (high - low) for low, high in ends]
-      y = [100 * accuracy for accuracy in accuracies]
-      lines.append(figures.Line(label, x, y, half))
+  panels: dict[str, list[figures.Line]] = {}
+  for label, found in (('narrow networks', trained), ('reference', [whole])):
+    results = [cut.result for cut in found if 'test_accuracy' in cut.result]
+    ends = [interval(r['test_accuracy'], r['test_examples']) for r in results]
+    half = [50 * (high - low) for low, high in ends]
+    y = [100 * r['test_accuracy'] for r in results]
+    for what, field in (('MACs', 'macs'), ('parameters', 'params')):
+      full = getattr(whole, field)
+      x = [100 * getattr(cut, field) / full for cut in found]
+      lines = panels.setdefault(f'accuracy in %,\nover {what}', [])
+      if results:
+        lines.append(figures.Line(label, x, y, half))
   title = 'Test accuracy against MACs and parameters'
   xlabel = "% of the reference network's"
   report.figure(
@@ -253,10 +236,12 @@ def _costs(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   )
 
 
-def _structure(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+def _structure(
+  report: page.Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
+) -> None:
   """The widths of the network before and after, and all of them in a table."""
-  searched, reference = job.network.cost_model.widths, _reference_widths(job)
   gates, layers = run_logs.chosen_gates(job), list(cuts[0].counts)
+  reference, searched = (list(net.counts.values()) for net in whole)
   columns = ['layer', 'searched', 'reference', *(cut.name for cut in cuts)]
   rows = []
   for layer, width, other in zip(layers, searched, reference, strict=True):
