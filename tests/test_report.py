@@ -425,9 +425,7 @@ def test_report_of_a_study(tmp_path):
     ['4. full', *FULL, '100.0%', '60'],
   ]
   assert '1 x abacus' in outline.text and 'abc123' in outline.text
-  similar = next(
-    i['alt'] for i in outline.images if 'Mean correlation' in i['alt']
-  )
+  similar = next(i['alt'] for i in outline.images if 'correlate' in i['alt'])
   assert 'uniform' not in similar  # Its shares differ by rounding alone.
 
 

@@ -52,9 +52,18 @@ _DIAMONDS = {  # {filled: how an interval is drawn}.
 
 
 class Picture(NamedTuple):
-  """A finished picture: the stem of its file, words, SVG, size in pixels."""
+  """A finished picture.
+
+  Attributes:
+    name: The stem of its file.
+    caption: What it shows.
+    alt: The caption, and its main numbers in words.
+    svg: The content of its file.
+    size: (width, height) in pixels of the page.
+  """
 
   name: str
+  caption: str
   alt: str
   svg: bytes
   size: tuple[int, int]
@@ -95,24 +104,23 @@ def _picture(
 ) -> Callable[Concatenate[str, str, P], Picture]:
   """Turns a function that draws (figure, words) into one that gives a Picture.
 
-  That has two more first arguments: the name of the picture and a title. The
-  title and the words of its numbers are the text alternative of the picture.
+  That has two more first arguments: the name of the picture and its caption.
   """
 
   @functools.wraps(draw)
   def make(
-    name: str, title: str, /, *args: P.args, **options: P.kwargs
+    name: str, caption: str, /, *args: P.args, **options: P.kwargs
   ) -> Picture:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
       # Letters that the font lacks are boxes; the tables have the names.
       warnings.filterwarnings('ignore', 'Glyph')
       drawn, said = draw(*args, **options)
-      alt, svg = f'{title}. {said}.', io.BytesIO()
+      alt, svg = f'{caption} {said}.', io.BytesIO()
       about = {'Date': None, 'Title': name, 'Description': alt}
       drawn.savefig(svg, format='svg', metadata=about)
     width, height = (round(96 * inches) for inches in drawn.get_size_inches())
     clean = re.sub(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]', b'', svg.getvalue())
-    return Picture(name, alt, clean, (width, height))
+    return Picture(name, caption, alt, clean, (width, height))
 
   return make
 
@@ -282,7 +290,7 @@ def curves(
   With `last`, the legend of a panel has the last value of each line.
 
   >>> lines = [Line('training', [1, 2], [2.3, 0.7])]
-  >>> picture = curves('loss', 'The loss falls', {'loss': lines}, 'step')
+  >>> picture = curves('loss', 'The loss falls.', {'loss': lines}, 'step')
   >>> picture.alt
   'The loss falls. loss, training: 2.3 at 1, 0.7 at 2.'
   """

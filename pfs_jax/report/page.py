@@ -137,7 +137,6 @@ class Page:
   def figure(
     self,
     picture: figures.Picture,
-    caption: str,
     *beside: Table,
     numbers: str = '',
   ) -> None:
@@ -145,7 +144,6 @@ class Page:
 
     Args:
       picture: The picture.
-      caption: What it shows.
       *beside: The tables of its numbers; long ones are folded.
       numbers: The title of a table elsewhere on the page that has them.
     """
@@ -155,10 +153,13 @@ class Page:
     shown = [
       _folded(t) if len(t.rows) > _LONG else tables.html(*t) for t in beside
     ]
-    link = f' <a href="#{tables.anchor(numbers)}">Table: {escape(numbers)}</a>'
+    caption = escape(picture.caption)
+    if numbers:
+      anchor = tables.anchor(numbers)
+      caption += f' <a href="#{anchor}">Table: {escape(numbers)}</a>'
     self._add(
       f'<figure id="{escape(picture.name)}">\n'
-      f'<figcaption>{escape(caption)}{link * bool(numbers)}</figcaption>\n'
+      f'<figcaption>{caption}</figcaption>\n'
       f'<div>\n<img src="data:image/svg+xml;base64,{data}" width="{width}" '
       f'height="{height}" alt="{escape(picture.alt)}">\n'
       f'<div>{"".join(shown)}</div>\n</div>\n</figure>'

@@ -29,13 +29,14 @@ def probe(report: page.Page, job: Job) -> None:
     ends = (mean - error, mean + error)
     rows.append(figures.Interval(layer, mean, *ends, values))
   meaning = {True: 'mean ± standard error'}
-  title = 'Rise of the loss where a layer loses channels'
+  caption = (
+    'The rise of the held-out loss when channels are dropped in one layer '
+    'alone, as many in each as save the same MACs.'
+  )
   report.section('Probe')
   report.paragraph(found['sentence'])
   report.figure(
-    figures.intervals('probe', title, rows, 'rise of the loss', meaning),
-    'The rise of the held-out loss when channels are dropped in one layer '
-    'alone, as many in each as save the same MACs.',
+    figures.intervals('probe', caption, rows, 'rise of the loss', meaning),
     Table('Probe', found['columns'], found['rows']),
   )
 
@@ -60,13 +61,19 @@ def tournament(report: page.Page, job: Job) -> None:
   shares = np.divide(list(found['counts'].values()), widths).T
   report.section('Tournament')
   report.paragraph(found['sentence'])
-  title, panels = 'Held-out loss of the candidates', {'held-out loss': lines}
+  panels = {'held-out loss': lines}
+  caption = (
+    'Held-out loss of the candidates after each round: mean and standard error '
+    'over seeds.'
+  )
   report.figure(
-    figures.curves('tournament', title, panels, 'epochs', last=True),
-    f'{title} after each round: mean and standard error over seeds.',
+    figures.curves('tournament', caption, panels, 'epochs', last=True),
     Table('Candidates', found['columns'], found['rows']),
   )
-  title = 'Share in % that the candidates keep of each layer'
+  caption = (
+    'Share in % that the candidates keep of each layer. Columns are numbered '
+    'as the candidates are in the table.'
+  )
   titles = [f'{i}. {name}' for i, name in enumerate(names, 1)]
   args = (layers, titles, 100 * shares, 'candidate')
   rows = [
@@ -74,7 +81,6 @@ def tournament(report: page.Page, job: Job) -> None:
     for layer, row in zip(layers, shares, strict=True)
   ]
   report.figure(
-    figures.heat('candidates', title, *args),
-    f'{title}. Columns are numbered as the candidates are in the table.',
+    figures.heat('candidates', caption, *args),
     Table('Share kept in %', ['layer', *titles], rows),
   )

@@ -51,11 +51,13 @@ def gates(report: page.Page, job: Job) -> None:
     return
   report.section('Gates')
   columns = ['gates', 'number', 'mean', '10%', '50%', '90%', 'at 0']
-  report.figure(
-    figures.histograms('gates', 'Histograms of the gates', drawn),
+  caption = (
     'The gates at evaluations of the search, the first at the top; then those '
     'that the search chose, of the channels that the first budget keeps and '
-    'drops. Each histogram is scaled to its fullest bin.',
+    'drops. Each histogram is scaled to its fullest bin.'
+  )
+  report.figure(
+    figures.histograms('gates', caption, drawn),
     Table('Gates: mean and quantiles', columns, rows),
   )
 
@@ -148,11 +150,12 @@ def _curves(
     for table in tables:
       report.table(*table)
     return
-  title = f'{name.capitalize()}, curves over steps'
-  report.figure(
-    figures.curves(name, title, drawn, 'step', last=True),
+  caption = (
     'Metrics by step; those of the training set are means since the point '
-    'before. The legend has the last values, metrics.jsonl has all.',
+    'before. The legend has the last values, metrics.jsonl has all.'
+  )
+  report.figure(
+    figures.curves(name, caption, drawn, 'step', last=True),
     *tables,
   )
 

@@ -227,11 +227,12 @@ def _costs(report: page.Page, cuts: Sequence[Cut], whole: Cut) -> None:
       lines = panels.setdefault(f'accuracy in %,\nover {what}', [])
       if results:
         lines.append(figures.Line(label, x, y, half))
-  title = 'Test accuracy against MACs and parameters'
+  caption = (
+    'Test accuracy against MACs and parameters, with 95% intervals (Wilson).'
+  )
   xlabel = "% of the reference network's"
   report.figure(
-    figures.curves('macs', title, panels, xlabel),
-    f'{title}. Bars are 95% intervals (Wilson).',
+    figures.curves('macs', caption, panels, xlabel),
     numbers='Networks',
   )
 
@@ -252,15 +253,16 @@ def _structure(
       row.append(f'{gates[layer].mean():.3f}')
     rows.append(row)
   kept = {cut.name: list(cut.counts.values()) for cut in cuts}
-  title = f'The widths of {len(layers)} layers before and after'
-  args = (layers, searched, reference, kept)
-  report.section('Channels of each layer')
-  report.figure(
-    figures.network('network', title, *args),
+  caption = (
     'The network from its input (top) to its output: the channels of each '
     'layer in the network that was searched (outline) and those that are kept. '
     'A line across marks the width of the reference network where it differs. '
-    'Only layers that were cut are drawn.',
+    'Only layers that were cut are drawn.'
+  )
+  args = (layers, searched, reference, kept)
+  report.section('Channels of each layer')
+  report.figure(
+    figures.network('network', caption, *args),
     Table('Channels kept', columns + ['mean gate'] * bool(gates), rows),
   )
 
@@ -286,11 +288,12 @@ def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
   ]
   titles = [f'{a},\nnot {b}' for a, b in pairs]
   rows = [[str(i), *pair] for i, pair in enumerate(pairs, 1)]
-  title = f'{len(rows)} test images that {cut.name} misclassifies'
+  caption = (
+    f'The first {len(rows)} test images that {cut.name} misclassifies, with '
+    'the true class and the class that the network says.'
+  )
   report.figure(
-    figures.examples('mistakes', title, found['images'], titles),
-    f'The first test images that {cut.name} misclassifies, with the true class '
-    'and the class that the network says.',
+    figures.examples('mistakes', caption, found['images'], titles),
     Table('Misclassified', ['image', 'true class', 'network says'], rows),
   )
 

@@ -132,14 +132,13 @@ def _accuracy(report: page.Page, arms: Sequence[Arm]) -> None:
     interval = (mean, mean - sd, mean + sd, arm.values)
     rows.append(figures.Interval(arm.title, *interval))
   meaning = 'mean ± standard deviation'
-  title = f'Test accuracy of each arm in %, {meaning}'
-  xlabel = 'test accuracy in %'
-  report.figure(
-    figures.intervals('accuracy', title, rows, xlabel, {True: meaning}),
-    'Test accuracy of every run (circles), and the mean and standard deviation '
-    'of each arm (diamonds). The number of an arm is the same in all pictures.',
-    numbers=_NUMBERS,
+  caption = (
+    'Test accuracy in % of every run (circles), and the mean and standard '
+    'deviation of each arm (diamonds). The number of an arm is the same in all '
+    'pictures.'
   )
+  args = (rows, 'test accuracy in %', {True: meaning})
+  report.figure(figures.intervals('accuracy', caption, *args), numbers=_NUMBERS)
 
 
 def _differences(report: page.Page, baseline: str, arms: Sequence[Arm]) -> None:
@@ -152,16 +151,17 @@ def _differences(report: page.Page, baseline: str, arms: Sequence[Arm]) -> None:
       rows.append(figures.Interval(arm.title, mean, *ends, (), filled))
   if not rows:
     return
-  title = f'Accuracy minus that of {baseline}, in points, with 95% intervals'
+  caption = (
+    f'Accuracy in points minus that of {baseline}, paired by seed, with 95% '
+    "intervals (Student's t). A diamond is filled where the interval does not "
+    f'hold 0. The {len(rows)} intervals are not corrected for their number: '
+    'even if no arm differed, one in 20 would miss 0 by chance.'
+  )
   xlabel = f'accuracy in points, minus that of\n{baseline}'
   meanings = {True: 'interval without 0', False: 'interval with 0, or n = 1'}
+  args = (rows, xlabel, meanings)
   report.figure(
-    figures.intervals('differences', title, rows, xlabel, meanings),
-    f'Accuracy minus that of {baseline}, paired by seed, with 95% intervals '
-    "(Student's t). A diamond is filled where the interval does not hold 0. "
-    f'The {len(rows)} intervals are not corrected for their number: even if no '
-    'arm differed, one in 20 would miss 0 by chance.',
-    numbers=_NUMBERS,
+    figures.intervals('differences', caption, *args), numbers=_NUMBERS
   )
 
 
@@ -193,13 +193,12 @@ def _over(
     ]
     pictures.append(('varied', study.field, lines))
   for name, xlabel, lines in pictures:
-    title, panels = f'Test accuracy over {xlabel}', {'accuracy in %': lines}
-    report.figure(
-      figures.curves(name, title, panels, xlabel),
-      f'{title}: mean and standard deviation. Arms at one place are drawn side '
-      'by side.',
-      numbers=_NUMBERS,
+    caption = (
+      f'Test accuracy over {xlabel}: mean and standard deviation. Arms at one '
+      'place are drawn side by side.'
     )
+    args = ({'accuracy in %': lines}, xlabel)
+    report.figure(figures.curves(name, caption, *args), numbers=_NUMBERS)
 
 
 # Structures.
@@ -213,14 +212,12 @@ def _shares(report: page.Page, arms: Sequence[Arm]) -> None:
   values = [
     100 * np.mean([tables.shares(r) for r in arm.records], 0) for arm in some
   ]
-  title = f'Share in % that is kept of {len(layers)} layers, mean over seeds'
-  args = (layers, titles, np.stack(values, 1), 'number of the arm')
-  report.figure(
-    figures.heat('shares', title, *args),
+  caption = (
     "The share of each layer's channels that the arms keep, in %, mean over "
-    'the seeds. A column stands for an arm, by its number.',
-    table,
+    'the seeds. A column stands for an arm, by its number.'
   )
+  args = (layers, titles, np.stack(values, 1), 'number of the arm')
+  report.figure(figures.heat('shares', caption, *args), table)
 
 
 def _similar(arms: Sequence[Arm]) -> Table:
@@ -242,14 +239,12 @@ def _similarity(report: page.Page, arms: Sequence[Arm]) -> None:
   if np.isnan(values).all():
     return
   titles = [arm.title for arm in some]
-  title = f'Mean correlation between the structures of {len(some)} arms'
-  args = (titles, titles, values, 'number of the arm', 2)
-  report.figure(
-    figures.heat('similarity', title, *args),
+  caption = (
     'How the shares that the layers keep correlate between the structures of '
-    'two arms: the mean over pairs of seeds.',
-    _similar(arms),
+    'two arms: the mean over pairs of seeds.'
   )
+  args = (titles, titles, values, 'number of the arm', 2)
+  report.figure(figures.heat('similarity', caption, *args), _similar(arms))
 
 
 # How it was made.
