@@ -17,14 +17,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import costs, devices, scores
+from pfs_jax import costs, devices, groups, scores
 
 # Of the cheapest layer's channels, the share that one draw drops.
 _SHARE = 0.25
@@ -119,7 +118,6 @@ def _loss(module: nn.Module, augmentation: Any) -> Callable[..., jax.Array]:
 def rises(
   module: nn.Module,
   variables: Mapping[str, Any],
-  by_layer: Callable[[Mapping[str, Any]], Mapping[str, Any]],
   cost_model: costs.CostModel,
   batches: Any,
   n: int,
@@ -130,7 +128,6 @@ def rises(
   Args:
     module: The gated narrow module.
     variables: Its trained `params` and `batch_stats`.
-    by_layer: Its collection `gates` -> {layer: [C]}, forward order.
     cost_model: Costs of the narrow network: its widths are the module's.
     batches: Held-out images, such as `pipeline.ArrayEvaluation`; each draw
       takes the next batch of them, with other channels for each image.
@@ -138,23 +135,22 @@ def rises(
     rng: Where the draws come from.
   """
   call = _loss(module, batches.augmentation)
-  paths = flax.traverse_util.flatten_dict(module.unit_gates())
-  names = by_layer(flax.traverse_util.unflatten_dict({p: p for p in paths}))
   numbers = dropped(cost_model)
-  found = np.zeros((n, len(numbers)))
+  layers = list(zip(cost_model.layers, cost_model.widths, numbers, strict=True))
+  found = np.zeros((n, len(layers)))
   for i, batch in zip(range(n), _forever(batches), strict=False):
+    images = batch[0].shape[0]
+    plain = {name: np.ones((images, width)) for name, width, _ in layers}
 
-    def loss(change, batch=batch):
-      images = batch[0].shape[0]
-      gates = {p: np.ones((images, len(g)), g.dtype) for p, g in paths.items()}
-      gates = flax.traverse_util.unflatten_dict({**gates, **change})
-      gates = devices.split_batch(gates)
+    def loss(gates, batch=batch):
+      gates = {name: g.astype(np.float32) for name, g in gates.items()}
+      gates = devices.split_batch(groups.tree(gates))
       return float(call({**variables, 'gates': gates}, *batch))
 
-    plain = loss({})
-    for j, layer in enumerate(cost_model.layers):
-      shape = cost_model.widths[j], numbers[j], batch[0].shape[0]
-      found[i, j] = loss({names[layer]: drawn(*shape, rng)}) - plain
+    before = loss(plain)
+    for j, (name, width, number) in enumerate(layers):
+      gates = drawn(width, number, images, rng)
+      found[i, j] = loss({**plain, name: gates}) - before
   macs = numbers * scores.channel_costs(cost_model)
   return found / (macs / 1e6)[None]
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from pfs_jax import costs, gating, groups, layers, scores, train
+from pfs_jax import costs, scores, surgery, train
 from pfs_jax import probe as probe_lib
 from pfs_jax.data import pipeline
 
@@ -17,22 +17,17 @@ LAYERS = ('first', 'useless', 'last')
 class Toy(nn.Module):
   """Two layers in a row, and one beside them that nothing depends on."""
 
-  counts: tuple[int, ...] = (8, 8, 8)
-
   @nn.compact
   def __call__(self, x, train=False):
-    def block(i, x):
-      block = layers.ConvBN(self.counts[i], name=LAYERS[i])
-      return nn.relu(block(x, train))
+    def block(name, x):
+      x = nn.Conv(8, (3, 3), use_bias=False, name=name)(x)
+      x = nn.BatchNorm(not train, momentum=0.9, name=f'{name}_bn')(x)
+      return nn.relu(x)
 
-    x = block(0, x)
-    beside, x = block(1, x), block(2, x)
+    x = block('first', x)
+    beside, x = block('useless', x), block('last', x)
     x = jnp.concatenate([0.0 * beside, x], axis=-1).mean((1, 2))
-    return nn.Dense(4, name='classifier')(x)
-
-
-def by_layer(gates):
-  return {layer: gates[layer]['gate'] for layer in LAYERS}
+    return nn.Dense(4)(x)
 
 
 def images(n, seed):
@@ -48,34 +43,13 @@ def images(n, seed):
   return x, y
 
 
-def toy_table():
-  units = np.arange(24).reshape(3, 8)
-  first, useless, last = units
-  return groups.Table(
-    groups=tuple(
-      groups.Group(name, 8, (f'{name}/conv',), (f'{name}/bn',))
-      for name in LAYERS
-    ),
-    calls=tuple(costs.record_module(Toy(), (8, 8, 1))),
-    inputs={
-      **{f'{name}/bn': own for name, own in zip(LAYERS, units, strict=True)},
-      'useless/conv': first,
-      'last/conv': first,
-      'classifier': np.concatenate([useless, last]),
-    },
-    outputs={
-      f'{name}/conv': own for name, own in zip(LAYERS, units, strict=True)
-    },
-    gated={f'{name}/bn': own for name, own in zip(LAYERS, units, strict=True)},
-    call=lambda module, x, train: module(x, train),
-  )
-
-
 @pytest.fixture(scope='module')
 def toy():
   """(module, cost model, trained variables, held-out batches)."""
-  table = toy_table()
-  module, model = gating.gate(Toy(), table), table.cost_model()
+  x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+  network = surgery.network(Toy(), x)
+  module, model = network.gated, network.cost_model
+  assert model.layers == LAYERS
   augmentation = pipeline.Augmentation(mean=(0.3,), std=(0.3,))
   variables = dict(module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
   del variables['gates']
@@ -96,7 +70,7 @@ def toy():
 def test_the_useless_layer_is_found(toy):
   module, model, variables, held_out = toy
   rng = np.random.default_rng(0)
-  found = probe_lib.rises(module, variables, by_layer, model, held_out, 8, rng)
+  found = probe_lib.rises(module, variables, model, held_out, 8, rng)
   assert found.shape == (8, 3)
   np.testing.assert_allclose(found[:, 1], 0, atol=1e-3)
   finding = probe_lib.finding(LAYERS, found[None])
@@ -109,7 +83,7 @@ def test_rises_are_those_of_the_loss_by_hand(toy):
   """One draw, one layer, by the plain module with gates written out."""
   module, model, variables, held_out = toy
   found = probe_lib.rises(
-    module, variables, by_layer, model, held_out, 1, np.random.default_rng(3)
+    module, variables, model, held_out, 1, np.random.default_rng(3)
   )
   rng = np.random.default_rng(3)
   numbers = probe_lib.dropped(model)

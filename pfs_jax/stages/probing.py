@@ -159,7 +159,6 @@ def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
   rises = probe.rises(
     module,
     state.variables,
-    job.network.by_layer,
     costs.CostModel(wide.layers, counts, wide.ops),
     job.data.validation(),
     c.probe.draws,
