@@ -6,14 +6,12 @@ python -m pfs_jax.predict exported_dir image.png [image2.png ...]
 from __future__ import annotations
 
 import argparse
-import io
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from pfs_jax import console, errors, export
 from pfs_jax.data import decoding
@@ -24,7 +22,7 @@ def read_image(
 ) -> np.ndarray:
   """An image file as the network was trained on them.
 
-  Upright, grey or RGB; the whole image is resized, or, for networks of large
+  Upright, grey or RGB; the centre square is resized, or, for networks of large
   images, the centre crop of the evaluation (`data.decoding.decode`).
 
   Args:
@@ -38,18 +36,13 @@ def read_image(
   Raises:
     errors.UserError: It cannot be read.
   """
-  _, height, width, channels = expected['shape']
+  _, size, _, channels = expected['shape']
   try:
     content = pathlib.Path(path).read_bytes()
-    if expected['centre_crop'] < 1:
-      pixels = decoding.decode(content, height, formats=None)
-    else:
-      image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-      image = decoding.eight_bits(image).convert(
-        'L' if channels == 1 else 'RGB'
-      )
-      image = image.resize((width, height), Image.Resampling.BILINEAR)
-      pixels = np.asarray(image).reshape(height, width, channels)
+    keep = expected['centre_crop']
+    pixels = decoding.decode(
+      content, size, keep=keep, channels=channels, formats=None
+    )
   except Exception as e:  # Damaged files raise many kinds.
     reason = e.strerror if isinstance(e, OSError) and e.strerror else e
     reason = 'it is no image' if 'cannot identify' in str(e) else reason

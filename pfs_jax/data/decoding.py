@@ -60,9 +60,10 @@ def decode(
   rng: np.random.Generator | None = None,
   *,
   keep: float = EVALUATION_CROP,
+  channels: int = 3,
   formats: tuple[str, ...] | None = FORMATS,
 ) -> np.ndarray:
-  """Decodes one image: upright, RGB, cropped, resized (bilinear, antialiased).
+  """Decodes one image: upright, cropped, resized (bilinear, antialiased).
 
   The content decides what a file is, not its name. Grey and palette images
   become RGB, CMYK is converted, 16-bit grey is scaled to 8 bits, alpha is
@@ -76,10 +77,11 @@ def decode(
     keep: Share of the shorter side that the centre square keeps. Crop and
       resize are one operation, without rounding in between; a square image of
       `size` with `keep` 1 is returned as it is.
+    channels: 3, or 1 for grey.
     formats: Pillow's names of the formats to try; None: all.
 
   Returns:
-    uint8 [size, size, 3].
+    uint8 [size, size, channels].
 
   Raises:
     Exception: Of many kinds, where the content is no image, is damaged, or has
@@ -96,11 +98,12 @@ def decode(
     left, top, right, bottom = crop_box(rng, width, height, scale)
   if not turned:
     _halve(image, min(right - left, bottom - top) / size)
-  image = eight_bits(image).convert('RGB')
+  image = _eight_bits(image).convert('L' if channels == 1 else 'RGB')
   x, y = image.width / width, image.height / height
   right, bottom = min(right * x, image.width), min(bottom * y, image.height)
   box = (left * x, top * y, right, bottom)
-  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+  image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+  return np.asarray(image).reshape(size, size, channels)
 
 
 def size(content: bytes) -> tuple[int, int]:
@@ -108,7 +111,7 @@ def size(content: bytes) -> tuple[int, int]:
   return Image.open(io.BytesIO(content), formats=FORMATS).size
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
   """16-bit grey to 8-bit, which Pillow would clip instead of scale."""
   if not image.mode.startswith('I'):
     return image
