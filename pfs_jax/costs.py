@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import errors
+from pfs_jax import described
 
 # Channels of the gated layers, in forward order.
 Counts = Sequence[int] | np.ndarray
@@ -178,164 +177,6 @@ def _value(terms: Terms, counts: Sequence[int]) -> int:
 # Recording.
 
 
-def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-  """What Flax takes as one number for all axes, as one number for each."""
-  if value is None or isinstance(value, int):
-    return (value or 1,) * rank
-  return tuple(value)
-
-
-def describe_convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
-  """The fields of a convolution's record."""
-  kernel = module.kernel_size
-  kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
-  groups = getattr(module, 'feature_group_count', 1)
-  depthwise = groups > 1 and groups == x.shape[-1]
-  space = y.shape[-1 - len(kernel) : -1]
-  return {
-    'kind': 'depthwise' if depthwise else 'conv',
-    'obstacle': '' if depthwise or groups == 1 else 'a grouped convolution',
-    'positions': math.prod(space),
-    'taps': math.prod(kernel),
-    'groups': groups,
-    'vectors': _vectors(module, y.shape[-1]),
-    'output_size': space,
-    'input_size': x.shape[-1 - len(kernel) : -1],
-    'kernel': kernel,
-    'strides': _tuple(getattr(module, 'strides', 1), len(kernel)),
-  }
-
-
-def _transposed(module: nn.ConvTranspose, x, y) -> dict[str, Any]:
-  fields = describe_convolution(module, x, y)
-  fields['positions'] = math.prod(fields['input_size'])
-  # Timed as a convolution with as many operations.
-  fields['strides'] = (1,) * len(fields['kernel'])
-  return {**fields, 'transposed': module.transpose_kernel}
-
-
-def describe_dense(module: Any, x: Any, y: Any) -> dict[str, Any]:
-  """The fields of a dense layer's record."""
-  del x
-  space = y.shape[1:-1]  # On a feature map it is applied at each position.
-  return {
-    'kind': 'dense',
-    'positions': math.prod(space),
-    'vectors': _vectors(module, y.shape[-1]),
-    'output_size': space,
-  }
-
-
-def describe_norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
-  """The fields of a normalisation's record."""
-  channels, obstacle, joint = x.shape[-1], '', False
-  axes = getattr(module, 'axis', getattr(module, 'feature_axes', -1))
-  axes = [a % x.ndim for a in (axes if isinstance(axes, Sequence) else [axes])]
-  if axes != [x.ndim - 1]:
-    obstacle = 'its channels are not on the last axis'
-  elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-    joint = True
-  elif isinstance(module, nn.GroupNorm):
-    size = module.group_size or channels // (module.num_groups or 1)
-    if size != 1:
-      obstacle = f'it normalises {size} neighbouring channels together'
-  return {
-    'kind': 'norm',
-    'obstacle': obstacle,
-    'joint': joint,
-    'groups': getattr(module, 'num_groups', None) or 1,
-    'positions': math.prod(y.shape[1:-1]),
-    'vectors': _vectors(module, y.shape[-1]),
-  }
-
-
-def _vectors(module: nn.Module, channels: int) -> int:
-  """How many parameters of a bound layer are vectors over its channels."""
-  params = module.variables.get('params', {})
-  return sum(leaf.shape == (channels,) for leaf in jax.tree.leaves(params))
-
-
-def _pool(module: nn.Module, x, y) -> dict[str, Any]:
-  del module, y
-  return {'kind': 'pool', 'positions': math.prod(x.shape[1:-1])}
-
-
-# Classes that are layers, and how to describe them. The first that fits counts.
-_RULES: dict[type, Callable[..., dict[str, Any]]] = {
-  nn.ConvTranspose: _transposed,
-  nn.Conv: describe_convolution,
-  nn.Dense: describe_dense,
-  nn.BatchNorm: describe_norm,
-  nn.LayerNorm: describe_norm,
-  nn.RMSNorm: describe_norm,
-  nn.InstanceNorm: describe_norm,
-  nn.GroupNorm: describe_norm,
-}
-
-
-def register_norm(cls: type[nn.Module]) -> None:
-  """Makes a class of the user's own known as a BatchNorm.
-
-  Subclasses of Flax's normalisations, and classes that call them, are known
-  without it. The class must treat each channel of the last axis alone and have
-  its parameters and statistics as vectors [C] of its own.
-  """
-  register(cls, describe_norm)
-
-
-def register_conv(cls: type[nn.Module]) -> None:
-  """Makes a class of the user's own known as a convolution.
-
-  Subclasses of `nn.Conv`, and classes that call it, are known without it. The
-  class needs the fields `features` (the number of outputs, which narrowing
-  sets) and `kernel_size`, and a kernel [..., inputs, outputs].
-
-  Raises:
-    errors.UserError: A field is missing.
-  """
-  fields = {f.name for f in dataclasses.fields(cls)}
-  missing = {'features', 'kernel_size'} - fields
-  if missing:
-    raise errors.UserError(
-      f'{cls.__name__} must have the fields features and kernel_size to be a '
-      f'convolution; it has no {" and no ".join(sorted(missing))}.'
-    )
-  register(cls, describe_convolution)
-
-
-def register(
-  cls: type[nn.Module], rule: Callable[[Any, Any, Any], dict[str, Any]]
-) -> None:
-  """Makes a class known as a layer.
-
-  Args:
-    cls: A class of Linen modules.
-    rule: (module, x, y) -> the fields of `Layer` that describe y = module(x).
-
-  Raises:
-    errors.UserError: It is no such class.
-  """
-  if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-    raise errors.UserError(f'{cls!r} must be a class of flax.linen.Module.')
-  _RULES[cls] = rule
-
-
-def _rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
-  """How to describe a call of this module, None if it is no layer."""
-  for cls in reversed(_RULES):  # Those of the user come first.
-    if isinstance(module, cls):
-      return _RULES[cls]
-  if isinstance(module, nn.DenseGeneral):
-    plain = isinstance(module.features, int) and not module.batch_dims
-    return describe_dense if plain and module.axis in (-1, (-1,)) else None
-  return _pool if getattr(type(module), 'macs_per_input', 0) else None
-
-
-def is_pool(module: nn.Module) -> bool:
-  """Whether it counts its inputs as MACs, and does nothing else of note."""
-  return _rule(module) is _pool
-
-
 def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
   """The record of one call of a layer, y = module(x)."""
   fields = {
@@ -346,7 +187,7 @@ def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
     'dtype': getattr(module, 'param_dtype', np.float32),
     'low_precision': y.dtype.itemsize < 4,
   }
-  rule = _rule(module)
+  rule = described.rule(module)
   assert rule is not None, path
   return Layer(**{**fields, **rule(module, x, y)})
 
@@ -367,7 +208,7 @@ def intercept(
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
-    if context.method_name != '__call__' or _rule(module) is None:
+    if context.method_name != '__call__' or described.rule(module) is None:
       return next_fun(*args, **kwargs)
     path = '/'.join(module.path[base:])
     if path in active:

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 
 FLOORS = [
   {'errors', 'fields', 'rankings', 'tables'},
-  {'peers', 'storage'},
+  {'described', 'peers', 'storage'},
   {
     'checkpointing',
     'config',

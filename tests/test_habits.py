@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax.training import train_state
 
-from pfs_jax import costs, errors, models, search, surgery
+from pfs_jax import described, errors, models, search, surgery
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
@@ -243,7 +243,7 @@ def test_transposed_convolutions_are_counted_and_narrowed(transpose_kernel):
 def test_registered_classes_are_layers():
   blind = surgery.discover(OwnLayers(), X)
   assert not blind.groups  # A convolution that nobody knows fixes its channels.
-  before = dict(costs._RULES)
+  before = dict(described._RULES)
   try:
     surgery.register_norm(OwnNorm)
     surgery.register_conv(OwnConv)
@@ -253,8 +253,8 @@ def test_registered_classes_are_layers():
     with pytest.raises(errors.UserError, match='no features and no kernel'):
       surgery.register_conv(OwnNorm)
   finally:
-    costs._RULES.clear()
-    costs._RULES.update(before)
+    described._RULES.clear()
+    described._RULES.update(before)
 
 
 def test_layer_norm_is_narrowed_but_not_sliced():
@@ -374,7 +374,7 @@ def call_it(module, x, train):
 
 
 def test_leave_call_and_classes_come_from_names():
-  before = dict(costs._RULES)
+  before = dict(described._RULES)
   try:
     network = surgery.network_from_factory(
       f'{__name__}:OwnLayers',
@@ -387,8 +387,8 @@ def test_leave_call_and_classes_come_from_names():
       conv=f'{__name__}:OwnConv',
     )
   finally:
-    costs._RULES.clear()
-    costs._RULES.update(before)
+    described._RULES.clear()
+    described._RULES.update(before)
   assert network.table.sizes == {'OwnConv_1': 6}
   assert network.table.left_alone['OwnConv_0'] == 'left alone on request'
   assert network.description['leave'] == ['OwnConv_0']

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pfs_jax import costs
-from pfs_jax.costs import register_conv, register_norm
+from pfs_jax.described import register_conv, register_norm
 from pfs_jax.gating import Wrapped
 from pfs_jax.groups import Group, Table
 from pfs_jax.surgery.check import check, gate, narrow, narrow_linen

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pfs_jax import console, costs, errors, models, user_code
+from pfs_jax import console, described, errors, models, user_code
 from pfs_jax.surgery import nnx_models
 from pfs_jax.surgery.check import narrow_linen
 from pfs_jax.surgery.discover import discover
@@ -102,16 +102,16 @@ def network_from_factory(
     call: 'package.module:function', (module, x, train) -> logits; '' if the
       callable says it, or the model is called in a usual way.
     norm: 'package.module:Class' of a BatchNorm of the user's own
-      (`costs.register_norm`); '' for none.
-    conv: The same for a convolution (`costs.register_conv`).
+      (`described.register_norm`); '' for none.
+    conv: The same for a convolution (`described.register_conv`).
 
   Raises:
     errors.UserError: A spec, module, attribute or result is not right, the
       user's code raises, or as for `network`.
   """
   for field, name, register in (
-    ('model.norm', norm, costs.register_norm),
-    ('model.conv', conv, costs.register_conv),
+    ('model.norm', norm, described.register_norm),
+    ('model.conv', conv, described.register_conv),
   ):
     if name:
       kind: Any = user_code.imported(field, name)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pfs_jax import costs, errors, groups
+from pfs_jax import described, errors, groups
 from pfs_jax.surgery import calling
 
 _MAKERS = (nnx.Conv, nnx.Linear)
@@ -161,18 +161,18 @@ class NnxLayer(nn.Module):
 
 
 def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
-  """As `costs` describes Linen's layers."""
+  """As `described` describes Linen's layers."""
   layer = module.spec.layer
   view = types.SimpleNamespace(**{**vars(layer), 'variables': module.variables})
   if isinstance(layer, nnx.Linear):
-    return costs.describe_dense(view, x, y)
+    return described.dense(view, x, y)
   if isinstance(layer, nnx.Conv):
-    return costs.describe_convolution(view, x, y)
-  found = costs.describe_norm(view, x, y)
+    return described.convolution(view, x, y)
+  found = described.norm(view, x, y)
   return {**found, 'joint': not isinstance(layer, nnx.BatchNorm)}
 
 
-costs.register(NnxLayer, _describe)
+described.register(NnxLayer, _describe)
 
 
 @functools.cache

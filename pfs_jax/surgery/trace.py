@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from pfs_jax import costs
+from pfs_jax import costs, described
 
 # Names of equations: a layer begins, a layer ends, a layer that is looked into.
 ENTER, LEAVE, PEEK = 'pfs_enter:', 'pfs_leave:', 'pfs_peek:'
@@ -37,7 +37,7 @@ def trace(
   calls, seen = [], set()
 
   def around(module, path, x, call):
-    looked_into = costs.is_pool(module)
+    looked_into = described.is_pool(module)
     mark = PEEK if looked_into else ENTER
     axis = getattr(module, 'axis_name', None) or ''  # Before it is left out.
     y = call(_mark(mark + path, lambda x: x, x))
