@@ -192,16 +192,9 @@ def test_unknown_name_lists_the_known():
   )
 
 
-def test_register_adds_a_name(fakes):
-  facts = dataclasses.replace(
-    data.spec('cifar10'), name='streamed', in_memory=False
-  )
-  data.register(facts)
-  assert data.spec('streamed') is facts
+def test_streamed_sets_are_no_arrays():
   with pytest.raises(errors.UserError, match='fits in memory'):
-    data.load('streamed')
-  with pytest.raises(AssertionError):
-    data.register(dataclasses.replace(facts, num_classes=10, flip=False))
+    data.load('imagenet2012')
 
 
 def test_facts_import_no_heavy_library():

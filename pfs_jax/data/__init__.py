@@ -11,7 +11,7 @@ from typing import Any
 
 from pfs_jax.data import specs
 from pfs_jax.data.arrays import Dataset, load, split
-from pfs_jax.data.specs import Spec, register, spec
+from pfs_jax.data.specs import Spec, spec
 
 __all__ = [
   'Dataset',
@@ -19,7 +19,6 @@ __all__ = [
   'configured',
   'load',
   'open_set',
-  'register',
   'spec',
   'split',
 ]

@@ -38,13 +38,12 @@ def parse(name: str, files: dict[str, bytes]) -> Examples:
   """
   try:
     return _mnist(files) if 'mnist' in name else _cifar(files)
-  except (ValueError, KeyError, EOFError, struct.error, OSError) as e:
+  except (
+    *(ValueError, KeyError, EOFError, OSError),
+    *(struct.error, tarfile.TarError),
+  ) as e:
     raise errors.UserError(
       f'{name}: {", ".join(files)} cannot be unpacked ({e}).'
-    ) from e
-  except tarfile.TarError as e:
-    raise errors.UserError(
-      f'{name}: {", ".join(files)} is no tar archive ({e}).'
     ) from e
 
 
@@ -120,10 +119,7 @@ def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
   Args:
     content: The archive.
     prefix: The folder that the files are in, such as 'cifar-100-binary/'.
-    names: Their names in it.
-
-  Returns:
-    Name to content.
+    names: Their names in it, the keys of the result.
 
   Raises:
     ValueError: One of them is not there, is no regular file, comes twice or is

@@ -62,9 +62,8 @@ def load(
 ) -> Dataset:
   """Loads a data set; TFDS prepares all but `digits` at the first use.
 
-  The order of the examples is fixed: scikit-learn's for digits, else that of
-  TFDS's prepared split (sorted by a hash of the upstream index), the same on
-  every machine.
+  The order of the examples is the same on every machine: scikit-learn's for
+  digits, else that of TFDS's prepared split (by a hash of the upstream index).
 
   >>> digits = load('digits')
   >>> digits.train_images.shape, digits.test_images.shape
@@ -131,8 +130,7 @@ def split(
   Args:
     images: [N, ...].
     labels: [N].
-    holdout: 0..N-1; 0 gives an empty validation set. (45,000 + 5,000 is usual
-      for CIFAR; the paper trains on all 50,000.)
+    holdout: 0..N-1; 0 gives an empty validation set.
 
   Returns:
     (images, labels) to train on, (images, labels) to validate on; views.

@@ -42,14 +42,12 @@ def load(
 
   Args:
     spec: Of mnist, fashion_mnist, cifar10 or cifar100.
-    data_dir: TFDS's directory; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    source_dir: '' or a directory with upstream's files; read only if nothing
-      is prepared yet, and never written.
+    data_dir: See `arrays.load`, as for the others.
+    source_dir: Read only if nothing is prepared yet, and never written.
     download: Whether the network may be used, once.
 
   Returns:
-    train_images and test_images uint8 [N, H, W, C], train_labels and
-    test_labels int32 [N].
+    The arrays of `arrays.Dataset` by name.
 
   Raises:
     errors.UserError: The data are missing, wrong, or cannot be kept.
@@ -74,11 +72,7 @@ def load(
 
 
 def prepared(name: str, data_dir: str) -> tuple[pathlib.Path, Any]:
-  """Finds a data set that TFDS has prepared.
-
-  Args:
-    name: Any data set of TFDS.
-    data_dir: As in `load`.
+  """Finds a data set of TFDS that is prepared.
 
   Returns:
     (the directory that was looked into, TFDS's own builder or None).
@@ -301,14 +295,10 @@ def _decode(builder: Any, spec: specs.Spec) -> Arrays:
 
 @contextlib.contextmanager
 def _reading(name: str, folder: os.PathLike) -> Iterator[None]:
-  """Names the directory that is damaged, or holds something else.
-
-  Catches all exceptions: TFDS, array_record, protobuf and Pillow raise many
-  kinds.
-  """
+  """Names the directory that is damaged, or holds something else."""
   try:
     yield
-  except Exception as e:
+  except Exception as e:  # TFDS, array_record, protobuf, Pillow: many kinds.
     reason = f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0]
     raise errors.UserError(
       f'config.data.data_dir must hold {name} as prepared by TFDS; '

@@ -73,14 +73,7 @@ telephone television tiger tractor train trout tulip turtle wardrobe whale
 willow_tree wolf woman worm
 """
 
-SPECS: dict[str, Spec] = {}
 OWN = ('folder', 'npz')  # Read by `own`, from files of the user.
-
-
-def register(spec: Spec) -> None:
-  """Adds a data set of a new name, so that `spec` and the messages know it."""
-  known = SPECS.setdefault(spec.name, spec)
-  assert known == spec, f'{spec.name} is registered with other values'
 
 
 def spec(name: str) -> Spec:
@@ -220,7 +213,10 @@ _SHAPES = dataclasses.replace(
   test_examples=80,
 )
 
-for _spec in (_DIGITS, _MNIST, _FASHION_MNIST, _CIFAR, _FINE_CIFAR):
-  register(_spec)
-for _spec in (_IMAGENET, _SHAPES):
-  register(_spec)
+SPECS = {
+  facts.name: facts
+  for facts in (
+    *(_DIGITS, _MNIST, _FASHION_MNIST, _CIFAR, _FINE_CIFAR),
+    *(_IMAGENET, _SHAPES),
+  )
+}
