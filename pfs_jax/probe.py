@@ -192,6 +192,12 @@ class Finding:
       f'the loss for each MAC differs {highest / lowest:.3g}-fold between '
       f'layers, and its logarithm has the slope {self.slope:+.1f} over depth'
     )
+    clear = [v > 2 * self.errors[k] for k, v in self.losses.items()]
+    if 2 * sum(clear) < len(clear):
+      return (
+        'The probe cannot tell: in most layers the loss rises by less than two '
+        'standard errors. Train it for longer (probe.epochs).'
+      )
     if not (self.wide or self.narrow):
       return f'The layers are in proportion: {spread}.'
     parts = [

@@ -158,6 +158,10 @@ def test_what_a_finding_says():
   steep = probe_lib.finding(LAYERS, flat * np.array([0.1, 1, 10]))
   assert (steep.wide, steep.narrow) == (('first',), ('last',))
   assert steep.slope == pytest.approx(np.log(100))
+  # A network that has learnt nothing does not care what is dropped.
+  rng = np.random.default_rng(0)
+  blind = probe_lib.finding(LAYERS, rng.normal(size=(1, 8, 3)))
+  assert blind.sentence.startswith('The probe cannot tell')
   # What differs by chance alone is not called out of proportion.
   noisy = flat * np.array([0.1, 1, 10])
   noisy = noisy * np.array([0.01, 0.01, 0.01, 3.97])[None, :, None]
