@@ -128,7 +128,7 @@ COMMAND = """
 def start_two_runs(workdir, victim=-1, fault='', **fields):
   fields = {
     **{'model.base_width': 2, 'model.width': 3, 'search.epochs': 200},
-    **{'train.epochs': 200, 'train.reference': False, 'log_steps': 5},
+    **{'train.epochs': 200, 'train.reference': False, 'log_steps': 2},
     **fields,
   }
 
