@@ -178,9 +178,11 @@ def _taps(x, kernel, strides, padding) -> jax.Array:
   )
   pixels = []
   for (r, a), (s, b) in itertools.product(rows, columns):
-    seen = x[:, r, s].reshape(len(x), -1)
+    seen = x[:, r, s].reshape(x.shape[0], -1)
     pixels.append(seen @ kernel[a, b].reshape(-1, features))
-  return jnp.stack(pixels, 1).reshape(len(x), len(rows), len(columns), features)
+  return jnp.stack(pixels, 1).reshape(
+    x.shape[0], len(rows), len(columns), features
+  )
 
 
 def _seen(side, taps, stride, padding) -> list[tuple[slice, slice]]:

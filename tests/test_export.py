@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import flax.linen as nn
@@ -12,8 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfs_jax import data, errors, export, models, predict, prune, runs, stages
-from pfs_jax.export import bundle, check
+from pfs_jax import (
+  data,
+  errors,
+  export,
+  models,
+  predict,
+  prune,
+  runs,
+  stages,
+  storage,
+)
+from pfs_jax.export import bundle, check, manifest
 from pfs_jax.export import onnx as onnx_export
 from pfs_jax.stages import exporting
 
@@ -94,10 +105,9 @@ def images_of(n, spec):
 def here(folder, batches, factory):
   """As `bundle._in_fresh_process`, but in this process."""
   asked, answered = folder / 'x.npz', folder / 'y.npz'
-  np.savez(asked, *batches)
+  storage.write_arrays(asked, {str(i): x for i, x in enumerate(batches)})
   check.main(folder, asked, answered, factory)
-  with np.load(answered) as arrays:
-    found = dict(arrays)
+  found = storage.read_arrays(answered)
   asked.unlink()
   answered.unlink()
   names = export.read_manifest(folder)['formats']
@@ -136,7 +146,7 @@ def test_every_family_in_every_format(family, tmp_path):
   assert np.ptp(expected, axis=0).max() > 0.01 * largest  # It depends on x.
   for name, room in export.FORMATS.items():
     room.write(tmp_path, module, variables, x.shape[1:])
-    read = room.read(tmp_path)
+    read = room.read(tmp_path, x.shape[1:])
     tolerance = bundle.TOLERANCES[name] * largest
     np.testing.assert_allclose(read(x), expected, rtol=0, atol=tolerance)
 
@@ -262,7 +272,7 @@ def test_onnx_operator(name, tmp_path):
   module = Around(name)
   variables = weights(module, (8, 8, 3))
   onnx_export.write(tmp_path, module, variables, (8, 8, 3))
-  run = onnx_export.read(tmp_path)
+  run = onnx_export.read(tmp_path, (8, 8, 3))
   for n in (1, 3):
     x = np.random.default_rng(n).normal(size=(n, 8, 8, 3)).astype(np.float32)
     expected = np.asarray(module.apply(variables, x))
@@ -336,10 +346,10 @@ def test_the_platforms_are_in_the_file(saved):
 def shifted(write):
   """A writer of the network with one wrong bias."""
 
-  def wrong(folder, module, variables, shape):
+  def wrong(folder, module, variables, shape, facts):
     changed = jax.tree.map(np.array, variables)
     changed['params']['classifier']['bias'][3] += 0.5
-    write(folder, module, changed, shape)
+    write(folder, module, changed, shape, facts)
 
   return wrong
 
@@ -450,7 +460,7 @@ def test_damage_is_seen(saved, tmp_path, file, name, capsys):
   assert end.value.code == 2
   assert len(capsys.readouterr().err.splitlines()) == 1
   (folder / file).unlink()
-  with pytest.raises(errors.UserError, match=f'{file} cannot be read'):
+  with pytest.raises(errors.UserError, match=f'{file} does not exist'):
     export.load(folder, name)
 
 
@@ -458,18 +468,105 @@ def test_damage_is_seen(saved, tmp_path, file, name, capsys):
   'change',
   [
     {'schema': 'other'},
+    {'schema': []},
     {'formats': None},
+    {'formats': {'onnx': 1}},
     {'input': {}},
+    {'files': {'model.onnx': 5}},
     {'class_names': ['one']},
     {'output': {'shape': [1]}},
   ],
   ids=str,
 )
 def test_a_manifest_that_was_edited_wrongly(saved, tmp_path, change):
-  manifest = {**saved[1], **change}
-  (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+  changed = {**saved[1], **change}
+  (tmp_path / 'manifest.json').write_text(json.dumps(changed))
   with pytest.raises(errors.UserError, match='manifest.json: '):
     export.read_manifest(tmp_path)
+
+
+def reseal(folder, file):
+  """Makes the manifest fit a file that was changed."""
+  there = export.read_manifest(folder)
+  there['files'][file] = storage.sha256((folder / file).read_bytes())
+  (folder / 'manifest.json').write_text(json.dumps(there))
+
+
+@pytest.mark.parametrize('name', export.FORMATS)
+@pytest.mark.parametrize('kind', ['empty', 'text', 'cut', 'bits', 'other'])
+def test_damage_with_its_checksum_is_one_line(
+  saved, other_counts, tmp_path, name, kind
+):
+  folder = shutil.copytree(saved[0], tmp_path / 'e')
+  file = export.FORMATS[name].FILE
+  content = (folder / file).read_bytes()
+  changed = {
+    'empty': b'',
+    'text': b'no network at all ' * 1000,
+    'cut': content[: len(content) // 3],
+    'bits': content[:200] + b'\xff' * 40 + content[240:],
+    'other': (other_counts / file).read_bytes(),
+  }
+  (folder / file).write_bytes(changed[kind])
+  reseal(folder, file)
+  if (name, kind) in (('stablehlo', 'other'), ('onnx', 'other')):
+    return  # A whole network, only another one.
+  with pytest.raises(errors.UserError, match=re.escape(file)) as e:
+    export.load(folder, name)(np.zeros((1, 8, 8, 1), np.float32))
+  assert str(e.value).count('\n') == 0
+
+
+@pytest.fixture(scope='module')
+def other_counts(tmp_path_factory):
+  """Files of the same network with other channel counts."""
+  folder = tmp_path_factory.mktemp('other')
+  network = models.network('resnet20', 10, 8, 1, base_width=2)
+  module = network.narrow(network.cost_model.widths)
+  for room in export.FORMATS.values():
+    room.write(folder, module, weights(module, (8, 8, 1)), (8, 8, 1))
+  return folder
+
+
+def test_a_program_that_calls_out_is_refused(saved, tmp_path, monkeypatch):
+  """A call out of StableHLO could run any code of this process."""
+  folder = shutil.copytree(saved[0], tmp_path / 'e')
+
+  @jax.jit
+  def program(x):
+    return jnp.linalg.qr(x.reshape(x.shape[0], 8, 8))[0][:, :, 0] @ jnp.ones(
+      (8, 10)
+    )
+
+  exported = jax.export.export(program)(
+    export.FORMATS['stablehlo'].images((8, 8, 1))
+  )
+  (folder / 'model.stablehlo').write_bytes(exported.serialize())
+  reseal(folder, 'model.stablehlo')
+  with pytest.raises(errors.UserError, match='calls .*: not allowed'):
+    export.load(folder, 'stablehlo')
+
+
+def test_the_files_say_what_they_are(saved):
+  """ONNX and safetensors carry metadata; a model card lies beside them."""
+  import onnx
+  import safetensors
+
+  folder, made, structure = saved
+  model = onnx.load(folder / 'model.onnx')
+  found = {p.key: p.value for p in model.metadata_props}
+  with safetensors.safe_open(folder / 'model.safetensors', 'numpy') as file:
+    assert file.metadata() == found
+  assert json.loads(found['class_names']) == made['class_names']
+  assert json.loads(found['mean']) == [0.3]
+  assert json.loads(found['std']) == [0.2]
+  assert prune.Structure.from_json(found['structure']) == structure
+  card = (folder / 'README.md').read_text()
+  for text in (
+    f'{structure.macs:,}',
+    '| 3 | thing 3 |',
+    'float32 [N, 8, 8, 1]',
+  ):
+    assert text in card
 
 
 def test_missing_formats(saved, tmp_path):
@@ -530,7 +627,7 @@ def poison(folder, factory, ran):
     'channels': 1,
   }
   path.write_text(json.dumps(structure))
-  manifest['files']['structure.json'] = bundle._sha256(path)
+  manifest['files']['structure.json'] = storage.sha256(path.read_bytes())
   manifest['structure']['model'] = structure['model']
   manifest['build'] = 'pfs_jax.stages.exporting:build_from'
   (folder / 'manifest.json').write_text(json.dumps(manifest))
@@ -650,9 +747,10 @@ def test_large_images_are_cropped_as_in_evaluation(tmp_path):
   np.testing.assert_array_equal(found, wanted)
   streamed = dataclasses.replace(spec_of(16, 3), in_memory=False)
   structure = network_of('resnet20')[2]
-  (tmp_path / 'structure.json').write_text('')
-  manifest = bundle._manifest(tmp_path, structure, streamed, ())
-  assert manifest['input']['centre_crop'] == 224 / 256
+  for name in ('structure.json', 'README.md'):
+    (tmp_path / name).write_text('')
+  made = manifest.of(tmp_path, structure, streamed, ())
+  assert made['input']['centre_crop'] == 224 / 256
 
 
 # The digits.

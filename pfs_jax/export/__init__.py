@@ -4,19 +4,14 @@
   classify = export.load('out', format='onnx')
   logits = classify(images)  # Normalised float [N, H, W, C].
 
-`bundle` writes and reads the folder, `check` reads it back in a fresh process,
-`stablehlo`, `weights` and `onnx` are the formats; `graph` is what `onnx` writes
-its operators into.
+`bundle` writes and reads the folder, `manifest` and `card` say what is in it,
+`check` reads it back in a fresh process. `stablehlo`, `weights` and `onnx` are
+the formats; `onnx` writes `operators` into a `graph`.
 """
 
-from pfs_jax.export.bundle import (
-  FORMATS,
-  Exported,
-  load,
-  normalised,
-  read_manifest,
-  save,
-)
+from pfs_jax.export.bundle import Exported, load, save
+from pfs_jax.export.manifest import FORMATS, normalised
+from pfs_jax.export.manifest import read as read_manifest
 
 __all__ = [
   'FORMATS',

@@ -1,6 +1,6 @@
-"""The folder of an export: what is in it, how it comes to be, how it is read.
+"""The folder of an export: how it comes to be, how it is read.
 
-    directory/  manifest.json structure.json
+    directory/  manifest.json structure.json README.md
                 model.stablehlo model.safetensors model.onnx
 
 Everything is written into a folder beside the target, read back from there in a
@@ -12,45 +12,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from pfs_jax import data, errors, runs, storage
-from pfs_jax.export import onnx, stablehlo, weights
+from pfs_jax import data, errors, storage
+from pfs_jax.export import card, manifest, weights
+from pfs_jax.export.manifest import BATCH_SIZES, FORMATS, TOLERANCES, normalised
 from pfs_jax.structures import Structure
 
-SCHEMA = 'pfs_jax.export/1'
-MANIFEST = 'manifest.json'
-
-# In the order in which a reader tries them.
-FORMATS = {'stablehlo': stablehlo, 'safetensors': weights, 'onnx': onnx}
-# Largest difference of a logit, over the largest logit.
-TOLERANCES = {'stablehlo': 1e-5, 'safetensors': 1e-5, 'onnx': 1e-4}
-BATCH_SIZES = (1, 5)  # Of the random images that are compared.
-SEED = 0
+_SEED = 0
 _TIMEOUT = 1800  # Seconds until the fresh process is given up.
-
-# Centre crop of evaluation on sets that are streamed (`data.decoding.decode`).
-_CROP = 224 / 256
+_LARGEST = 2**34  # Bytes of a file that is read.
 
 
 # Writing.
 
 
 def save(
-  directory: str | os.PathLike,
+  directory: str | os.PathLike[str],
   module: Any,
   variables: Mapping[str, Any],
   structure: Structure,
@@ -58,8 +46,9 @@ def save(
   *,
   formats: Sequence[str] = tuple(FORMATS),
   factory: str = '',
+  measured: Mapping[str, str] | None = None,
   overwrite: bool = False,
-) -> dict[str, Any]:
+) -> manifest.Manifest:
   """Writes a trained network in several formats, each checked.
 
   In a fresh process on the CPU each is read back; its logits of fixed random
@@ -77,6 +66,7 @@ def save(
     factory: 'package.module:callable' that makes a network of the user's own,
       as in config.model.factory; '' for one of the registry. Only safetensors
       need it, because their reader builds the network anew.
+    measured: What the model card says besides, such as the test accuracy.
     overwrite: Whether an export of another structure in `directory` is
       replaced; one of the same structure always is, anything else never.
 
@@ -95,21 +85,24 @@ def save(
   batches = _batches(shape, spec)
   wanted = [_logits(module, variables, x, spec.num_classes) for x in batches]
   with _beside(target) as folder:
-    (folder / weights.STRUCTURE).write_text(structure.to_json() + '\n')
+    storage.write_text(folder / weights.STRUCTURE, structure.to_json() + '\n')
+    text = card.text(structure, spec, measured or {})
+    storage.write_text(folder / manifest.CARD, text)
+    facts = card.metadata(structure, spec)
     if 'safetensors' in formats:
       weights.build(structure, factory)  # Refuses here, not in the reader.
     for name in formats:
-      FORMATS[name].write(folder, module, variables, shape)
-    manifest = _manifest(folder, structure, spec, formats)
-    _write_json(folder / MANIFEST, manifest)
+      FORMATS[name].write(folder, module, variables, shape, facts)
+    made = manifest.of(folder, structure, spec, formats)
+    storage.write_json(folder / manifest.FILE, made)
     found = _in_fresh_process(folder, batches, factory)
     for name in formats:
       error = max(map(_difference, found[name], wanted))
       _check_error(name, error)
-      manifest['formats'][name]['max_error'] = error
-    _write_json(folder / MANIFEST, manifest)
+      made['formats'][name]['max_error'] = error
+    storage.write_json(folder / manifest.FILE, made)
     _put(folder, target)
-  return manifest
+  return made
 
 
 def _check_formats(formats: Sequence[str]) -> None:
@@ -119,69 +112,40 @@ def _check_formats(formats: Sequence[str]) -> None:
         f'formats must be some of {", ".join(FORMATS)}; got {name!r}.'
       )
     for package in FORMATS[name].PACKAGES:
-      _version(package)
+      manifest.version(package)
   if not formats or len(set(formats)) != len(formats):
     raise errors.UserError(
       f'formats must be one or more, each once; got {list(formats)}.'
     )
 
 
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError as e:
-    raise errors.UserError(
-      f'{package} is not installed: pip install {package}, or ask for other '
-      'formats.'
-    ) from e
-
-
 def _check_target(target: pathlib.Path, structure, overwrite: bool) -> None:
   """Refuses to replace what is not an export, or not one of this structure."""
   if not target.exists() or (target.is_dir() and not os.listdir(target)):
     return
-  if not (target / MANIFEST).is_file():
+  if not (target / manifest.FILE).is_file():
     raise errors.UserError(
       f'{target} exists and holds no export: give another directory.'
     )
   if overwrite:
     return
   try:
-    there = read_manifest(target)['structure']
+    there = manifest.read(target)['structure']
   except errors.UserError:
     there = None
-  if there != _described(structure):
+  if there != manifest.described(structure):
     raise errors.UserError(
       f'{target} holds the export of another structure: delete it, or give '
       'another directory.'
     )
 
 
-def _described(structure: Structure) -> dict[str, Any]:
-  counts = dict(zip(structure.layers, structure.counts, strict=True))
-  described = {
-    'model': dict(structure.model),
-    'counts': counts,
-    'macs': structure.macs,
-    'params': structure.params,
-  }
-  return json.loads(json.dumps(described))  # As it will be read.
-
-
 def _batches(shape, spec: data.Spec) -> list[np.ndarray]:
   """Random images, normalised."""
-  random = np.random.default_rng(SEED)
+  random = np.random.default_rng(_SEED)
   sizes = [(n, *shape) for n in BATCH_SIZES]
   pixels = [random.integers(0, 256, size, np.uint8) for size in sizes]
   return [normalised(x, spec.mean, spec.std) for x in pixels]
-
-
-def normalised(
-  pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]
-) -> np.ndarray:
-  """uint8 [N, H, W, C] -> float32 (pixels / 255 - mean) / std."""
-  m, s = (np.reshape(v, (1, 1, 1, -1)).astype(np.float32) for v in (mean, std))
-  return (pixels.astype(np.float32) / np.float32(255) - m) / s
 
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
@@ -203,54 +167,6 @@ def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
   return logits
 
 
-def _manifest(folder, structure, spec: data.Spec, formats):
-  packages = sorted({p for f in formats for p in FORMATS[f].PACKAGES})
-  return {
-    'schema': SCHEMA,
-    'input': {
-      'shape': ['N', spec.image_size, spec.image_size, spec.channels],
-      'dtype': 'float32',
-      'layout': 'NHWC',
-      'channels': 'grey' if spec.channels == 1 else 'RGB',
-      'range': [0.0, 1.0],
-      'mean': list(spec.mean),
-      'std': list(spec.std),
-      'centre_crop': 1.0 if spec.in_memory else _CROP,
-    },
-    'output': {'shape': ['N', spec.num_classes], 'meaning': 'logits'},
-    'data': spec.name,
-    'class_names': list(spec.class_names),
-    'structure': _described(structure),
-    'formats': {name: _format(folder, name) for name in formats},
-    'files': {
-      weights.STRUCTURE: _sha256(folder / weights.STRUCTURE),
-      **{FORMATS[f].FILE: _sha256(folder / FORMATS[f].FILE) for f in formats},
-    },
-    'checked': {'platform': 'cpu', 'batch_sizes': list(BATCH_SIZES)},
-    'versions': {**runs.versions(), **{p: _version(p) for p in packages}},
-  }
-
-
-def _format(folder: pathlib.Path, name: str) -> dict[str, Any]:
-  file = FORMATS[name].FILE
-  return {
-    'file': file,
-    'bytes': (folder / file).stat().st_size,
-    'platforms': list(FORMATS[name].PLATFORMS),
-    'tolerance': TOLERANCES[name],
-    'max_error': None,
-  }
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + '\n')
-
-
 def _in_fresh_process(folder: pathlib.Path, batches, factory: str):
   """{format: [logits of each batch]} as another process reads the export.
 
@@ -258,7 +174,7 @@ def _in_fresh_process(folder: pathlib.Path, batches, factory: str):
   """
   with tempfile.TemporaryDirectory() as scratch:
     asked, answered = (pathlib.Path(scratch) / n for n in ('x.npz', 'y.npz'))
-    np.savez(asked, *batches)
+    storage.write_arrays(asked, {str(i): x for i, x in enumerate(batches)})
     program = (sys.executable, '-m', 'pfs_jax.export.check')
     done = subprocess.run(
       [*program, folder, asked, answered, factory],
@@ -276,11 +192,11 @@ def _in_fresh_process(folder: pathlib.Path, batches, factory: str):
       raise errors.UserError(
         f'the export cannot be read back: {lines[-1].removeprefix("error: ")}'
       )
-    with np.load(answered) as arrays:
-      return {
-        name: [arrays[f'{name}/{i}'] for i in range(len(batches))]
-        for name in read_manifest(folder)['formats']
-      }
+    arrays = storage.read_arrays(answered)
+    return {
+      name: [arrays[f'{name}/{i}'] for i in range(len(batches))]
+      for name in manifest.read(folder)['formats']
+    }
 
 
 def _import_path() -> list[str]:
@@ -292,7 +208,7 @@ def _import_path() -> list[str]:
 def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
   if found.shape != wanted.shape:
     return float('inf')
-  largest = max(float(np.abs(wanted).max()), float(np.finfo(np.float32).tiny))
+  largest = max(float(np.abs(wanted).max()), 1e-38)
   return float(np.abs(found - wanted).max()) / largest
 
 
@@ -306,15 +222,17 @@ def _check_error(name: str, error: float) -> None:
 
 
 @contextlib.contextmanager
-def _beside(target: pathlib.Path):
+def _beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A new folder beside the target that is gone at the end, if still there."""
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
   except OSError as e:
-    raise errors.UserError(f'{target} cannot be written: {e}.') from e
+    storage.refuse_write(target, e, 0)
   try:
     yield pathlib.Path(folder)
+  except OSError as e:  # A full disk.
+    storage.refuse_write(target, e, 0)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -345,7 +263,7 @@ class Exported:
   """
 
   format: str
-  manifest: Mapping[str, Any]
+  manifest: manifest.Manifest
   _function: Callable[[np.ndarray], Any]
 
   def __call__(self, images: Any) -> np.ndarray:
@@ -358,11 +276,18 @@ class Exported:
         f'images must be normalised float [N, {", ".join(map(str, shape))}]; '
         f'got {images.dtype} {list(images.shape)}.'
       )
-    return np.asarray(self._function(images.astype(np.float32)))
+    with _blamed(self.manifest['formats'][self.format]['file']):
+      logits = np.asarray(self._function(images.astype(np.float32)))
+      expected = (len(images), self.manifest['output']['shape'][1])
+      if logits.shape != expected:
+        raise ValueError(f'it gives {logits.shape} in place of {expected}')
+    return logits
 
 
 def load(
-  directory: str | os.PathLike, format: str | None = None, factory: str = ''
+  directory: str | os.PathLike[str],
+  format: str | None = None,
+  factory: str = '',
 ) -> Exported:
   """Reads an export; runs no code that a file in it names.
 
@@ -382,71 +307,36 @@ def load(
       what was written.
   """
   folder = pathlib.Path(directory)
-  manifest = read_manifest(folder)
-  there = [name for name in FORMATS if name in manifest['formats']]
+  found = manifest.read(folder)
+  there = [name for name in FORMATS if name in found['formats']]
   format = format or next(iter(there), None)
   if format not in there:
     raise errors.UserError(
       f'{folder}: format must be one of {", ".join(there)}; got {format!r}.'
     )
-  for package in FORMATS[format].PACKAGES:
-    _version(package)
-  for file in (weights.STRUCTURE, FORMATS[format].FILE):
-    _check_file(folder / file, manifest['files'].get(file))
-  return Exported(format, manifest, FORMATS[format].read(folder, factory))
+  room = FORMATS[format]
+  for package in room.PACKAGES:
+    manifest.version(package)
+  for file in (weights.STRUCTURE, room.FILE):
+    content = storage.read_bytes(folder / file, _LARGEST)
+    if storage.sha256(content) != found['files'].get(file):
+      raise errors.UserError(
+        f'{folder / file} is damaged or was changed: its SHA-256 is not that '
+        f'in {manifest.FILE}. Export again.'
+      )
+  shape = tuple(found['input']['shape'][1:])
+  with _blamed(str(folder / room.FILE)):
+    function = room.read(folder, shape, factory)
+  return Exported(format, found, function)
 
 
-_FIELDS = {
-  'input': dict,
-  'output': dict,
-  'class_names': list,
-  'structure': dict,
-  'formats': dict,
-  'files': dict,
-}
-
-
-def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-  """manifest.json of an export; raises UserError where it is none."""
-  path = pathlib.Path(directory) / MANIFEST
-  manifest = storage.read_json(path)
-  schema = manifest.get('schema') if isinstance(manifest, dict) else None
-  if schema != SCHEMA:
-    raise errors.UserError(f'{path}: schema must be {SCHEMA}; got {schema!r}.')
-  for name, kind in _FIELDS.items():
-    if not isinstance(manifest.get(name), kind):
-      raise errors.UserError(f'{path}: {name} is missing or of a wrong type.')
-  if not _is_whole(manifest):
-    raise errors.UserError(
-      f'{path}: input, output and class_names do not fit each other.'
-    )
-  return manifest
-
-
-def _is_whole(manifest: Mapping[str, Any]) -> bool:
-  """Whether what a reader relies on is there; a person may have edited it."""
+@contextlib.contextmanager
+def _blamed(file: str) -> Iterator[None]:
+  """Turns whatever a library raises about a file into one line."""
   try:
-    expected = manifest['input']
-    _, height, width, channels = expected['shape']
-    _, classes = manifest['output']['shape']
-    numbers = [*expected['mean'], *expected['std'], expected['centre_crop']]
-    return (
-      all(type(n) is int and n > 0 for n in (height, width, channels, classes))
-      and len(expected['mean']) == len(expected['std']) == channels
-      and all(isinstance(n, (int, float)) for n in numbers)
-      and len(manifest['class_names']) in (0, classes)
-    )
-  except (KeyError, TypeError, ValueError):
-    return False
-
-
-def _check_file(path: pathlib.Path, expected: str | None) -> None:
-  try:
-    found = _sha256(path)
-  except OSError as e:
-    raise errors.UserError(f'{path} cannot be read: {e.strerror}.') from e
-  if found != expected:
-    raise errors.UserError(
-      f'{path} is damaged or was changed: its SHA-256 is not that in '
-      f'{MANIFEST}. Export again.'
-    )
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:  # Every library has kinds of its own.
+    reason = next(iter(str(e).strip().splitlines()), '') or type(e).__name__
+    raise errors.UserError(f'{file} cannot be used: {reason}') from e

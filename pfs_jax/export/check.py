@@ -6,24 +6,20 @@ python -m pfs_jax.export.check DIRECTORY IMAGES.npz LOGITS.npz [FACTORY]
 import pathlib
 import sys
 
-import numpy as np
-
-from pfs_jax import console
-from pfs_jax.export import bundle
+from pfs_jax import console, storage
+from pfs_jax.export import bundle, manifest
 
 
 @console.guarded
 def main(directory: str, asked: str, answered: str, factory: str = '') -> None:
   """Writes '<format>/<i>' for each format there and each batch asked."""
-  with np.load(asked) as arrays:
-    batches = [arrays[name] for name in arrays.files]
+  batches = storage.read_arrays(pathlib.Path(asked))
   logits = {}
-  for name in bundle.read_manifest(directory)['formats']:
+  for name in manifest.read(directory)['formats']:
     classify = bundle.load(directory, name, factory)
-    for i, images in enumerate(batches):
+    for i, images in batches.items():
       logits[f'{name}/{i}'] = classify(images)
-  with pathlib.Path(answered).open('wb') as file:
-    np.savez(file, **logits)  # type: ignore[arg-type]
+  storage.write_arrays(pathlib.Path(answered), logits)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,8 +113,8 @@ class Graph:
       self._made[node.output] = node
     if folded:
       weights = np.moveaxis(weights, -1, axis).astype(dtype)
-      term = self.constant(bias.astype(dtype))
-      node.inputs = [node.inputs[0], self.constant(weights), term]
+      named = [self.constant(x) for x in (weights, bias.astype(dtype))]
+      node.inputs = [node.inputs[0], *named]
 
   def _affine(self, node: Node, x: str, channels: int, rank: int):
     """(factor, term), scalars or [channels], if node is factor * x + term."""
@@ -147,9 +147,20 @@ class Graph:
     self.constants = {k: v for k, v in self.constants.items() if k in needed}
 
   def write(
-    self, path: pathlib.Path, shape: Sequence[int], classes: int
+    self,
+    path: pathlib.Path,
+    shape: Sequence[int],
+    classes: int,
+    facts: Mapping[str, str],
   ) -> None:
-    """Writes the file; input [N, *shape], output [N, classes], both float32."""
+    """Writes the file; input [N, *shape], output [N, classes], both float32.
+
+    Args:
+      path: The file.
+      shape: (H, W, C).
+      classes: Number of classes.
+      facts: Metadata.
+    """
     import onnx
     from onnx import helper, numpy_helper
 
@@ -174,5 +185,6 @@ class Graph:
       ir_version=IR_VERSION,
       opset_imports=[helper.make_opsetid('', OPSET)],
     )
+    helper.set_model_props(model, dict(facts))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

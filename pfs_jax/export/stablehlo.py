@@ -7,6 +7,7 @@ package; jax.export keeps it readable for six months of JAX releases.
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax
 import jax.export  # Not imported with jax.
 import jax.numpy as jnp
 import numpy as np
+
+from pfs_jax import errors
 
 FILE = 'model.stablehlo'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -31,17 +34,30 @@ def write(
   module: Any,
   variables: Mapping[str, Any],
   shape: tuple[int, int, int],
+  facts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes the program of `module.apply(variables, x)`."""
+  """Writes the program of `module.apply(variables, x)`; it takes no facts."""
+  del facts
   program = jax.jit(lambda x: module.apply(variables, x))
   exported = jax.export.export(program, platforms=PLATFORMS)(images(shape))
   (folder / FILE).write_bytes(exported.serialize())
 
 
 def read(
-  folder: pathlib.Path, factory: str = ''
+  folder: pathlib.Path, shape: tuple[int, ...], factory: str = ''
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """The function in the file; it needs no factory."""
+  """The function in the file; it needs no factory.
+
+  Raises:
+    errors.UserError: It calls anything outside of StableHLO: such a call could
+      run any code of this process.
+  """
   del factory
-  content = bytearray((folder / FILE).read_bytes())
-  return jax.jit(jax.export.deserialize(content).call)
+  exported = jax.export.deserialize(bytearray((folder / FILE).read_bytes()))
+  calls = re.findall(r'custom_call @"?([^\s"(]+)', exported.mlir_module())
+  foreign = sorted(set(calls) - {'shape_assertion'})
+  if foreign:
+    raise errors.UserError(f'{FILE} calls {", ".join(foreign)}: not allowed.')
+  if [a.shape[1:] for a in exported.in_avals] != [shape]:
+    raise errors.UserError(f'{FILE} is of other images than {list(shape)}.')
+  return jax.jit(exported.call)

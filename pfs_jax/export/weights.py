@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import errors, models, surgery
+from pfs_jax import errors, models, storage, surgery
 from pfs_jax.structures import Structure
 
 FILE = 'model.safetensors'
@@ -25,27 +25,51 @@ def write(
   module: Any,
   variables: Mapping[str, Any],
   shape: tuple[int, int, int],
+  facts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes the variables, named like 'params/stem/conv/kernel'."""
+  """Writes the variables, named like 'params/stem/conv/kernel', and facts."""
   import safetensors.flax
 
   del module, shape
   arrays = flax.traverse_util.flatten_dict(dict(variables), sep='/')
-  safetensors.flax.save_file(arrays, folder / FILE)
+  safetensors.flax.save_file(arrays, folder / FILE, dict(facts or {}))
 
 
 def read(
-  folder: pathlib.Path, factory: str = ''
+  folder: pathlib.Path, shape: tuple[int, ...], factory: str = ''
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """The network that the structure describes, with these variables."""
+  """The network that the structure describes, with these variables.
+
+  Raises:
+    errors.UserError: The arrays are not those of this network.
+  """
   import safetensors.flax
 
-  structure = Structure.from_json((folder / STRUCTURE).read_text())
+  structure = Structure.from_json(storage.read_text(folder / STRUCTURE))
   module = build(structure, factory)
+  image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  expected = jax.eval_shape(module.init, jax.random.key(0), image)
   arrays = safetensors.flax.load_file(folder / FILE)
   variables = flax.traverse_util.unflatten_dict(arrays, sep='/')
+  _check_arrays(arrays, flax.traverse_util.flatten_dict(expected, sep='/'))
   apply = jax.jit(lambda variables, x: module.apply(variables, x))
   return lambda x: apply(variables, x)
+
+
+def _check_arrays(
+  arrays: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+  """Refuses arrays that are not those of the network."""
+  for name in sorted({*arrays, *expected}):
+    found, wanted = (
+      list(tree[name].shape) if name in tree else None
+      for tree in (arrays, expected)
+    )
+    if found != wanted:
+      raise errors.UserError(
+        f'{FILE}: {name} has the shape {found}; the network of {STRUCTURE} has '
+        f'{wanted}.'
+      )
 
 
 def build(structure: Structure, factory: str = '') -> Any:

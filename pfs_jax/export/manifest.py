@@ -1,0 +1,165 @@
+"""manifest.json: what is in an exported folder, and what made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
+
+import msgspec
+import numpy as np
+
+from pfs_jax import data, errors, runs, storage
+from pfs_jax.export import onnx, stablehlo, weights
+from pfs_jax.structures import Structure
+
+SCHEMA = 'pfs_jax.export/1'
+FILE, CARD = 'manifest.json', 'README.md'
+# In the order in which a reader tries them.
+FORMATS: dict[str, Any] = {
+  'stablehlo': stablehlo,
+  'safetensors': weights,
+  'onnx': onnx,
+}
+# Largest difference of a logit, over the largest logit.
+TOLERANCES = {'stablehlo': 1e-5, 'safetensors': 1e-5, 'onnx': 1e-4}
+BATCH_SIZES = (1, 5)  # Of the random images that are compared.
+# Centre crop of evaluation on sets that are streamed (`data.decoding`).
+_CROP = 224 / 256
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+
+
+class Input(TypedDict):
+  """The images that the network takes."""
+
+  shape: tuple[Literal['N'], _Size, _Size, _Size]
+  mean: list[float]
+  std: list[float]
+  centre_crop: Annotated[float, msgspec.Meta(gt=0, le=1)]
+  dtype: str
+  layout: str
+  channels: str
+  range: list[float]
+
+
+class Output(TypedDict):
+  """What the network answers."""
+
+  shape: tuple[Literal['N'], _Size]
+  meaning: str
+
+
+class Format(TypedDict):
+  """One format, and how far its logits are from the checkpoint's."""
+
+  file: str
+  bytes: int
+  platforms: list[str]
+  tolerance: float
+  max_error: float | None
+
+
+class Manifest(TypedDict):
+  """All of manifest.json; docs/export.md explains the fields."""
+
+  schema: str
+  input: Input
+  output: Output
+  data: str
+  class_names: list[str]
+  structure: dict[str, Any]
+  formats: dict[str, Format]
+  files: dict[str, str]
+  checked: NotRequired[dict[str, Any]]
+  versions: NotRequired[dict[str, str]]
+
+
+def of(folder: pathlib.Path, structure: Structure, spec: data.Spec, formats):
+  """The manifest of a folder in which the files of all formats are."""
+  packages = sorted({p for f in formats for p in FORMATS[f].PACKAGES})
+  files = [weights.STRUCTURE, CARD, *(FORMATS[f].FILE for f in formats)]
+  return {
+    'schema': SCHEMA,
+    'input': {
+      'shape': ['N', spec.image_size, spec.image_size, spec.channels],
+      'dtype': 'float32',
+      'layout': 'NHWC',
+      'channels': 'grey' if spec.channels == 1 else 'RGB',
+      'range': [0.0, 1.0],
+      'mean': list(spec.mean),
+      'std': list(spec.std),
+      'centre_crop': 1.0 if spec.in_memory else _CROP,
+    },
+    'output': {'shape': ['N', spec.num_classes], 'meaning': 'logits'},
+    'data': spec.name,
+    'class_names': list(spec.class_names),
+    'structure': described(structure),
+    'formats': {name: _format(folder, name) for name in formats},
+    'files': {f: storage.sha256((folder / f).read_bytes()) for f in files},
+    'checked': {'platform': 'cpu', 'batch_sizes': list(BATCH_SIZES)},
+    'versions': {**runs.versions(), **{p: version(p) for p in packages}},
+  }
+
+
+def described(structure: Structure) -> dict[str, Any]:
+  """What a manifest says of a structure."""
+  counts = dict(zip(structure.layers, structure.counts, strict=True))
+  found = {
+    'model': dict(structure.model),
+    'counts': counts,
+    'macs': structure.macs,
+    'params': structure.params,
+  }
+  return cast(dict[str, Any], json.loads(json.dumps(found)))  # As it is read.
+
+
+def version(package: str) -> str:
+  """The version of a package; raises UserError where it is not installed."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError as e:
+    raise errors.UserError(
+      f'{package} is not installed: pip install {package}, or ask for other '
+      'formats.'
+    ) from e
+
+
+def _format(folder: pathlib.Path, name: str) -> Format:
+  file = FORMATS[name].FILE
+  return {
+    'file': file,
+    'bytes': (folder / file).stat().st_size,
+    'platforms': list(FORMATS[name].PLATFORMS),
+    'tolerance': TOLERANCES[name],
+    'max_error': None,
+  }
+
+
+def read(directory: str | os.PathLike[str]) -> Manifest:
+  """manifest.json of an export; raises UserError where it is none."""
+  path = pathlib.Path(directory) / FILE
+  schema = storage.read_json(path, dict[str, Any]).get('schema')
+  if schema != SCHEMA:
+    raise errors.UserError(f'{path}: schema must be {SCHEMA}; got {schema!r}.')
+  found = cast(Manifest, storage.read_json(path, Manifest))
+  channels, classes = found['input']['shape'][3], found['output']['shape'][1]
+  lengths = (len(found['input']['mean']), len(found['input']['std']))
+  named = len(found['class_names']) in (0, classes)
+  if lengths != (channels, channels) or not named:
+    raise errors.UserError(
+      f'{path}: input, output and class_names do not fit each other.'
+    )
+  return found
+
+
+def normalised(pixels: np.ndarray, mean: Any, std: Any) -> np.ndarray:
+  """uint8 [N, H, W, C] -> float32 (pixels / 255 - mean) / std.
+
+  >>> normalised(np.full((1, 1, 1, 1), 255, np.uint8), [0.5], [0.25]).item()
+  2.0
+  """
+  mean, std = (np.reshape(np.float32(v), (1, 1, 1, -1)) for v in (mean, std))
+  return (pixels.astype(np.float32) / np.float32(255) - mean) / std
