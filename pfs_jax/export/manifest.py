@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import msgspec
@@ -77,11 +78,16 @@ class Manifest(TypedDict):
   versions: NotRequired[dict[str, str]]
 
 
-def of(folder: pathlib.Path, structure: Structure, spec: data.Spec, formats):
+def of(
+  folder: pathlib.Path,
+  structure: Structure,
+  spec: data.Spec,
+  formats: Sequence[str],
+) -> Manifest:
   """The manifest of a folder in which the files of all formats are."""
   packages = sorted({p for f in formats for p in FORMATS[f].PACKAGES})
   files = [weights.STRUCTURE, CARD, *(FORMATS[f].FILE for f in formats)]
-  return {
+  made: Any = {
     'schema': SCHEMA,
     'input': {
       'shape': ['N', spec.image_size, spec.image_size, spec.channels],
@@ -102,6 +108,7 @@ def of(folder: pathlib.Path, structure: Structure, spec: data.Spec, formats):
     'checked': {'platform': 'cpu', 'batch_sizes': list(BATCH_SIZES)},
     'versions': {**runs.versions(), **{p: version(p) for p in packages}},
   }
+  return cast(Manifest, made)
 
 
 def described(structure: Structure) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pfs_jax.export.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Refused(Exception):
   """An operator, or this use of it, has no counterpart; the message ends so."""
 
 
-def placed_shape(sizes, equation) -> list[int]:
+def placed_shape(sizes: Sequence[int], equation: Any) -> list[int]:
   """The operand's shape in broadcast_in_dim, with ones for new axes."""
   placed = [1] * len(equation.outvars[0].aval.shape)
   for axis, size in zip(
@@ -47,7 +50,7 @@ def placed_shape(sizes, equation) -> list[int]:
 # Orders of axes.
 
 
-def in_order(graph, value, order: tuple[int, ...]) -> str:
+def in_order(graph: Graph, value: Any, order: tuple[int, ...]) -> str:
   """The name of a value with its axes in this order."""
   if not isinstance(value, Tensor):
     return graph.constant(np.transpose(value, order))
@@ -63,7 +66,9 @@ def _plain(graph, value) -> str:
   return in_order(graph, value, tuple(range(rank)))
 
 
-def elementwise(graph, write: str | Callable, inputs) -> Tensor:
+def elementwise(
+  graph: Graph, write: str | Callable[..., Tensor], inputs: Sequence[Any]
+) -> Tensor:
   """One operator on values of one rank, or scalars, in a common order."""
   order = max((x.order for x in inputs if isinstance(x, Tensor)), key=len)
   if isinstance(write, str):
@@ -208,7 +213,8 @@ def _pool(op: str) -> Callable:
     if dilated and op == 'AveragePool':
       raise Refused(' with a dilated window')
     order = _pooled_order(p)
-    axes, more = order[2:], {}
+    axes = order[2:]
+    more: dict[str, Any] = {}
     if dilated:
       more['dilations'] = [p['window_dilation'][a] for a in axes]
     if op == 'AveragePool':
