@@ -178,7 +178,7 @@ def network(
     kept: {budget or candidate: channels after the cut}, the widest first.
   """
   drawn, axes, y = _ladder(layers)
-  blues = matplotlib.colormaps['Blues'](np.linspace(0.25, 0.75, len(kept)))
+  blues = matplotlib.colormaps['Blues'](np.linspace(0.2, 0.6, len(kept)))
 
   def bars(counts: Sequence[int], **style: Any) -> None:
     widths = np.asarray(counts)

@@ -52,7 +52,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; padding: 0;
 figure { margin: 1rem 0; }
 figure > div { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure > div > * { max-width: 100%; }
-figure img { width: 40rem; height: auto; align-self: flex-start; }
+figure img { width: 38rem; height: auto; align-self: flex-start; }
 .scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 .scroll::before { content: 'more columns: scroll sideways \\2192';

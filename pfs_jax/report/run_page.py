@@ -195,7 +195,9 @@ def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
     at = f'at step {steps[-1]}' if steps else 'at its start'
     return [f'The search is {at}. No structure is cut yet.']
   trained = [cut for cut in cuts if cut.result]
-  lines = [f'Budgets that are cut: {len(cuts)}; trained: {len(trained)}.']
+  lines = [f'{len(cuts)} budgets are cut, and {len(trained)} of them trained.']
+  if len(cuts) == len(trained) == 1:
+    lines = []
   for cut in trained:
     accuracy, n = cut.result['test_accuracy'], cut.result['test_examples']
     reference = cut.result['reference_test_accuracy']
