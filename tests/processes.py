@@ -77,8 +77,8 @@ def _set_environment(env: Mapping[str, str]) -> None:
   os.environ.update(env)
   for name, value in env.items():
     option = name.lower()
-    if name.startswith('JAX_') and hasattr(jax.config, option):
-      now = getattr(jax.config, option)
+    if name.startswith('JAX_') and option in jax.config.values:
+      now = jax.config.values[option]
       parse = type(now) if isinstance(now, int | float) else str
       jax.config.update(option, parse(int(value) if parse is bool else value))
 

@@ -13,9 +13,6 @@ import pytest
 from pfs_jax import devices, errors, peers, runs
 from tests import processes
 
-# XLA's optimisations cost more here than they win.
-FAST = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-
 
 def numbers(stdout):
   return json.loads(stdout.splitlines()[-1])
@@ -140,7 +137,7 @@ def start_two_runs(workdir, victim=-1, fault='', **fields):
       *(f'--config.{name}={value}' for name, value in fields.items()),
     ]
 
-  return start_two(arguments, env={'PFS_JAX_HEARTBEAT': '5', **FAST})
+  return start_two(arguments, env={'PFS_JAX_HEARTBEAT': '5'})
 
 
 def wait_for_records(folder, number=3):

@@ -10,15 +10,6 @@ import pytest
 
 from pfs_jax import errors, models, prune
 
-
-# XLA's optimisations cost more here than they win.
-@pytest.fixture(autouse=True)
-def fast_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 CASES = {
   'resnet20': (4, 16),
   'vgg16': (4, 16),

@@ -47,14 +47,6 @@ def vgg():
   return models.cost_model('vgg16', 10, 28, 1, 16)
 
 
-@pytest.fixture(autouse=True)
-def fast_compilation():
-  """XLA's optimisations cost more here than they win."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 # Rankings.
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 
 import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 
@@ -39,14 +38,6 @@ class Tiny(nn.Module):
       x = nn.Conv(width, (3, 3), strides=(2, 2), use_bias=False)(x)
       x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
     return nn.Dense(self.num_classes)(x.mean((1, 2)))
-
-
-@pytest.fixture(autouse=True)
-def fast_compilation():
-  """XLA's optimisations cost more here than they win."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def small(**fields):
