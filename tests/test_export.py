@@ -20,13 +20,13 @@ from pfs_jax import (
   models,
   predict,
   prune,
-  runs,
   stages,
   storage,
 )
 from pfs_jax.export import bundle, check, manifest
 from pfs_jax.export import onnx as onnx_export
 from pfs_jax.stages import exporting
+from tests import small_run
 
 # Name: (image size, channels, width). The widths are as small as they go.
 FAMILIES = {
@@ -757,13 +757,22 @@ def test_large_images_are_cropped_as_in_evaluation(tmp_path):
 # The digits.
 
 
-def test_folders_name_the_classes_when_trained(tmp_path, monkeypatch):
-  from configs import mobilenet_v1
+def test_the_stage_gives_what_the_training_found(finished, monkeypatch):
+  given = {}
 
-  job = stages.Job(mobilenet_v1.get_config('smoke'), tmp_path)
-  names = [f'folder {i}' for i in range(job.spec.num_classes)]
-  monkeypatch.setattr(runs, 'read_result', lambda _: {'class_names': names})
-  assert list(exporting._spec(job, 'keep0.5').class_names) == names
+  def save(folder, module, variables, structure, spec, **more):
+    given.update(folder=folder, spec=spec, **more)
+    return {'formats': {}}
+
+  monkeypatch.setattr(export, 'save', save)
+  result = storage.read_json(finished / 'result.json')
+  result['class_names'] = [f'folder {i}' for i in range(10)]
+  storage.write_json(finished / 'result.json', result, sealed=True)
+  stages.export(stages.Job(small_run.config(), finished), finished / 'out')
+  assert given['folder'] == finished / 'out'
+  assert list(given['spec'].class_names) == result['class_names']
+  share = f'{result["test_accuracy"]:.2%} of 297 images'
+  assert given['measured']['test accuracy'] == share
 
 
 def test_bfloat16_is_exported_in_float32():
