@@ -230,6 +230,23 @@ class Table:
       mask[first + indices] = True
     return mask
 
+  def awake(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables to search with: scales that are all 0 become 1.
+
+    Many models start the last BatchNorm of a residual block at scale 0. Frozen,
+    it would hide the gates of the block from the loss.
+
+    Args:
+      variables: New random variables.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    for path, leaf in flat.items():
+      layer = self.layers.get('/'.join(path[1:-1]))
+      if path[-1] == 'scale' and layer and layer.kind == 'norm':
+        if not np.any(leaf):
+          flat[path] = jnp.ones_like(leaf)
+    return flax.traverse_util.unflatten_dict(flat)
+
   def slice_variables(
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
   ) -> dict[str, Any]:
@@ -256,12 +273,7 @@ class Table:
   def taken(
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """As `slice_variables`, also where a gate of 0 removes no channel.
-
-    Args:
-      variables: The wide network's variables, gated or not.
-      kept: {group name: sorted indices}.
-    """
+    """As `slice_variables`, also where a gate of 0 removes no channel."""
     mask = self.mask(kept)
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return flax.traverse_util.unflatten_dict(
@@ -337,7 +349,11 @@ def by_name(names: Iterable[str], gates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tree(gates: Mapping[str, Any]) -> dict[str, Any]:
-  """{group name: [C]} as the collection `gates`; the inverse of `by_name`."""
+  """{group name: [C]} as the collection `gates`; the inverse of `by_name`.
+
+  >>> tree({'block0/conv1': 'its gates'})
+  {'block0': {'conv1': {'gate': 'its gates'}}}
+  """
   return flax.traverse_util.unflatten_dict(
     {(*name.split('/'), 'gate'): gate for name, gate in gates.items()}
   )

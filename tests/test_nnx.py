@@ -268,7 +268,9 @@ def make(num_classes, rngs):
 
 
 def test_a_factory_may_return_an_nnx_module():
+  by_class = surgery.network_from_factory(f'{__name__}:ResNet', 3, 8, 3)
   network = surgery.network_from_factory(f'{__name__}:make', 3, 8, 3)
+  assert by_class.table.sizes == network.table.sizes
   variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
   state = search.init(
     network.gated, variables, sparsity=0.5, balance=0.5, learning_rate=0.1

@@ -147,7 +147,8 @@ class Job:
   def first_weights(self) -> Any:
     """The random variables of the searched network before any training."""
     key = config.key(self.config.seed, 'search weights')
-    return models.init(self.network.gated, key, self.image_shape)
+    drawn = models.init(self.network.gated, key, self.image_shape)
+    return self.network.table.awake(drawn)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

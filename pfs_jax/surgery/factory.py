@@ -176,7 +176,10 @@ def _made(
   ):
     raise _error(spec, 'is a class, but not of flax.linen.Module')
   make: Any = factory
-  parameters = inspect.signature(make).parameters
+  is_class = isinstance(factory, type) and issubclass(factory, nnx.Module)
+  # NNX's metaclass hides the arguments of a class.
+  signature = inspect.signature(make.__init__ if is_class else make)
+  parameters = {k: p for k, p in signature.parameters.items() if k != 'self'}
   known = {k: v for k, v in available.items() if k in parameters}
   if 'dtype' not in known and available['dtype'] != jnp.float32:
     raise _error(spec, 'takes no dtype, so config.dtype must be float32')
