@@ -181,7 +181,9 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
 
 def candidates(c: ml_collections.ConfigDict) -> list[str]:
   """The names of the candidates, the incumbent first, each once."""
-  return list(dict.fromkeys([INCUMBENT, *c.tournament.candidates]))
+  names = ','.join(c.tournament.candidates)  # a,b of a flag is one text.
+  names = [name.strip() for name in names.split(',')]
+  return list(dict.fromkeys([INCUMBENT, *filter(None, names)]))
 
 
 def _rounds(c: ml_collections.ConfigDict) -> list[tuple[int, float, int]]:
