@@ -62,6 +62,34 @@ def conv(
   )
 
 
+class BatchNorm(nn.BatchNorm):
+  """`nn.BatchNorm` over all axes but the last, by `cpu.batch_norm`."""
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, use_running_average: bool | None = None
+  ) -> jax.Array:
+    """[..., C] -> [..., C]."""
+    if nn.merge_param(
+      'use_running_average', self.use_running_average, use_running_average
+    ):
+      return super().__call__(x, use_running_average)
+    size, dtype = x.shape[-1:], self.param_dtype
+    running = [
+      self.variable('batch_stats', name, start, size, jnp.float32)
+      for name, start in (('mean', jnp.zeros), ('var', jnp.ones))
+    ]
+    scale = self.param('scale', self.scale_init, size, dtype)
+    bias = self.param('bias', self.bias_init, size, dtype)
+    y, *statistics = cpu.batch_norm(
+      x.astype(self.dtype), scale, bias, self.epsilon
+    )
+    if not self.is_initializing():
+      for kept, new in zip(running, statistics, strict=True):
+        kept.value = self.momentum * kept.value + (1 - self.momentum) * new
+    return y
+
+
 class ConvBN(nn.Module):
   """Convolution and BatchNorm.
 
@@ -102,7 +130,7 @@ class ConvBN(nn.Module):
     x = conv(
       self.features, self.kernel, self.stride, self.groups, self.dtype, 'conv'
     )(x)
-    return nn.BatchNorm(
+    return BatchNorm(
       use_running_average=not train,
       momentum=0.9,
       epsilon=self.epsilon,

@@ -33,7 +33,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pfs_jax import layers
+from pfs_jax import cpu, layers
 
 NAMES = ('mobilenet_v1', 'mobilenet_v2')
 DEFAULT_WIDTH = 32
@@ -180,7 +180,7 @@ class InvertedResidual(nn.Module):
     )
     y = nn.relu6(depthwise(y, train))
     y = self.conv(self.features, 1, name='project')(y, train)
-    return x + y if self.residual else y
+    return cpu.computed_once(x + y) if self.residual else y
 
 
 class MobileNetV2(nn.Module):
