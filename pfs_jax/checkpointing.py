@@ -95,14 +95,14 @@ class Checkpoints:
 
   def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
     self._folder = folder.absolute() / 'checkpoints'
-    options = ocp.CheckpointManagerOptions(
-      read_only=read_only,
-      cleanup_tmp_directories=not read_only,
-      preservation_policy=checkpoint_managers.LatestN(2),
-      enable_async_checkpointing=False,  # An error shows where it happens.
-    )
     try:
       with _quiet():
+        options = ocp.CheckpointManagerOptions(
+          read_only=read_only,
+          cleanup_tmp_directories=not read_only,
+          preservation_policy=checkpoint_managers.LatestN(2),
+          enable_async_checkpointing=False,  # An error shows where it happens.
+        )
         self._manager = ocp.CheckpointManager(
           self._folder, options=options, item_handlers=_Handler()
         )
