@@ -33,6 +33,9 @@ import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+# For what computes more than it compiles; conftest.py says what tests have.
+OPTIMIZED = {'XLA_FLAGS': ''}
+
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload(
   ['pfs_jax.stages', 'pfs_jax.studies', 'pfs_jax.report', 'tests.processes']

@@ -11,7 +11,10 @@ from tests import processes
 def test_twenty_search_steps(name, golden):
   path = golden / f'search_{name}_w8.npz'
   out = processes.output(
-    ['-m', 'tests.parity', name, str(path)], x64=True, timeout=400
+    ['-m', 'tests.parity', name, str(path)],
+    x64=True,
+    timeout=400,
+    env=processes.OPTIMIZED,
   )
   found = json.loads(out.splitlines()[-1])
   assert found['steps'] == 20

@@ -23,7 +23,10 @@ def command(mode, workdir):
 def finished(tmp_path_factory):
   """The workdir of the digits run, and what the command printed."""
   workdir = tmp_path_factory.mktemp('digits')
-  return workdir, processes.output(command('run', workdir), timeout=600)
+  arguments = command('run', workdir)
+  return workdir, processes.output(
+    arguments, timeout=600, env=processes.OPTIMIZED
+  )
 
 
 @pytest.fixture(scope='module')
