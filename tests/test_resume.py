@@ -53,7 +53,7 @@ def outcome(workdir):
     'gates': {k: v.tobytes() for k, v in arrays.items()},
     'structure': (workdir / 'structure.json').read_text(),
     'accuracy': result['test_accuracy'],
-    'weights': (last / 'check' / 'metadata').read_text(),
+    'weights': (last / 'default' / 'check.json').read_text(),
   }
 
 
