@@ -525,9 +525,11 @@ def test_models_of_other_people(name):
   structure = prune.fit(gates, cost_model, max_macs=budget)
   halves = [max(1, n // 2) for n in sites.sizes.values()]
   surgery.check(model, sites, halves, x)
+  # `costs.count` knows Flax's layers; one model has a convolution of its own.
+  own = sum(layer.fixed_macs for layer in cost_model.ops)
   for counts in (structure.counts, halves):
     narrow = surgery.narrow(model, sites, counts)
-    assert costs.count(narrow, x.shape[1:])[0] == cost_model.macs(counts)
+    assert costs.count(narrow, x.shape[1:])[0] + own == cost_model.macs(counts)
 
 
 # What is refused.
@@ -541,7 +543,7 @@ def test_without_a_channel_to_gate():
 
 class NnxNet(nnx.Module):
   def __init__(self, rngs):
-    self.head = nnx.Linear(8, 3, rngs=rngs)
+    self.head = nnx.Linear(3, 3, rngs=rngs)
 
   def __call__(self, x):
     return self.head(x.mean((1, 2)))
