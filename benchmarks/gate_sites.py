@@ -63,9 +63,8 @@ def variables(name):
   return jax.device_get(drawn)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _gradients(name, gate_site, epsilon, weights, gates, x, y):
-  # Epsilon is traced, so that one program serves all its values.
   module = build(name, x.dtype, gate_site).with_fields(epsilon=epsilon)
 
   def loss(gates):
