@@ -106,7 +106,7 @@ BAD = {
   ),
   'workdir is a file': (
     ['--workdir=pyproject.toml', DIGITS, '--mode=search'],
-    '--workdir=pyproject.toml cannot be used',
+    'pyproject.toml cannot be used',
   ),
   'own model and a bad spec': (
     [DIGITS, INFO, '--config.model.factory=nothing'],
@@ -114,7 +114,7 @@ BAD = {
   ),
   'own model that is not there': (
     [DIGITS, INFO, '--config.model.factory=no_such_package:make'],
-    'cannot be imported',
+    "No module named 'no_such_package'",
   ),
   'unknown init': (
     [DIGITS, INFO, '--config.train.init=old'],
