@@ -67,15 +67,20 @@ class BatchNorm(nn.BatchNorm):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, use_running_average: bool | None = None
+    self,
+    x: jax.Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: jax.Array | None = None,
   ) -> jax.Array:
-    """[..., C] -> [..., C]."""
-    if nn.merge_param(
+    """[..., C] -> [..., C]; with a mask as `nn.BatchNorm` does it."""
+    running = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
-    ):
-      return super().__call__(x, use_running_average)
+    )
+    if running or mask is not None:
+      return super().__call__(x, use_running_average, mask=mask)
     size, dtype = x.shape[-1:], self.param_dtype
-    running = [
+    averages = [
       self.variable('batch_stats', name, start, size, jnp.float32)
       for name, start in (('mean', jnp.zeros), ('var', jnp.ones))
     ]
@@ -85,7 +90,7 @@ class BatchNorm(nn.BatchNorm):
       x.astype(self.dtype), scale, bias, self.epsilon
     )
     if not self.is_initializing():
-      for kept, new in zip(running, statistics, strict=True):
+      for kept, new in zip(averages, statistics, strict=True):
         kept.value = self.momentum * kept.value + (1 - self.momentum) * new
     return y
 

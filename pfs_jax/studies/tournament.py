@@ -181,8 +181,8 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
 
 def candidates(c: ml_collections.ConfigDict) -> list[str]:
   """The names of the candidates, the incumbent first, each once."""
-  names = ','.join(c.tournament.candidates)  # a,b of a flag is one text.
-  names = [name.strip() for name in names.split(',')]
+  joined = ','.join(c.tournament.candidates)  # a,b of a flag is one text.
+  names = [name.strip() for name in joined.split(',')]
   return list(dict.fromkeys([INCUMBENT, *filter(None, names)]))
 
 
