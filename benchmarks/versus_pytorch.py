@@ -124,7 +124,10 @@ def _own_names(weights):
     elif value.ndim == 2:
       found[f'params/{layer}/kernel'] = value.T
     elif kind == 'gates':
-      found[f'gates/{layer.removesuffix("/bn")}/gate'] = value
+      # A group has the name of the first layer that makes its channels.
+      group = layer.removesuffix('/bn').replace('/depthwise', '/expand')
+      group = 'stem' if group == 'block0/expand' else group
+      found[f'gates/{group}/gate'] = value
     elif kind in kinds:
       found[kinds[kind].format(layer)] = value
   return found
