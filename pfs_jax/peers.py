@@ -13,6 +13,7 @@ which process failed and why:
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -73,7 +74,10 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
     raise errors.UserError(
       f'--coordinator={coordinator} failed: {str(e).splitlines()[0]}'
     ) from e
-  threading.Thread(target=_listen, daemon=True).start()
+  ended = threading.Event()
+  thread = threading.Thread(target=_listen, args=(ended,), daemon=True)
+  thread.start()
+  atexit.register(_stop, ended, thread)  # Before what JAX registered.
 
 
 def _heartbeat() -> int:
@@ -173,19 +177,30 @@ def lost(e: Exception) -> bool:
   return True
 
 
-def _listen() -> None:
-  """Ends this process if another one fails and this one does not notice."""
+def _listen(ended: threading.Event) -> None:
+  """Ends this process if another one fails and this one does not notice.
+
+  It asks, and does not wait inside the service: a thread that is inside C++
+  when Python ends aborts the process.
+  """
   client = _client()
-  while True:
+  while not ended.wait(_GRACE / 2):
     try:
-      reason = client.blocking_key_value_get(_KEY, 3_600_000)
+      reason = client.key_value_try_get(_KEY)
     except Exception as e:
-      if 'DEADLINE_EXCEEDED' in str(e):
+      if 'NOT_FOUND' in str(e):
         continue
       return  # The service is gone, and so is this process.
     if reason.startswith(f'process {jax.process_index()}:'):
       return
-    time.sleep(_GRACE)
+    if ended.wait(_GRACE):
+      return
     lines = reason.splitlines() or ['']
     print(f'error: {lines[0]} This one ends too.', file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _stop(ended: threading.Event, thread: threading.Thread) -> None:
+  """Ends the thread before JAX leaves the service and Python ends."""
+  ended.set()
+  thread.join()

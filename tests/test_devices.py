@@ -6,6 +6,7 @@ import signal
 import socket
 import textwrap
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -95,6 +96,24 @@ def test_same_gates_same_counts_anywhere():
     """
   found = {processes.output(code, devices=n) for n in (1, 8)}
   assert len(found) == 1
+
+
+def test_processes_that_finish_end_well():
+  """In real interpreters: the news of a failure is awaited until the end."""
+  code = """
+    import sys
+    from pfs_jax import peers
+    peers.start(sys.argv[1], 2, int(sys.argv[2]))
+    """
+  where = f'127.0.0.1:{free_port()}'
+  with futures.ThreadPoolExecutor() as pool:
+    done = pool.map(
+      lambda i: processes.run(
+        ['-c', textwrap.dedent(code), where, i], fresh=True
+      ),
+      range(2),
+    )
+  assert [(d.returncode, d.stderr) for d in done] == [(0, '')] * 2
 
 
 # What happens to one of two processes.
