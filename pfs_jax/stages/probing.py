@@ -29,7 +29,7 @@ def run(job: Job) -> None:
   """Probes uniform width at the first budget; writes and prints probe.json."""
   path = job.workdir / 'probe.json'
   found = measure(job, job.workdir / 'probe')
-  storage.write_json(path, found)
+  storage.write_json(path, found, sealed=True)
   console.table(
     f'Rise of the loss for each million MACs, {found["budget"]}, {path}',
     found['columns'],
@@ -52,7 +52,7 @@ def measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   path = folder / 'probe.json'
   if not path.exists():
     cost(job)  # Refused before anything is trained.
-    storage.write_json(path, _measure(job, folder))
+    storage.write_json(path, _measure(job, folder), sealed=True)
     runs.barrier('probe')
   return storage.read_json(path)
 
@@ -164,6 +164,6 @@ def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
     c.probe.draws,
     scores.generator(c.seed, 'probe draws'),
   )
-  storage.write_arrays(path, {'rises': rises})
+  storage.write_arrays(path, {'rises': rises}, sealed=True)
   runs.barrier('rises')
   return rises

@@ -41,7 +41,7 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
     record = {**_record(cell, folder), **found}
     if cell.arm.training != 'none':
       record |= _trained(cell, folder, root, found)
-  storage.write_json(folder / 'cell.json', record)
+  storage.write_json(folder / 'cell.json', record, sealed=True)
   products.forget_programs()
   return record
 

@@ -133,7 +133,7 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
   def keep(state, epochs):
     if epochs == int(epochs):
       path = folder / 'weights' / f'{int(epochs)}.npz'
-      storage.write_arrays(path, _flatten(state.variables))
+      storage.write_arrays(path, _flatten(state.variables), sealed=True)
 
   penalty = cell.arm.penalty
   state = stages.fit(
@@ -148,7 +148,7 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
     watch=keep,
   )
   storage.write_arrays(
-    folder / 'weights' / 'all.npz', _flatten(state.variables)
+    folder / 'weights' / 'all.npz', _flatten(state.variables), sealed=True
   )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import ml_collections
 
@@ -35,9 +35,34 @@ def path(
   return folder / f'{study.study}.json'
 
 
+class _Fields(TypedDict):
+  """What each record must hold."""
+
+  study: str
+  arm: str
+  variation: dict[str, Any]
+  seed: int
+  config_hash: str
+  model: str
+  macs: int
+  macs_share: float
+  params: int
+  counts: dict[str, int]
+  widths: list[int]
+  test_accuracy: float | None
+  seconds: float
+
+
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a file, [] if there is none."""
-  return storage.read_json(file) if file.exists() else []
+  """The records of a file, [] if there is none.
+
+  Raises:
+    errors.UserError: It is no list of records with the fields above.
+  """
+  if not file.exists():
+    return []
+  storage.read_json(file, list[_Fields])
+  return storage.read_json(file)
 
 
 def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
@@ -62,10 +87,8 @@ def known(
   folder = path(study, workdir).parent
   found = {}
   for file in sorted(folder.glob('*.json')):
-    content = read(file)
-    if isinstance(content, list):  # Other files may lie there.
-      records = [r for r in content if isinstance(r, dict)]
-      found |= {r['config_hash']: r for r in records if 'config_hash' in r}
+    if isinstance(storage.read_json(file), list):  # Other files may lie there.
+      found |= {r['config_hash']: r for r in read(file)}
   return found
 
 

@@ -115,7 +115,7 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   )
   with storage.locked(workdir, wait=lambda: None):
     job.note_config()
-    storage.write_json(workdir / 'tournament.json', found)
+    storage.write_json(workdir / 'tournament.json', found, sealed=True)
     stages.write(job, budget, structure, chosen)
   title = f'Loss on held-out images, {budget.name}, {workdir}'
   console.table(title, found['columns'], found['rows'])
@@ -175,7 +175,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     'share': round(sum(seconds.values()) / one_training, 3),
   }
   found |= _told(found)
-  storage.write_json(path, found)
+  storage.write_json(path, found, sealed=True)
   return found
 
 
@@ -236,7 +236,7 @@ def _training(
     stages.fit(job, module, folder, 'tournament', epochs, hold_out=True)
     last = runs.read_metrics(folder)[-1]
     found = {'loss': last['validation_loss'], 'seconds': last['seconds']}
-    storage.write_json(path, {'name': folder.name, **found})
+    storage.write_json(path, {'name': folder.name, **found}, sealed=True)
 
   products.make(path, folder, train)
   return storage.read_json(path)
