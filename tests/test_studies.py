@@ -400,6 +400,10 @@ def test_errors_of_a_study(change, message):
 
 def record(arm, seed, accuracy, variation=None, label=None):
   return {
+    'study': 'x',
+    'model': 'vgg16',
+    'macs': 300,
+    'params': 30,
     'arm': arm,
     'label': label or arm,
     'variation': variation or {},
@@ -471,11 +475,23 @@ def test_merge_keeps_the_order_of_the_study(tmp_path):
   file = tmp_path / 'x.json'
   order = ['c', 'a', 'b']
   for name in ('b', 'gone', 'a', 'c', 'a'):
-    results.merge(file, {'config_hash': name}, order)
+    results.merge(
+      file, {**record('searched', 0, None), 'config_hash': name}, order
+    )
   found = [r['config_hash'] for r in json.loads(file.read_text())]
   assert found == ['c', 'a', 'b', 'gone']
   assert len(file.read_text().splitlines()) == 6  # A record a line.
   assert {p.name for p in tmp_path.iterdir()} == {'x.json', '.lock'}
+
+
+@pytest.mark.parametrize(
+  'wrong', [{'macs': 'many'}, {'counts': [1]}, {'config_hash': None}]
+)
+def test_a_damaged_record_is_refused(tmp_path, wrong):
+  file = tmp_path / 'x.json'
+  file.write_text(json.dumps([{**record('searched', 0, None), **wrong}]))
+  with pytest.raises(errors.UserError, match=r'x.json: Expected .* at `\$'):
+    results.read(file)
 
 
 def test_similarity_of_records():
