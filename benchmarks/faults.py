@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import numpy as np
 
@@ -315,10 +316,10 @@ class Campaign:
     return 'three modes'
 
   def long_run(self, rng: random.Random, seconds: float) -> str:
-    """Memory, open files and threads of one training, over its time."""
-    workdir = self.scratch()
+    """Memory, open files and threads of one training, beside the faults."""
+    workdir = self.folder / 'long'
     fields = {'search.epochs': 0.2, 'train.epochs': 1e5, 'checkpoint_steps': 50}
-    process = start(arguments('run', workdir, **fields))
+    process = start(['nice', *arguments('run', workdir, **fields)])
     samples, end = [], time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
       time.sleep(seconds / 60)
@@ -326,7 +327,7 @@ class Campaign:
     process.send_signal(signal.SIGTERM)
     code, shown = finish(process)
     expect(code == 128 + signal.SIGTERM, f'exit code {code}: {shown[-500:]}')
-    warm, last = samples[len(samples) // 2], samples[-1]
+    warm, last = samples[len(samples) // 6], samples[-1]
     text = '; '.join(
       f'{name} {a:,.0f} -> {b:,.0f}{unit}'
       for name, a, b, unit in zip(
@@ -372,15 +373,18 @@ def campaign(minutes: float, seed: int) -> dict[str, collections.Counter]:
       ('SIGKILL of one of two processes', made.two, 1),
       ('read-only folder', made.read_only, 1),
     ]
-    number = 0
-    length = 60 * minutes / 6
-    trial('long run', lambda r: made.long_run(r, length), f'{seed}/l', found)
-    while time.monotonic() < end:
-      for name, fault, times in turns:
-        for _ in range(times):
-          if time.monotonic() < end:
-            trial(name, fault, f'{seed}/{number}', found)
-            number += 1
+    number, seconds = 0, 60 * minutes
+    with futures.ThreadPoolExecutor() as pool:
+      pool.submit(
+        *(trial, 'long run', lambda r: made.long_run(r, seconds)),
+        *(f'{seed}/long', found),
+      )
+      while time.monotonic() < end:
+        for name, fault, times in turns:
+          for _ in range(times):
+            if time.monotonic() < end:
+              trial(name, fault, f'{seed}/{number}', found)
+              number += 1
   return found
 
 
