@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import costs, errors
+from pfs_jax import costs, errors, fields
 
 # Counts -> milliseconds.
 Latency = Callable[[costs.Counts], float]
+_UNITS = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}
 
 
 class Infeasible(errors.UserError):
@@ -32,12 +33,9 @@ class Infeasible(errors.UserError):
 
   def __init__(self, quantity: str, floor: float, ceiling: float):
     self.quantity, self.floor, self.ceiling = quantity, floor, ceiling
-    name = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}[
-      quantity
-    ]
     super().__init__(
-      f'a budget of {ceiling:,} {name} cannot be met: the narrowest structure '
-      f'allowed has {floor:,} (the floor).'
+      f'a budget of {ceiling:,} {_UNITS[quantity]} cannot be met: the '
+      f'narrowest structure allowed has {floor:,} (the floor).'
     )
 
 
@@ -56,7 +54,7 @@ class Budget:
     min_channels: Channels that every layer keeps, >= 1.
     min_share: Share (0..1) of its channels that every layer keeps.
     round_to: Counts are multiples of it, >= 1.
-    ranking: What is compared across layers, see `profiles.ranked`.
+    ranking: What is compared across layers, see `scores.ranked`.
     power: The exponent of the cost, with the ranking 'cost'.
   """
 
@@ -72,16 +70,13 @@ class Budget:
   power: float = 1.0
 
   def __post_init__(self):
-    for name in ('min_channels', 'round_to'):
+    for name in ('min_channels', 'min_share', 'round_to'):
       value = getattr(self, name)
-      if value < 1 or value != int(value):
+      rule = fields.BY_NAME[f'budget.{name}'].broken(value)
+      if rule:
         raise errors.UserError(
-          f'config.budget.{name} must be an integer >= 1; got {value}.'
+          f'config.budget.{name} must be {rule}; got {value}.'
         )
-    if not 0 <= self.min_share <= 1:
-      raise errors.UserError(
-        f'config.budget.min_share must be in [0, 1]; got {self.min_share}.'
-      )
 
   def least(self, cost_model: costs.CostModel) -> tuple[int, ...]:
     """The narrowest counts allowed: the floor of every budget.
@@ -89,15 +84,12 @@ class Budget:
     The larger of `min_channels` and `min_share` of the layer, rounded up to a
     multiple of `round_to`, but never more than the widest count allowed.
     """
-    counts = []
-    for width, most in zip(
-      cost_model.widths, self.most(cost_model), strict=True
-    ):
-      least = max(
-        self.min_channels, int(np.ceil(self.min_share * width - 1e-9))
-      )
-      counts.append(min(-(-least // self.round_to) * self.round_to, most))
-    return tuple(counts)
+    widths = np.array(cost_model.widths)
+    share = np.ceil(self.min_share * widths - 1e-9).astype(int)
+    least = np.maximum(self.min_channels, share)
+    blocks = -(-least // self.round_to)
+    counts = np.minimum(blocks * self.round_to, self.most(cost_model))
+    return tuple(counts.tolist())
 
   def most(self, cost_model: costs.CostModel) -> tuple[int, ...]:
     """The widest counts allowed: multiples, or all of a narrow layer."""
@@ -152,59 +144,37 @@ def from_section(section: Any, reference_macs: int) -> tuple[Budget, ...]:
   Raises:
     errors.UserError: If the same budget is named twice.
   """
-  suffix = _conditions(section)
-
-  def lower(ceiling, besides):
-    given = [n for n in (ceiling, besides or None) if n is not None]
-    return min(given, default=None)
-
-  def budget(name, macs=None, params=None, milliseconds=None):
-    return Budget(
-      name + suffix,
-      lower(macs, section.max_macs),
-      lower(params, section.max_params),
-      milliseconds,
-      section.latency_batch,
-      section.min_channels,
-      section.min_share,
-      section.round_to,
-      section.ranking,
-      section.power,
-    )
-
-  # A share such as 0.3 is meant exactly, not as the binary float below it.
-  found = [
-    budget(
-      f'keep{share:.12g}',
-      macs=math.floor(fractions.Fraction(str(share)) * reference_macs),
-    )
-    for share in section.keep
-  ]
-  found += [budget(f'macs{int(n)}', macs=int(n)) for n in section.macs]
-  found += [budget(f'params{int(n)}', params=int(n)) for n in section.params]
-  found += [
-    budget(f'latency{ms:.12g}ms', milliseconds=float(ms))
-    for ms in section.latency_ms
-  ]
+  names = [f.name for f in dataclasses.fields(Budget) if f.name in section]
+  common: dict[str, Any] = {n: section[n] for n in names}
+  common['max_macs'] = section.max_macs or None
+  common['max_params'] = section.max_params or None
+  suffix, found = _conditions(Budget(**common)), []
+  asked: list[tuple[str, str, float]] = []
+  for share in section.keep:
+    # A share such as 0.3 is meant exactly, not as the binary float below it.
+    macs = math.floor(fractions.Fraction(str(share)) * reference_macs)
+    asked.append((f'keep{share:.12g}', 'max_macs', macs))
+  asked += [(f'macs{int(n)}', 'max_macs', int(n)) for n in section.macs]
+  asked += [(f'params{int(n)}', 'max_params', int(n)) for n in section.params]
+  for ms in section.latency_ms:
+    asked.append((f'latency{ms:.12g}ms', 'max_latency_ms', float(ms)))
+  for name, quantity, ceiling in asked:
+    lowest = min(ceiling, common.get(quantity) or ceiling)
+    found.append(Budget(**{**common, 'name': name + suffix, quantity: lowest}))
   if len({b.name for b in found}) < len(found):
     raise errors.UserError('config.budget names the same budget twice.')
   return tuple(found)
 
 
-def _conditions(section: Any) -> str:
+def _conditions(budget: Budget) -> str:
   """The end of a budget's name: how it differs from a plain budget."""
   plain, found = Budget(), ''
-  for name in (
-    'latency_batch',
-    'max_macs',
-    'max_params',
-    'min_channels',
-    'min_share',
-    'round_to',
-  ):
-    if section[name] != (getattr(plain, name) or 0):
-      found += f'-{name.replace("_", "")}{section[name]:.12g}'
-  if section.ranking != plain.ranking:
-    found += f'-{section.ranking.replace("_", "")}'
-    found += f'{section.power:.12g}' if section.ranking == 'cost' else ''
+  names = ['latency_batch', 'max_macs', 'max_params']
+  for name in [*names, 'min_channels', 'min_share', 'round_to']:
+    value = getattr(budget, name)
+    if value != getattr(plain, name):
+      found += f'-{name.replace("_", "")}{value:.12g}'
+  if budget.ranking != plain.ranking:
+    found += f'-{budget.ranking.replace("_", "")}'
+    found += f'{budget.power:.12g}' if budget.ranking == 'cost' else ''
   return found

@@ -68,24 +68,19 @@ class ChannelDropout:
     **kwargs: Any,
   ) -> Any:
     """As `nn.Module.apply`."""
+    gates = self.module.unit_gates()
     if train:
       key = jax.random.fold_in((rngs or {})['dropout'], 1)
       gates = self.gates(key, len(x))
-    else:
-      gates = self.module.unit_gates()
-    return self.module.apply(
-      {**variables, 'gates': gates}, x, train=train, rngs=rngs, **kwargs
-    )
+    gated = {**variables, 'gates': gates}
+    return self.module.apply(gated, x, train=train, rngs=rngs, **kwargs)
 
 
 def dropped(cost_model: costs.CostModel) -> np.ndarray:
-  """Channels to drop in each layer [L], for about equal MACs.
+  """Channels of the narrow network to drop in each layer [L].
 
   A quarter of the channels in the layer where that is cheapest, as many MACs
   in the others, at least one channel, at most half of them.
-
-  Args:
-    cost_model: Costs of the narrow network.
   """
   widths = np.array(cost_model.widths)
   spent = scores.channel_costs(cost_model)
@@ -138,26 +133,23 @@ def rises(
   numbers = dropped(cost_model)
   layers = list(zip(cost_model.layers, cost_model.widths, numbers, strict=True))
   found = np.zeros((n, len(layers)))
-  for i, batch in zip(range(n), _forever(batches), strict=False):
+  again = itertools.chain.from_iterable(itertools.repeat(batches))
+  for i, batch in zip(range(n), again, strict=False):
     images = batch[0].shape[0]
-    plain = {name: np.ones((images, width)) for name, width, _ in layers}
+    ones = {
+      name: np.ones((images, width), np.float32) for name, width, _ in layers
+    }
 
     def loss(gates, batch=batch):
-      gates = {name: g.astype(np.float32) for name, g in gates.items()}
-      gates = devices.split_batch(groups.tree(gates))
-      return float(call({**variables, 'gates': gates}, *batch))
+      split = devices.split_batch(groups.tree(gates))
+      return float(call({**variables, 'gates': split}, *batch))
 
-    before = loss(plain)
+    before = loss(ones)
     for j, (name, width, number) in enumerate(layers):
       gates = drawn(width, number, images, rng)
-      found[i, j] = loss({**plain, name: gates}) - before
+      found[i, j] = loss({**ones, name: gates}) - before
   macs = numbers * scores.channel_costs(cost_model)
   return found / (macs / 1e6)[None]
-
-
-def _forever(batches):
-  while True:
-    yield from batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,33 +170,27 @@ class Finding:
   wide: tuple[str, ...]
   narrow: tuple[str, ...]
 
-  def verdict(self, layer: str) -> str:
-    """'too wide', 'too narrow' or ''."""
-    if layer in self.wide:
-      return 'too wide'
-    return 'too narrow' if layer in self.narrow else ''
-
   @property
   def sentence(self) -> str:
     """One sentence for the user."""
-    lowest, highest = min(self.losses.values()), max(self.losses.values())
-    spread = (
-      f'the loss for each MAC differs {highest / lowest:.3g}-fold between '
-      f'layers, and its logarithm has the slope {self.slope:+.1f} over depth'
-    )
     clear = [v > 2 * self.errors[k] for k, v in self.losses.items()]
     if 2 * sum(clear) < len(clear):
       return (
         'The probe cannot tell: in most layers the loss rises by less than two '
         'standard errors. Train it for longer (probe.epochs).'
       )
-    if not (self.wide or self.narrow):
-      return f'The layers are in proportion: {spread}.'
+    ratio = max(self.losses.values()) / min(self.losses.values())
+    spread = (
+      f'the loss for each MAC differs {ratio:.3g}-fold between layers, and its '
+      f'logarithm has the slope {self.slope:+.1f} over depth'
+    )
     parts = [
       f'{", ".join(layers)} {"is" if len(layers) == 1 else "are"} too {word}'
       for word, layers in (('wide', self.wide), ('narrow', self.narrow))
       if layers
     ]
+    if not parts:
+      return f'The layers are in proportion: {spread}.'
     return f'Out of proportion: {" and ".join(parts)} ({spread}).'
 
 
@@ -221,9 +207,9 @@ def finding(layers: Sequence[str], values: np.ndarray) -> Finding:
       over all draws, or that over trainings where it is larger.
   """
   flat = values.reshape(-1, len(layers))
-  error = _standard_error(flat)
-  if len(values) > 1:
-    error = np.maximum(error, _standard_error(values.mean(axis=1)))
+  error = np.maximum(
+    _standard_error(flat), _standard_error(values.mean(axis=1))
+  )
   tiny = 1e-9 * max(float(np.abs(flat).max()), 1e-30)
   mean = np.maximum(np.maximum(flat.mean(axis=0), error), tiny)
   middle = float(np.median(mean))

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import budgets, costs, errors, profiles, structures
+from pfs_jax import budgets, costs, errors, scores, structures
 
 Structure = structures.Structure
-
 Budget = budgets.Budget
 Infeasible = budgets.Infeasible
 Latency = budgets.Latency
-profile_scores = profiles.profile_scores
+profile_scores = scores.profile_scores
 
 
 def _checked(
@@ -79,11 +78,8 @@ def fit(
   min_channels: int = 1,
   round_to: int = 1,
   *,
-  min_share: float = 0.0,
-  max_latency_ms: float | None = None,
   latency: Latency | None = None,
-  ranking: str = 'global',
-  power: float = 1.0,
+  **conditions: Any,
 ) -> Structure:
   """`cut` to a budget that is given by its parts; see `Budget` and `cut`.
 
@@ -96,12 +92,9 @@ def fit(
   budget = Budget(
     max_macs=max_macs,
     max_params=max_params,
-    max_latency_ms=max_latency_ms,
     min_channels=min_channels,
-    min_share=min_share,
     round_to=round_to,
-    ranking=ranking,
-    power=power,
+    **conditions,
   )
   return cut(gates, cost_model, budget, latency)
 
@@ -142,13 +135,13 @@ def cut(
     Infeasible: If even the minimum widths cost more than a ceiling.
   """
   named = dict(zip(gates, _checked(gates, cost_model), strict=True))
-
-  def plain(scores: Mapping[str, Any]) -> Sequence[int]:
-    as_given = dataclasses.replace(budget, ranking='global')
-    return cut(scores, cost_model, as_given, latency).counts
-
-  ranked = profiles.ranked(
-    named, cost_model, budget.ranking, budget.power, plain
+  plain = dataclasses.replace(budget, ranking='global')
+  ranked = scores.ranked(
+    named,
+    cost_model,
+    budget.ranking,
+    budget.power,
+    lambda found: cut(found, cost_model, plain, latency).counts,
   )
   vectors = _checked(ranked, cost_model)
   least = budget.check(cost_model, latency)
@@ -179,14 +172,14 @@ def _blocks(
   vectors: Sequence[np.ndarray], round_to: int
 ) -> tuple[list[np.ndarray], list[int]]:
   """Scores of the blocks of each layer, best first, and its block size."""
-  scores, steps = [], []
+  means, steps = [], []
   for vector in vectors:
     ranked = vector[_sorted_channels(vector)]
     size = min(round_to, len(ranked))
     whole = len(ranked) // size * size
-    scores.append(ranked[:whole].reshape(-1, size).mean(axis=1))
+    means.append(ranked[:whole].reshape(-1, size).mean(axis=1))
     steps.append(size)
-  return scores, steps
+  return means, steps
 
 
 def _cut(blocks, steps, least, fits) -> np.ndarray:

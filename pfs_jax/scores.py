@@ -8,37 +8,30 @@ are {layer name: [C] float}, in the order of the cost model.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
-from pfs_jax import costs
+from pfs_jax import costs, rankings
+
+Scores = dict[str, np.ndarray]
 
 # From gates.
 
 
-def over_layer_mean(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def over_layer_mean(gates: Mapping[str, Any]) -> Scores:
   """Each gate over its layer's mean: scores that favour no layer.
 
   A layer's gates have no scale of their own where BatchNorm follows their
-  consumer, so the layer's mean says how fast the optimiser let them drift.
-
-  Args:
-    gates: {layer name: [C] gates, >= 0}.
-
-  Returns:
-    {layer name: [C] float64}; the mean of each layer is 1, or 0 where all its
-    gates are 0.
+  consumer, so the layer's mean says how fast the optimiser let them drift. The
+  mean of the scores of a layer is 1, or 0 where all its gates are 0.
 
   >>> over_layer_mean({'conv': [1.0, 3.0]})
   {'conv': array([0.5, 1.5])}
   """
-  scores = {}
-  for name, gate in gates.items():
-    gate = np.asarray(gate, np.float64)
-    scores[name] = gate / (gate.mean() or 1.0)
-  return scores
+  arrays = {name: np.asarray(g, np.float64) for name, g in gates.items()}
+  return {name: g / (g.mean() or 1.0) for name, g in arrays.items()}
 
 
 def channel_costs(cost_model: costs.CostModel) -> np.ndarray:
@@ -55,17 +48,11 @@ def channel_costs(cost_model: costs.CostModel) -> np.ndarray:
 
 def over_cost(
   gates: Mapping[str, Any], cost_model: costs.CostModel, power: float
-) -> dict[str, np.ndarray]:
+) -> Scores:
   """Each gate over (the MACs that its channel costs) ** power.
 
-  Args:
-    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
-    cost_model: Costs of the searched network.
-    power: 0 is the paper's ranking; 1 ranks by gate per MAC.
-
-  Returns:
-    {layer name: [C] float64}. Costs are divided by their mean, which changes
-    no order.
+  The power 0 is the paper's ranking; 1 ranks by gate per MAC. Costs are divided
+  by their mean, which changes no order.
   """
   spent = channel_costs(cost_model)
   factors = (spent / spent.mean()) ** power
@@ -83,33 +70,28 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
   return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
-def equal(cost_model: costs.CostModel) -> dict[str, np.ndarray]:
+def equal(cost_model: costs.CostModel) -> Scores:
   """All 1: equal scores are kept evenly in all layers: uniform widths."""
-  return {
-    name: np.ones(width)
-    for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
-  }
+  sizes = zip(cost_model.layers, cost_model.widths, strict=True)
+  return {name: np.ones(width) for name, width in sizes}
 
 
-def random(cost_model: costs.CostModel, seed: int) -> dict[str, np.ndarray]:
+def random(cost_model: costs.CostModel, seed: int) -> Scores:
   """A draw from [0, 1) for each channel: it favours no layer."""
   rng = generator(seed, 'random gates')
-  return {
-    name: rng.random(width)
-    for name, width in zip(cost_model.layers, cost_model.widths, strict=True)
-  }
+  sizes = zip(cost_model.layers, cost_model.widths, strict=True)
+  return {name: rng.random(width) for name, width in sizes}
 
 
 def shuffled(
   cost_model: costs.CostModel, counts: Sequence[int], seed: int
-) -> dict[str, np.ndarray]:
+) -> Scores:
   """Scores that lead the cut to counts permuted among layers of equal width.
 
   The j-th channel of a layer that is to keep t channels gets the score
   t / (j + 0.5). A cut at any threshold then keeps about s * t channels in every
   layer, with one s for all: the permuted counts, scaled as the ceiling asks (s
-  is about 1, since a permutation changes the MACs). Minimum widths and the last
-  channels follow the rules of the cut.
+  is about 1, since a permutation changes the MACs).
 
   Args:
     cost_model: Costs of the searched network.
@@ -130,36 +112,168 @@ def shuffled(
 # From trained weights.
 
 
-def _leaf(params: Mapping[str, Any], layer: str, *names: str) -> np.ndarray:
-  for name in (*layer.split('/'), *names):
+def _leaf(params: Mapping[str, Any], path: str) -> np.ndarray:
+  for name in path.split('/'):
     params = params[name]
   return np.asarray(params, np.float64)
 
 
-def filters(
-  params: Mapping[str, Any], layers: Sequence[str]
-) -> dict[str, np.ndarray]:
+def filters(params: Mapping[str, Any], layers: Sequence[str]) -> Scores:
   """L1 norm of each filter over its layer's mean (Li et al. 2017).
 
   The norms of layers with different fan-in have different scales, hence the
-  mean.
-
-  Args:
-    params: Parameters of the trained network; kernels are [k, k, C_in, C].
-    layers: The gated layers.
+  mean. Kernels are [k, k, C_in, C].
   """
+  kernels = {layer: _leaf(params, f'{layer}/conv/kernel') for layer in layers}
   return over_layer_mean(
-    {
-      layer: np.abs(_leaf(params, layer, 'conv', 'kernel')).sum((0, 1, 2))
-      for layer in layers
-    }
+    {layer: np.abs(k).sum((0, 1, 2)) for layer, k in kernels.items()}
   )
 
 
-def scales(
-  params: Mapping[str, Any], layers: Sequence[str]
-) -> dict[str, np.ndarray]:
+def scales(params: Mapping[str, Any], layers: Sequence[str]) -> Scores:
   """|scale| of each layer's BatchNorm, compared as it is (Liu et al. 2017)."""
+  return {layer: np.abs(_leaf(params, f'{layer}/bn/scale')) for layer in layers}
+
+
+# From width profiles: one weight for each layer.
+
+
+def profile_scores(
+  weights: Mapping[str, float],
+  gates: Mapping[str, Any],
+  least: Mapping[str, int] | None = None,
+) -> Scores:
+  """Scores that lead the cut to a width profile, scaled to any budget.
+
+  The k-th channel (k = 1 .. C) of a layer of weight w has the score
+  w * C / (k - 0.5), so a cut at any score theta keeps about w * C / theta
+  channels in every layer. With all weights 1 that is uniform width.
+
+  >>> profile_scores({'conv': 1.0}, {'conv': [0.2, 0.9]})
+  {'conv': array([1.33333333, 4.        ])}
+
+  Args:
+    weights: {layer name: weight > 0}; only their ratios matter.
+    gates: {layer name: [C]}: the size of each layer, and the order within it,
+      the largest gate first, the earlier channel among equal ones.
+    least: {layer name: channels that come before those of every other layer}.
+  """
+  found, ahead = {}, {}
+  for name, gate in gates.items():
+    order = np.argsort(-np.asarray(gate, np.float64), kind='stable')
+    ranks = np.empty(len(order))
+    ranks[order] = np.arange(len(order))
+    found[name] = weights[name] * len(order) / (ranks + 0.5)
+    ahead[name] = ranks < (least or {}).get(name, 0)
+  top = max(s.max() for s in found.values())
+  return {name: s + top * ahead[name] for name, s in found.items()}
+
+
+def tilt(layers: Sequence[str], slope: float) -> dict[str, float]:
+  """Weights exp(slope * x), with depth x from -1/2 (first layer) to 1/2.
+
+  >>> {k: round(w, 2) for k, w in tilt(['a', 'b', 'c'], 2.0).items()}
+  {'a': 0.37, 'b': 1.0, 'c': 2.72}
+  """
+  depth = np.linspace(-0.5, 0.5, len(layers)) if len(layers) > 1 else [0.0]
+  weights = np.exp(slope * np.asarray(depth))
+  return dict(zip(layers, weights.tolist(), strict=True))
+
+
+def survivors(gates: Mapping[str, Any]) -> dict[str, float]:
+  """The share of each layer's gates above 0, one gate at least.
+
+  In a search that is long enough, the gates of channels that carry nothing
+  reach 0; those that are left say how wide the layer needs to be.
+  """
   return {
-    layer: np.abs(_leaf(params, layer, 'bn', 'scale')) for layer in layers
+    layer: max(1, int((np.asarray(g) > 0).sum())) / len(g)
+    for layer, g in gates.items()
   }
+
+
+def damped(
+  losses: Mapping[str, float],
+  damping: float,
+  before: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+  """Weights times (loss per MAC over its geometric mean) ** damping.
+
+  Layers that hurt most for each MAC get wider.
+
+  Args:
+    losses: {layer: rise of the loss for each MAC removed there, > 0}.
+    damping: 0 leaves the weights as they are; 1 is in proportion to the losses.
+    before: {layer: weight}; all 1 if None.
+  """
+  logs = np.log(np.array(list(losses.values())))
+  factors = np.exp(damping * (logs - logs.mean()))
+  return {
+    layer: factor * (before[layer] if before else 1.0)
+    for layer, factor in zip(losses, factors.tolist(), strict=True)
+  }
+
+
+class Probe(TypedDict):
+  """What is read of probe.json; `stages.probing` writes more.
+
+  Attributes:
+    mean: {layer: rise of the loss for each million MACs, > 0}.
+    before: {layer: weight of the widths that were probed}.
+    damping: That of the config.
+    sentence: What it comes to.
+  """
+
+  mean: dict[str, float]
+  before: dict[str, float]
+  damping: float
+  sentence: str
+
+
+def probed(found: Probe, damping: float | None = None) -> dict[str, float]:
+  """The width profile of a probe; without a damping, with that of its file."""
+  number = found['damping'] if damping is None else damping
+  return damped(found['mean'], number, found['before'])
+
+
+# By name.
+
+
+def ranked(
+  gates: Mapping[str, Any],
+  cost_model: costs.CostModel,
+  ranking: str = 'global',
+  power: float = 1.0,
+  cut: Callable[[Mapping[str, Any]], Sequence[int]] | None = None,
+) -> dict[str, Any]:
+  """The scores that a ranking makes of gates; see docs/tournament.md.
+
+  Within a layer the order stays that of the gates. 'global' leaves the gates as
+  they are (paper, section 3.3). So do 'random' and 'sensitivity': who calls has
+  made these scores.
+
+  Args:
+    gates: {layer name: [C] gates, >= 0}, in the order of the cost model.
+    cost_model: Costs of the searched network.
+    ranking: A name of `rankings`.
+    power: The exponent of the cost, where the name `cost` has no number.
+    cut: Scores -> counts at the budget, for 'blend'.
+  """
+  kind, given = rankings.parse(ranking)
+  number = power if given is None else given
+  if kind == 'layer_mean':
+    return dict(over_layer_mean(gates))
+  if kind == 'cost':
+    return dict(over_cost(gates, cost_model, number))
+  if kind == 'uniform':
+    return dict(equal(cost_model))
+  if kind == 'tilt':
+    return dict(profile_scores(tilt(cost_model.layers, number), gates))
+  if kind == 'survivors':
+    return dict(profile_scores(survivors(gates), gates))
+  if kind == 'blend':
+    assert cut is not None
+    shares = np.array(cut(gates)) / cost_model.widths
+    weights = dict(zip(cost_model.layers, shares**number, strict=True))
+    return dict(profile_scores(weights, gates))
+  return dict(gates)

@@ -6,30 +6,24 @@ import numpy as np
 import pytest
 
 from pfs_jax import errors, stages, storage
-from pfs_jax.stages import diverging
+from pfs_jax.stages import searching
 from tests import small_run
 
 MIXED = {'a': np.array([0.0, 0.3]), 'b': np.array([1.0])}
-
-
-def summary(gates=MIXED, losses=(2.2, 1.9), sparsity=0.5, balance=0.5):
-  records = [{'step': i, 'ce': ce} for i, ce in enumerate(losses)]
-  return diverging.summary(
-    records, gates, classes=10, sparsity=sparsity, balance=balance
-  )
+CHANCE = math.log(10)
 
 
 @pytest.mark.parametrize('value', [0.0, 1.0])
 def test_gates_that_are_all_at_one_end_are_refused(value):
   gates = {k: np.full_like(g, value) for k, g in MIXED.items()}
   with pytest.raises(errors.UserError, match=f'all 3 gates are {value:g}'):
-    diverging.check(gates, steps=1)
-  diverging.check(gates, steps=0)  # No step leaves them at 1.
+    searching.check(gates, steps=1)
+  searching.check(gates, steps=0)  # No step leaves them at 1.
 
 
 def test_other_gates_are_not_refused():
-  diverging.check(MIXED, steps=1)
-  diverging.check({'a': np.full(3, 0.5)}, steps=1)
+  searching.check(MIXED, steps=1)
+  searching.check({'a': np.full(3, 0.5)}, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -38,16 +32,16 @@ def test_other_gates_are_not_refused():
     ({}, ''),
     ({'gates': {'a': np.full(3, 0.5)}}, 'All gates are 0.5'),
     ({'gates': {'a': np.array([0, 1, 1.0])}}, 'exactly 0 or 1'),
-    ({'balance': 92.0}, ''),  # 92 / 4 = 23 < 10 ln 10 = 23.03.
-    ({'balance': 93.0}, 'starts at 23.2, more than 10 times'),
-    ({'balance': 93.0, 'sparsity': 0.6}, ''),
-    ({'balance': 93.0, 'losses': ()}, ''),  # Nothing was searched.
+    ({'regulariser': 92 / 4}, ''),  # 23 < 10 ln 10 = 23.03.
+    ({'regulariser': 93 / 4}, 'starts at 23.2, more than 10 times'),
+    ({'regulariser': 93.0, 'losses': ()}, ''),  # Nothing was searched.
   ],
 )
 def test_warnings(changes, warning):
-  found = summary(**changes)['warnings']
-  assert len(found) == bool(warning)
-  assert warning in ''.join(found)
+  plain = {'losses': (2.2, 1.9), 'gates': MIXED, 'regulariser': 0.125}
+  found = searching.summarise(chance=CHANCE, **{**plain, **changes})
+  assert len(found['warnings']) == bool(warning)
+  assert warning in ''.join(found['warnings'])
 
 
 @pytest.mark.parametrize(
@@ -55,8 +49,7 @@ def test_warnings(changes, warning):
   [((2.38, 2.31), False), ((2.3, 2.19), False), ((2.3, 2.18, 2.4), True)],
 )
 def test_chance_is_the_logarithm_of_the_classes(losses, left):
-  found = summary(losses=losses)
-  assert found['chance_ce'] == math.log(10)
+  found = searching.summarise(losses, MIXED, CHANCE, 0.125)
   assert found['lowest_ce'] == min(losses)
   assert found['left_chance'] is left  # 0.95 ln 10 = 2.187.
 
@@ -64,6 +57,7 @@ def test_chance_is_the_logarithm_of_the_classes(losses, left):
 def test_the_result_tells_of_the_search(finished):
   result = storage.read_json(finished / 'result.json')
   assert set(result['search']) == {'lowest_ce', 'chance_ce', 'left_chance'}
+  assert result['search']['chance_ce'] == math.log(10)
   assert result['warnings'] == []
 
 

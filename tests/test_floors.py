@@ -24,7 +24,7 @@ FLOORS = [
     'structures',
     'user_code',
   },
-  {'budgets', 'data', 'groups', 'layers', 'latency', 'profiles', 'scores'},
+  {'budgets', 'data', 'groups', 'layers', 'latency', 'scores'},
   {'gating', 'prune'},
   {'models', 'interop'},
   {'norms', 'train'},
@@ -40,7 +40,6 @@ PEERS = {
   ('report', 'studies'),
   ('export', 'surgery'),
   ('fields', 'rankings'),
-  ('profiles', 'scores'),
   ('rankings', 'errors'),
 }
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pfs_jax import errors, models, profiles, prune, rankings, scores
+from pfs_jax import errors, models, prune, rankings, scores
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +44,7 @@ def brute_force(weights, model, max_macs, least):
 @pytest.mark.parametrize('slope', [0.0, 1.0, -0.4, 2.5])
 @pytest.mark.parametrize('least', [1, 2])
 def test_a_profile_is_cut_in_proportion_at_every_budget(small, slope, least):
-  weights = profiles.tilt(small.layers, slope)
+  weights = scores.tilt(small.layers, slope)
   profile = prune.profile_scores(weights, scores.equal(small))
   floor = prune.Budget(min_channels=least).least(small)
   dearest = int(scores.channel_costs(small).max())
@@ -76,13 +76,13 @@ def test_equal_weights_are_uniform_width_at_every_budget(name, width):
 
 def test_channels_of_a_layer_keep_the_order_of_the_gates(small):
   gates = scores.random(small, 3)
-  found = prune.profile_scores(profiles.tilt(small.layers, 1.0), gates)
+  found = prune.profile_scores(scores.tilt(small.layers, 1.0), gates)
   for layer, gate in gates.items():
     assert (np.argsort(-found[layer]) == np.argsort(-gate)).all()
 
 
 def test_guarded_channels_come_first(small):
-  weights = profiles.tilt(small.layers, 8.0)  # The first layers get nothing,
+  weights = scores.tilt(small.layers, 8.0)  # The first layers get nothing,
   guarded = dict(zip(small.layers, small.widths, strict=True))
   guarded = {k: n // 2 for k, n in guarded.items()}  # but for these.
   profile = prune.profile_scores(weights, scores.equal(small), guarded)
@@ -96,15 +96,15 @@ def test_guarded_channels_come_first(small):
 
 def test_survivors_count_gates_above_zero():
   gates = {'a': np.array([0.0, 0.5, 0.1, 0.0]), 'b': np.zeros(8)}
-  assert profiles.survivors(gates) == {'a': 0.5, 'b': 1 / 8}
+  assert scores.survivors(gates) == {'a': 0.5, 'b': 1 / 8}
 
 
 def test_damped_weights_by_hand():
   """Losses 1, 4, 16: mean 4; their powers of 1/2 over it are 1/2, 1, 2."""
   losses = {'a': 1.0, 'b': 4.0, 'c': 16.0}
-  found = profiles.damped(losses, 0.5)
+  found = scores.damped(losses, 0.5)
   assert found == pytest.approx({'a': 0.5, 'b': 1.0, 'c': 2.0})
-  again = profiles.damped(losses, 0.5, found)
+  again = scores.damped(losses, 0.5, found)
   assert again == pytest.approx({'a': 0.25, 'b': 1.0, 'c': 4.0})
 
 
@@ -123,7 +123,7 @@ def test_every_ranking_cuts(small):
   named = set(rankings.KNOWN.replace('X', '').replace('[]', '').split(', '))
   assert kinds == named - given
   for name in given:
-    assert profiles.ranked(gates, small, name) == gates
+    assert scores.ranked(gates, small, name) == gates
   assert found['survivors'] == found['uniform'] == found['blend0']
   shares = {k: np.array(v) / small.widths for k, v in found.items()}
   slack = 1.5 / np.array(small.widths)
@@ -136,22 +136,12 @@ def test_every_ranking_cuts(small):
   assert (np.abs(shares['blend1'] - shares['global']) <= 2 * slack).all()
 
 
-def test_a_probe_s_profile_keeps_half_of_uniform_width(small):
-  half = small.macs(small.widths) // 2
-  uniform = prune.fit(scores.equal(small), small, half).counts
-  steep = profiles.tilt(small.layers, 20.0)
-  found = profiles.trusted(steep, scores.equal(small), uniform)
-  counts = prune.fit(found, small, half).counts
-  assert (np.array(counts) >= np.array(uniform) / 2).all()
-  assert counts[0] == -(-uniform[0] // 2) and counts[-1] == small.widths[-1]
-
-
 def test_the_number_of_cost_is_its_power(small):
   gates = scores.random(small, 0)
   half = scores.over_cost(gates, small, 0.5)
   for found in (
-    profiles.ranked(gates, small, 'cost0.5'),
-    profiles.ranked(gates, small, 'cost', power=0.5),
+    scores.ranked(gates, small, 'cost0.5'),
+    scores.ranked(gates, small, 'cost', power=0.5),
   ):
     for layer, score in found.items():
       assert (score == half[layer]).all()

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import study_results
 from pfs_jax import errors, models, prune, scores, storage, studies
-from pfs_jax.studies import arms, engine, plan, products, results, tables
+from pfs_jax.studies import arms, cells, engine, plan, products, results, tables
 from pfs_jax.studies import statistics as stats
 from tests import processes
 
@@ -210,7 +210,7 @@ def test_folded_gates_act_as_gates(name):
   expected = model.gated.apply({**variables, 'gates': gates}, x)
   bare = {k: v for k, v in variables.items() if k != 'gates'}
   norms = {g.name: g.norms[0] for g in model.table.groups}
-  folded = arms.folded(bare, model.by_layer(gates), norms)
+  folded = cells.folded(bare, model.by_layer(gates), norms)
   found = model.reference.apply(folded, x)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
   assert not np.allclose(found, model.reference.apply(bare, x), rtol=1e-3)
@@ -230,8 +230,11 @@ def test_scale_penalty_by_hand():
 
 def test_words_of_arms():
   arm = arms.parse('searched+cost0.5+min_share')
-  assert (arm.scores, arm.ranking, arm.power) == ('gates', 'cost', 0.5)
-  assert arm.overrides == {'budget.min_share': 0.25}
+  assert arm.scores == 'gates'
+  assert arm.overrides == {
+    'budget.ranking': 'cost0.5',
+    'budget.min_share': 0.25,
+  }
   assert arms.parse('pretrained').pretrain_epochs == math.inf
   with pytest.raises(errors.UserError, match='must be of the words full'):
     arms.parse('searched+magic')
@@ -360,7 +363,10 @@ def test_identity_depends_on_what_matters_only():
     ({'arms': ()}, 'config.arms must not be empty'),
     ({'seeds': (1, 1)}, 'config.seeds must name each once'),
     ({'field': 'search.epoch', 'values': (1,)}, 'a field of config.base'),
-    ({'field': 'arm.magic', 'values': (1,)}, 'arm. and one of pretrain_epochs'),
+    (
+      {'field': 'arm.magic', 'values': (1,)},
+      'a field of config.base or arm.pretrain',
+    ),
     ({'field': 'search.epochs'}, 'must be given together'),
     ({'seeds': (0.5,)}, 'config.seeds must be integers; got 0.5'),
     (
@@ -468,7 +474,7 @@ def test_similarity_is_of_structures_that_were_chosen():
   wider = {**first, 'widths': [8, 8]}
   wide = {**record('searched', 0, None), **wider}
   narrow = {**record('searched', 1, None), **first}
-  assert tables.compare([(wide, narrow)]).overlap is None
+  assert tables.overlaps([(wide, narrow)]) == []
 
 
 def test_merge_keeps_the_order_of_the_study(tmp_path):
@@ -498,14 +504,12 @@ def test_similarity_of_records():
   a, b = record('searched', 0, None), record('searched', 1, None)
   a |= {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
   b |= {'counts': {'a': 2, 'b': 3}, 'kept': {'a': '6', 'b': '7'}}
-  found = tables.compare([(a, b)])
-  assert found.correlation == pytest.approx(1)
-  assert found.overlap == pytest.approx((1 / 3 + 3 / 4) / 2)
-  assert found.chance == pytest.approx((14 / 36 + 3 / 4) / 2)
+  chance = (14 / 36 + 3 / 4) / 2
+  (found,) = tables.overlaps([(a, b)])
+  assert found == pytest.approx(((1 / 3 + 3 / 4) / 2, chance))
   c = {**a, 'counts': {'a': 4, 'b': 2}}
-  found = tables.compare([(a, b), (a, c)])
-  assert found.correlation == pytest.approx(0)
-  assert (found.lowest, found.highest) == pytest.approx((-1, 1))
+  found = tables.correlations([(a, b), (a, c)])
+  assert found == pytest.approx([1, -1])
 
 
 # Whole studies, on digits.

@@ -14,7 +14,6 @@ from pfs_jax import (
   config,
   errors,
   probe,
-  profiles,
   prune,
   scores,
   stages,
@@ -110,7 +109,7 @@ def planted(monkeypatch, table):
   monkeypatch.setattr(
     tournament,
     'scored',
-    lambda job, name, root: tournament.scoring.Scored({'name': name}),
+    lambda job, name, root: tournament.products.Scored({'name': name}),
   )
   monkeypatch.setattr(stages.Job, 'cut_plain', lambda job, s: Named(s['name']))
   monkeypatch.setattr(tournament, 'check', lambda job: None)
@@ -250,6 +249,14 @@ def test_processes_share_the_candidates(tmp_path):
 # The probe.
 
 
+def test_a_profile_keeps_half_of_uniform_width(tmp_path):
+  job = stages.Job(small(), tmp_path)
+  model = job.network.cost_model
+  uniform = job.cut_plain(scores.equal(model)).counts
+  counts = job.cut_plain(job.widened(scores.tilt(model.layers, 20.0))).counts
+  assert counts[0] == -(-uniform[0] // 2) and counts[1] > uniform[1]
+
+
 def probed():
   """The config of a probe of 2 steps."""
   fields = {'probe.epochs': 0.4, 'probe.draws': 2, 'probe.share': 1.0}
@@ -284,7 +291,7 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   # The second step probes the widths that the first one gave.
   first = storage.read_arrays(tmp_path / 'cut/probe/step0-seed0/rises.npz')
   finding = probe.finding(layers, first['rises'][None])
-  weights = profiles.damped(finding.losses, 0.5)
+  weights = scores.damped(finding.losses, 0.5)
   assert found['before'] == pytest.approx(weights)
   counts = job.cut_plain(job.widened(weights)).counts
   assert tuple(found['counts']) == counts
@@ -296,7 +303,7 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   gates = scores.random(job.network.cost_model, 0)
   storage.write_arrays(tmp_path / 'cut/search/gates.npz', gates)
   stages.cut(job)
-  profile = job.widened(profiles.probed(found), gates)
+  profile = job.widened(scores.probed(found), gates)
   cut = structures.Structure.from_json(
     (tmp_path / 'cut/structure.json').read_text()
   )
@@ -413,9 +420,10 @@ def test_the_cost_by_hand(tmp_path):
 
 def test_rankings_are_words_of_arms():
   assert arms.parse('tilt-0.4').scores == 'profile'
-  assert arms.parse('searched+blend0.5').ranking == 'blend0.5'
+  blend = arms.parse('searched+blend0.5')
+  assert blend.overrides == {'budget.ranking': 'blend0.5'}
   assert arms.parse('cost0.5') == arms.parse('searched+cost0.5')
-  assert (arms.parse('cost1').ranking, arms.parse('cost1').power) == ('cost', 1)
+  assert arms.parse('cost1') == arms.parse('cost')
   assert arms.parse('sensitivity0.2').scores == 'probe'
   with pytest.raises(errors.UserError, match='no weights to start from'):
     arms.parse('tilt1+rewind')

@@ -12,7 +12,7 @@ import pytest
 
 from pfs_jax import checkpointing, config, devices, errors, models, runs, train
 from pfs_jax.data import pipeline
-from pfs_jax.stages import examining
+from pfs_jax.stages import training
 from tests import processes
 
 
@@ -356,7 +356,7 @@ def test_the_exam_counts_as_the_evaluation_does_and_keeps_mistakes():
   state, test = trained_state(), make_evaluation(10, 8)
   variables = jax.tree.map(jnp.zeros_like, state.variables)
   variables['params']['linear']['bias'] = jnp.asarray([0.0, 1.0, 0.0])
-  exam = examining.examine(state.module, variables, test)
+  exam = training.examine(state.module, variables, test)
   expected = train.evaluate(state.module, variables, test)
   assert (exam.loss, exam.accuracy) == (expected['loss'], expected['accuracy'])
   assert (exam.images, exam.batch) == (10, 8) and exam.milliseconds > 0

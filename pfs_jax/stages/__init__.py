@@ -19,6 +19,7 @@ from pfs_jax.stages import (
 )
 from pfs_jax.stages.job import Job
 
+CHANCE = searching.CHANCE
 search = searching.run
 cut = cutting.cut
 check_budget = cutting.check_budget
@@ -39,38 +40,29 @@ def run(job: Job) -> None:
   train(job)
 
 
-def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
-  """Runs one mode.
-
-  Modes that write into the workdir hold it; the others only read there.
-
-  Args:
-    mode: One of `MODES`.
-    job: Config and workdir.
-    out: The folder of an export; None is the one in the workdir.
-  """
-  if mode == 'export':
-    export(job, out)
-    return
-  if mode in ('info', 'eval'):
-    MODES[mode](job)
-    return
-  with storage.locked(job.workdir) as held:
-    if not held:
-      raise errors.UserError(
-        f'{job.workdir} is in use by another process; wait for it, or give '
-        'another --workdir.'
-      )
-    MODES[mode](job)
-
-
-MODES = {
+# Modes that write into the workdir, which they hold, and those that only read.
+_WRITERS = {
   'search': search,
   'prune': cut,
   'probe': probing.run,
   'train': train,
-  'eval': evaluate,
   'run': run,
-  'export': export,
-  'info': info,
 }
+_READERS = {'eval': evaluate, 'info': info}
+MODES = {**_WRITERS, **_READERS, 'export': export}
+
+
+def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
+  """Runs one of `MODES`; `out` is the folder of an export, if not the usual."""
+  if mode == 'export':
+    export(job, out)
+  elif mode in _READERS:
+    _READERS[mode](job)
+  else:
+    with storage.locked(job.workdir) as held:
+      if not held:
+        raise errors.UserError(
+          f'{job.workdir} is in use by another process; wait for it, or give '
+          'another --workdir.'
+        )
+      _WRITERS[mode](job)

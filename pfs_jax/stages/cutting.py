@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pfs_jax import (
@@ -14,7 +14,6 @@ from pfs_jax import (
   errors,
   latency,
   models,
-  profiles,
   prune,
   rankings,
   runs,
@@ -22,6 +21,8 @@ from pfs_jax import (
   storage,
 )
 from pfs_jax.stages.job import FOLDERS, Job
+
+_COLUMNS = ['budget', 'MACs', 'of reference', 'of searched', 'parameters']
 
 
 def cut(job: Job) -> None:
@@ -38,8 +39,13 @@ def cut(job: Job) -> None:
   rows = []
   for budget in job.budgets:
     check_budget(job, budget)
-    structure = write(job, budget, _fit(job, budget, gates), gates)
-    rows.append(_structure_row(job, budget.name, structure))
+    source = {
+      'search': config.digest(config.identity(job.config, 'search')),
+      'gates_sha256': storage.checksum(gates),
+    }
+    structure = job.cut(_scores(job, budget, gates), budget)
+    structure = write(job, budget, structure, gates, source)
+    rows.append(_row(job, budget.name, structure))
     if budget.max_latency_ms is not None:
       _show_latency(job, structure)
     if structure.tie_share > 0.1:
@@ -48,53 +54,8 @@ def cut(job: Job) -> None:
         f'{budget.name} were chosen among equal gates, not by the search.'
       )
   runs.barrier('structures')
-  console.table(
-    f'Structures in {job.workdir}',
-    [
-      'budget',
-      'MACs',
-      'of reference',
-      'of searched',
-      'parameters',
-      'unused',
-      'binding',
-    ],
-    rows,
-  )
-
-
-def write(
-  job: Job,
-  budget: prune.Budget,
-  structure: prune.Structure,
-  ranked: Mapping[str, Any],
-) -> prune.Structure:
-  """Writes a structure and the channels that it keeps.
-
-  Args:
-    job: The workdir.
-    budget: Its name says in which folder.
-    structure: What was cut.
-    ranked: The scores by which it was cut.
-
-  Returns:
-    The structure, or that of the file where someone gave it other counts: an
-    edited file is kept.
-  """
-  job.note_budget(budget.name)
-  path = job.folder(budget.name) / 'structure.json'
-  edited = _edited(job, path, structure)
-  if edited is not None:
-    console.say(f'{path} was edited and is kept; remove it to cut again.')
-    return edited
-  storage.write_text(path, structure.to_json() + '\n')
-  kept = prune.kept(ranked, structure)
-  storage.write_json(
-    path.with_name('kept.json'),
-    {layer: indices.tolist() for layer, indices in kept.items()},
-    sealed=True,
-  )
-  return structure
+  columns = [*_COLUMNS, 'unused', 'binding']
+  console.table(f'Structures in {job.workdir}', columns, rows)
 
 
 def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
@@ -109,24 +70,48 @@ def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
     raise errors.UserError(
       f'{path} does not exist: run --mode=probe in this workdir first.'
     )
-  found = storage.read_json(path, profiles.Probe)
+  found = storage.read_json(path, scores.Probe)
   if not set(gates) == set(found['mean']) == set(found['before']):
     raise errors.UserError(f'{path} is the probe of another network.')
-  return job.widened(profiles.probed(found, damping), gates)
+  return job.widened(scores.probed(found, damping), gates)
 
 
-def _fit(job: Job, budget: prune.Budget, gates) -> prune.Structure:
-  """The structure of one budget, with where it comes from."""
-  return dataclasses.replace(
-    job.cut(_scores(job, budget, gates), budget),
+def write(
+  job: Job,
+  budget: prune.Budget,
+  structure: prune.Structure,
+  ranked: Mapping[str, Any],
+  source: Mapping[str, Any],
+) -> prune.Structure:
+  """Writes a structure and the channels that it keeps.
+
+  Args:
+    job: The workdir.
+    budget: Its name says in which folder.
+    structure: What was cut.
+    ranked: The scores by which it was cut.
+    source: Where it comes from, besides the budget and the seed.
+
+  Returns:
+    The structure, or that of the file where someone gave it other counts: an
+    edited file is kept.
+  """
+  structure = dataclasses.replace(
+    structure,
     model=job.network.description,
-    source={
-      'budget': budget.name,
-      'seed': job.config.seed,
-      'search': config.digest(config.identity(job.config, 'search')),
-      'gates_sha256': storage.checksum(gates),
-    },
+    source={'budget': budget.name, 'seed': job.config.seed, **source},
   )
+  job.note_budget(budget.name)
+  path = job.folder(budget.name) / 'structure.json'
+  edited = _edited(job, path, structure)
+  if edited is not None:
+    console.say(f'{path} was edited and is kept; remove it to cut again.')
+    return edited
+  storage.write_text(path, structure.to_json() + '\n')
+  kept = prune.kept(ranked, structure).items()
+  lists = {layer: indices.tolist() for layer, indices in kept}
+  storage.write_json(path.with_name('kept.json'), lists, sealed=True)
+  return structure
 
 
 def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
@@ -159,45 +144,41 @@ def check_budget(job: Job, budget: prune.Budget) -> None:
     raise errors.UserError(f'{budget.name}: {e}\nReachable: {hints}.') from e
 
 
-def _reachable(job: Job, budget: prune.Budget, e: prune.Infeasible):
+def _fits(budget: prune.Budget, model, **change) -> bool:
+  try:
+    dataclasses.replace(budget, **change).check(model)
+  except prune.Infeasible:
+    return False
+  return True
+
+
+def _reachable(
+  job: Job, budget: prune.Budget, e: prune.Infeasible
+) -> Iterator[str]:
   """What can be had instead: another budget, multiple or searched width."""
-  if e.quantity == 'macs':
-    share = e.floor / job.network.reference_macs
-    yield f'a budget of {e.floor:,} MACs, {share:.3f} of the reference network'
-  elif e.quantity == 'params':
-    yield f'a budget of {e.floor:,} parameters'
-  else:
-    yield f'a budget of {e.floor:.3g} ms'
+  share = e.floor / job.network.reference_macs
+  yield {
+    'macs': f'a budget of {e.floor:,} MACs, {share:.3f} of the reference '
+    'network',
+    'params': f'a budget of {e.floor:,} parameters',
+    'latency_ms': f'a budget of {e.floor:.3g} ms',
+  }[e.quantity]
   if budget.max_latency_ms is not None:
     return
-
-  def fits(model, **change):
-    try:
-      dataclasses.replace(budget, **change).check(model)
-    except prune.Infeasible:
-      return False
-    return True
-
   multiple = budget.round_to // 2
   while multiple >= 1:
-    if fits(job.network.cost_model, round_to=multiple):
+    if _fits(budget, job.network.cost_model, round_to=multiple):
       yield f'multiples of {multiple} (round_to)'
       break
     multiple //= 2
   c = job.network.description
   if 'name' not in c or 'counts' in c:
     return
+  names = ('name', 'num_classes', 'image_size', 'channels')
   for eighths in range(7, 0, -1):
     width = max(1, c['width'] * eighths // 8)
-    model = models.cost_model(
-      c['name'],
-      c['num_classes'],
-      c['image_size'],
-      c['channels'],
-      width,
-      c['multiplier'],
-    )
-    if fits(model):
+    given = [c[name] for name in names]
+    if _fits(budget, models.cost_model(*given, width, c['multiplier'])):
       yield f'a search at base width {width} (config.model.width)'
       return
 
@@ -228,9 +209,8 @@ def _show_latency(job: Job, structure: prune.Structure) -> None:
   )
 
 
-def _structure_row(job: Job, name: str, structure: prune.Structure):
+def _row(job: Job, name: str, structure: prune.Structure) -> list[str]:
   model = job.network.cost_model
-  searched = model.macs(model.widths)
   unused = ', '.join(
     f'{n:,.4g} ms' if q == 'latency_ms' else f'{n:,} {q}'
     for q, n in structure.unused.items()
@@ -239,7 +219,7 @@ def _structure_row(job: Job, name: str, structure: prune.Structure):
     name,
     f'{structure.macs:,}',
     f'{structure.macs / job.network.reference_macs:.2%}',
-    f'{structure.macs / searched:.2%}',
+    f'{structure.macs / model.macs(model.widths):.2%}',
     f'{structure.params:,}',
     unused,
     structure.binding or '-',
@@ -270,23 +250,15 @@ def read(job: Job) -> tuple[str, prune.Structure]:
   else:
     structure = prune.Structure.from_json(text, path)
   _check_structure(job, path, structure)
-  stem = re.sub(r'[^\w.-]', '-', path.stem)
-  return name or _file_name(
-    str(structure.source.get('budget', stem))
-  ), structure
-
-
-def _file_name(name: str) -> str:
-  """A name of a budget, which names a folder: never a path out of the workdir.
-
-  It may come from a structure file that another person wrote.
-  """
-  if not re.fullmatch(r'\w[\w.-]*', name) or name in FOLDERS:
-    raise errors.UserError(
-      'the name of a budget must be letters, digits, ".", "-" and "_", and not '
-      f'one of {", ".join(FOLDERS)}; got {name!r}.'
-    )
-  return name
+  if not name:  # What another person wrote must not name a path.
+    stem = re.sub(r'[^\w.-]', '-', path.stem)
+    name = str(structure.source.get('budget', stem))
+    if not re.fullmatch(r'\w[\w.-]*', name) or name in FOLDERS:
+      raise errors.UserError(
+        'the name of a budget must be letters, digits, ".", "-" and "_", and '
+        f'not one of {", ".join(FOLDERS)}; got {name!r}.'
+      )
+  return name, structure
 
 
 def _check_structure(job: Job, path, structure: prune.Structure) -> None:

@@ -21,43 +21,26 @@ def run(job: Job, out: pathlib.Path | None = None) -> None:
   state = training.restore(job, name, structure)[-1]
   folder = out or job.folder(name) / 'export'
   result = runs.read_result(job.folder(name) / 'result.json')
+  c = job.config.copy_and_resolve_references()
+  c.dtype = 'float32'
   if storage.is_first_process():
+    accuracy = f'{result["test_accuracy"]:.2%}'
     manifest = export.save(
       folder,
-      _float32(job).network.narrow(structure.counts),
+      Job(c, job.workdir).network.narrow(structure.counts),
       state.variables,
       dataclasses.replace(structure, model=job.network.description),
       dataclasses.replace(job.spec, class_names=tuple(result['class_names'])),
       factory=job.config.model.factory,
       measured={
-        'test accuracy': f'{result["test_accuracy"]:.2%} of '
-        f'{result["test_examples"]} images',
+        'test accuracy': f'{accuracy} of {result["test_examples"]} images',
         'training steps': str(result['steps']),
       },
     )
-    _show(folder, manifest)
+    rows = []
+    for entry in manifest['formats'].values():
+      error, limit = f'{entry["max_error"]:.1e}', f'{entry["tolerance"]:.0e}'
+      rows.append([entry['file'], f'{entry["bytes"]:,}', error, limit])
+    columns = ['file', 'bytes', 'largest error', 'allowed']
+    console.table(f'Exported to {folder}', columns, rows)
   runs.barrier('export')
-
-
-def _float32(job: Job) -> Job:
-  if job.config.dtype == 'float32':
-    return job
-  c = job.config.copy_and_resolve_references()
-  c.dtype = 'float32'
-  return Job(c, job.workdir)
-
-
-def _show(folder, manifest) -> None:
-  console.table(
-    f'Exported to {folder}',
-    ['file', 'bytes', 'largest error', 'allowed'],
-    [
-      [
-        entry['file'],
-        f'{entry["bytes"]:,}',
-        f'{entry["max_error"]:.1e}',
-        f'{entry["tolerance"]:.0e}',
-      ]
-      for entry in manifest['formats'].values()
-    ],
-  )

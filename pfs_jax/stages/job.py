@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-import numpy as np
 
 from pfs_jax import (
   budgets,
@@ -19,8 +19,6 @@ from pfs_jax import (
   devices,
   latency,
   models,
-  norms,
-  profiles,
   prune,
   runs,
   scores,
@@ -30,16 +28,11 @@ from pfs_jax import (
 )
 
 # Folders of a workdir that belong to no budget.
-FOLDERS = (
-  'search',
-  'probe',
-  'tournament',
-  'train',
-  'wide',
-  'reference',
-  'export',
-  'report',
+FOLDERS = tuple(
+  'search probe tournament train wide reference export report'.split()
 )
+# A width profile of a probe keeps this share of each layer's uniform width.
+TRUST = 0.5
 
 
 class Job:
@@ -48,7 +41,7 @@ class Job:
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
     config.validate(c)
     self.config, self.workdir = c, workdir
-    self._reseeded: dict[int, Job] = {}
+    self._reseeded: dict[int, Job] = {0: self}
     # The budget whose files are in the workdir itself; None in a new one.
     first = workdir / 'budget.txt'
     self._first = storage.read_text(first).strip() if first.exists() else None
@@ -58,11 +51,8 @@ class Job:
 
   def _network(self) -> models.Network:
     c, dtype = self.config.model, config.DTYPES[self.config.dtype]
-    shape = (
-      self.spec.num_classes,
-      self.spec.image_size,
-      self.spec.channels,
-    )
+    size = self.spec.image_size
+    shape = (self.spec.num_classes, size, self.spec.channels)
     if c.factory:
       return surgery.network_from_factory(
         c.factory,
@@ -90,6 +80,43 @@ class Job:
     """The registry's name, or where the user's own model comes from."""
     return self.config.model.factory or self.config.model.name
 
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return (self.spec.image_size, self.spec.image_size, self.spec.channels)
+
+  @functools.cached_property
+  def data(self) -> Any:
+    """The data set (see `data.open_set`), read at first use."""
+    return data.open_set(self.config, self.workdir)
+
+  @functools.cached_property
+  def first_weights(self) -> Any:
+    """The random variables of the searched network before any training."""
+    key = config.key(self.config.seed, 'search weights')
+    drawn = models.init(self.network.gated, key, self.image_shape)
+    return self.network.table.awake(drawn)
+
+  def reseeded(self, i: int) -> Job:
+    """The same run with the i-th other seed; itself for 0."""
+    if i not in self._reseeded:
+      c = self.config.copy_and_resolve_references()
+      c.seed = config.other_seed(c.seed, i)
+      self._reseeded[i] = Job(c, self.workdir)
+    return self._reseeded[i]
+
+  def plan(self, total_steps: int, evaluate_steps: int) -> train.Plan:
+    """The plan of a loop under this config."""
+    return train.Plan(
+      total_steps=total_steps,
+      log_steps=self.config.log_steps,
+      evaluate_steps=evaluate_steps,
+      checkpoint_steps=self.config.checkpoint_steps,
+      steps_per_call=devices.steps_per_call(self.config.steps_per_call),
+    )
+
+  # Cuts.
+
   @functools.cached_property
   def latency_model(self) -> latency.LatencyModel:
     """Milliseconds of a batch on the present device, measured at first use."""
@@ -106,20 +133,20 @@ class Job:
     return None if budget.max_latency_ms is None else self.latency_model
 
   def cut(
-    self, scores: Mapping[str, Any], budget: prune.Budget
+    self, ranked: Mapping[str, Any], budget: prune.Budget
   ) -> prune.Structure:
     """The structure of the searched network that a budget allows."""
     model = self.network.cost_model
-    return prune.cut(scores, model, budget, self.latency_of(budget))
+    return prune.cut(ranked, model, budget, self.latency_of(budget))
 
-  def cut_plain(self, scores: Mapping[str, Any]) -> prune.Structure:
+  def cut_plain(self, ranked: Mapping[str, Any]) -> prune.Structure:
     """The first budget's structure, of scores that are already ranked."""
     budget = dataclasses.replace(self.budgets[0], ranking='global')
-    return self.cut(scores, budget)
+    return self.cut(ranked, budget)
 
   def widened(
     self, weights: Mapping[str, float], gates: Mapping[str, Any] | None = None
-  ) -> dict[str, np.ndarray]:
+  ) -> scores.Scores:
     """Scores of a width profile that keeps half of each uniform width.
 
     Args:
@@ -128,49 +155,11 @@ class Job:
     """
     equal = scores.equal(self.network.cost_model)
     uniform = self.cut_plain(equal).counts
-    return profiles.trusted(weights, gates or equal, uniform)
+    least = (math.ceil(TRUST * count) for count in uniform)
+    guarded = dict(zip(equal, least, strict=True))
+    return scores.profile_scores(weights, gates or equal, guarded)
 
-  def reseeded(self, i: int) -> Job:
-    """The same run with the i-th other seed; itself for 0."""
-    if i and i not in self._reseeded:
-      c = self.config.copy_and_resolve_references()
-      c.seed = config.other_seed(c.seed, i)
-      self._reseeded[i] = Job(c, self.workdir)
-    return self._reseeded[i] if i else self
-
-  @functools.cached_property
-  def data(self) -> Any:
-    """The data set (see `data.open_set`), read at first use."""
-    return data.open_set(self.config, self.workdir)
-
-  @functools.cached_property
-  def first_weights(self) -> Any:
-    """The random variables of the searched network before any training."""
-    key = config.key(self.config.seed, 'search weights')
-    drawn = models.init(self.network.gated, key, self.image_shape)
-    return self.network.table.awake(drawn)
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C)."""
-    return (self.spec.image_size, self.spec.image_size, self.spec.channels)
-
-  def refresher(self, state: Any, source: Any) -> Callable[[Any, int], Any]:
-    """Which state is evaluated; see `norms.refresher`."""
-    c = self.config
-    return norms.refresher(
-      c.train.statistics, bool(c.model.factory), state, source
-    )
-
-  def plan(self, total_steps: int, evaluate_steps: int) -> train.Plan:
-    """The plan of a loop under this config."""
-    return train.Plan(
-      total_steps=total_steps,
-      log_steps=self.config.log_steps,
-      evaluate_steps=evaluate_steps,
-      checkpoint_steps=self.config.checkpoint_steps,
-      steps_per_call=devices.steps_per_call(self.config.steps_per_call),
-    )
+  # Files.
 
   def folder(self, budget: str) -> pathlib.Path:
     """The folder with the files of one budget.
@@ -190,21 +179,20 @@ class Job:
 
   def budget_folders(self) -> dict[str, pathlib.Path]:
     """{budget: folder} of the structures and results in the workdir."""
-    first = self._first or self.budgets[0].name
     inside = [p for p in self.workdir.glob('*/') if p.name not in FOLDERS]
-    folders = {first: self.workdir, **{p.name: p for p in inside}}
+    folders = {self._first or self.budgets[0].name: self.workdir}
+    folders |= {p.name: p for p in sorted(inside)}
+    files = ('structure.json', 'result.json')
     return {
       name: folder
-      for name, folder in sorted(folders.items(), key=lambda item: item[1])
-      if (folder / 'structure.json').exists()
-      or (folder / 'result.json').exists()
+      for name, folder in folders.items()
+      if any((folder / file).exists() for file in files)
     }
 
   def note_config(self) -> None:
     """Writes the whole config and the versions beside what they produce."""
-    storage.write_json(
-      self.workdir / 'config.json', self.config.to_dict(), sealed=True
-    )
-    storage.write_json(
-      self.workdir / 'versions.json', runs.versions(), sealed=True
-    )
+    for name, content in (
+      ('config', self.config.to_dict()),
+      ('versions', runs.versions()),
+    ):
+      storage.write_json(self.workdir / f'{name}.json', content, sealed=True)

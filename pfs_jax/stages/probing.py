@@ -16,7 +16,6 @@ from pfs_jax import (
   errors,
   models,
   probe,
-  profiles,
   runs,
   scores,
   storage,
@@ -30,11 +29,8 @@ def run(job: Job) -> None:
   path = job.workdir / 'probe.json'
   found = measure(job, job.workdir / 'probe')
   storage.write_json(path, found, sealed=True)
-  console.table(
-    f'Rise of the loss for each million MACs, {found["budget"]}, {path}',
-    found['columns'],
-    found['rows'],
-  )
+  title = f'Rise of the loss for each million MACs, {found["budget"]}, {path}'
+  console.table(title, found['columns'], found['rows'])
   console.say(found['sentence'])
 
 
@@ -65,25 +61,22 @@ def cost(job: Job) -> float:
   Raises:
     errors.UserError: No images are held out, or the cost is more than allowed.
   """
-  c = job.config
-  if not c.data.validation_examples:
-    raise errors.UserError(
-      'config.data.validation_examples must be >= 1 for a probe; got 0.'
-    )
+  c, field = job.config.probe, 'config.data.validation_examples'
+  if not job.config.data.validation_examples:
+    raise errors.UserError(f'{field} must be >= 1 for a probe; got 0.')
+  batch_size, epochs = job.config.train.batch_size, job.config.train.epochs
   epoch, every = (
-    job.data.train_source('train', hold_out=out).steps_per_epoch
-    * c.train.batch_size
+    job.data.train_source('train', hold_out=out).steps_per_epoch * batch_size
     for out in (True, False)
   )
-  batch = min(c.data.eval_batch_size, job.data.validation().size)
+  batch = min(job.config.data.eval_batch_size, job.data.validation().size)
   layers = len(job.network.cost_model.layers) + 1
-  each = 3 * c.probe.epochs * epoch + layers * c.probe.draws * batch
-  share = c.probe.seeds * c.probe.steps * each / (3 * c.train.epochs * every)
-  if share > c.probe.share:
+  each = 3 * c.epochs * epoch + layers * c.draws * batch
+  share = c.seeds * c.steps * each / (3 * epochs * every)
+  if share > c.share:
     raise errors.UserError(
       f'config.probe.share must be >= {math.ceil(100 * share) / 100:g}, what '
-      f'the probe costs of a training of {c.train.epochs:g} epochs; got '
-      f'{c.probe.share:g}.'
+      f'the probe costs of a training of {epochs:g} epochs; got {c.share:g}.'
     )
   return share
 
@@ -96,30 +89,24 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   for step in range(c.steps):
     before = after
     counts = job.cut_plain(job.widened(before)).counts
-    values = np.stack(
-      [
-        _rises(job.reseeded(i), counts, folder / f'step{step}-seed{i}')
-        for i in range(c.seeds)
-      ]
-    )
-    found = probe.finding(model.layers, values)
-    after = profiles.damped(found.losses, c.damping, before)
-  table = [
-    [
-      layer,
-      str(count),
-      f'{found.losses[layer]:.4g}',
-      f'{found.errors[layer]:.2g}',
-      found.verdict(layer),
-      f'{after[layer]:.2f}',
-    ]
-    for layer, count in zip(model.layers, counts, strict=True)
-  ]
+    values = []
+    for i in range(c.seeds):
+      part = folder / f'step{step}-seed{i}'
+      values.append(_rises(job.reseeded(i), counts, part))
+    found = probe.finding(model.layers, np.stack(values))
+    after = scores.damped(found.losses, c.damping, before)
+  rows = []
+  for layer, count in zip(model.layers, counts, strict=True):
+    loss, error = f'{found.losses[layer]:.4g}', f'{found.errors[layer]:.2g}'
+    verdict = 'too wide' if layer in found.wide else ''
+    verdict = 'too narrow' if layer in found.narrow else verdict
+    weight = f'{after[layer]:.2f}'
+    rows.append([layer, str(count), loss, error, verdict, weight])
   return {
     'budget': job.budgets[0].name,
     'layers': list(model.layers),
     'counts': list(counts),
-    'losses': values.reshape(-1, len(counts)).T.tolist(),
+    'losses': np.concatenate(values).T.tolist(),
     'mean': found.losses,
     'error': found.errors,
     'slope': found.slope,
@@ -130,7 +117,7 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     'sentence': found.sentence,
     'seconds': clock.seconds(),
     'columns': ['layer', 'channels', 'loss', 'error', '', 'weight'],
-    'rows': table,
+    'rows': rows,
   }
 
 

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from pfs_jax import config, console, runs, search, storage, train
-from pfs_jax.stages import cutting, diverging
+from pfs_jax import (
+  config,
+  console,
+  errors,
+  norms,
+  runs,
+  search,
+  storage,
+  train,
+)
+from pfs_jax.stages import cutting
 from pfs_jax.stages.job import Job
+
+# A network whose lowest cross-entropy is above this share of that of chance has
+# learned nothing about the classes.
+CHANCE = 0.95
+# Where the regulariser starts above this multiple of the cross-entropy of
+# chance, Adam's steps follow the regulariser alone.
+_DOMINANT = 10.0
 
 
 def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
@@ -51,8 +69,8 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
     key=config.key(c.seed, 'search dropout'),
     classifier=_classifier(job),
   )
-
-  refreshed = job.refresher(state, source)
+  own = bool(c.model.factory)
+  refreshed = norms.refresher(c.train.statistics, own, state, source)
 
   def evaluate(state, step):
     gates = network.by_layer(jax.device_get(state.gates))
@@ -82,8 +100,11 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
         evaluate=evaluate,
       )
   runs.barrier('search')
-  gates = _selected(job, folder, network.by_layer(jax.device_get(state.gates)))
-  diverging.check(gates, total)
+  gates = network.by_layer(jax.device_get(state.gates))
+  best = search.select(runs.read_metrics(folder), c.search.sparsity)
+  if best is not None:
+    gates = storage.read_arrays(folder / 'gates' / f'{best:08d}.npz')
+  check(gates, total)
   storage.write_arrays(folder / 'gates.npz', gates, sealed=True)
   runs.barrier('gates')
 
@@ -98,13 +119,23 @@ def _classifier(job: Job) -> str | None:
   )
 
 
-def _selected(job: Job, folder: pathlib.Path, last):
-  """The gates of the evaluation that the selection rule takes."""
-  records = runs.read_metrics(folder)
-  step = search.select(records, job.config.search.sparsity)
-  if step is None:
-    return last
-  return storage.read_arrays(folder / 'gates' / f'{step:08d}.npz')
+# What its losses and its gates say.
+
+
+def check(gates: Mapping[str, np.ndarray], steps: int) -> None:
+  """Refuses gates that no cut can rank: all are 0, or all are 1.
+
+  After 0 steps all gates are 1, which is no divergence.
+
+  >>> check({'conv': np.array([0.0, 1.0])}, steps=9)
+  """
+  values = np.concatenate([np.ravel(g) for g in gates.values()])
+  if steps and values[0] in (0, 1) and (values == values[0]).all():
+    raise errors.UserError(
+      f'the search diverged: all {values.size} gates are {values[0]:g}, so '
+      'there is nothing to rank.\nLower config.search.learning_rate or '
+      'config.search.balance, and delete the folder search/ of the workdir.'
+    )
 
 
 def summary(job: Job) -> dict[str, Any]:
@@ -112,10 +143,56 @@ def summary(job: Job) -> dict[str, Any]:
   folder, c = job.workdir / 'search', job.config.search
   if not (folder / 'gates.npz').exists():
     return {}
-  return diverging.summary(
-    runs.read_metrics(folder),
+  return summarise(
+    [r['ce'] for r in runs.read_metrics(folder) if 'ce' in r],
     storage.read_arrays(folder / 'gates.npz'),
-    classes=job.spec.num_classes,
-    sparsity=c.sparsity,
-    balance=c.balance,
+    math.log(job.spec.num_classes),
+    c.balance * (1 - c.sparsity) ** 2,
   )
+
+
+def summarise(
+  losses: Sequence[float],
+  gates: Mapping[str, np.ndarray],
+  chance: float,
+  regulariser: float,
+) -> dict[str, Any]:
+  """What the numbers of a search say.
+
+  Args:
+    losses: Mean cross-entropies of its records.
+    gates: The gates that were chosen: {layer: [C]}.
+    chance: The cross-entropy of chance: ln of the number of classes.
+    regulariser: What the regulariser adds to the loss at the start.
+
+  Returns:
+    'lowest_ce' (None without records), 'chance_ce', 'left_chance' (whether the
+    lowest is below 0.95 of it), and 'warnings': a sentence where all gates are
+    equal, all gates are exactly 0 or 1, or the regulariser starts above 10
+    times the cross-entropy of chance.
+  """
+  lowest = min(losses, default=None)
+  values = np.concatenate([np.ravel(g) for g in gates.values()])
+  warnings = []
+  if losses and np.ptp(values) == 0:
+    warnings.append(
+      f'All gates are {values[0]:g}: the structure is uniform width, and the '
+      'search chose nothing.'
+    )
+  elif losses and np.isin(values, (0, 1)).all():
+    warnings.append(
+      'All gates are exactly 0 or 1: config.search.learning_rate is too high, '
+      'and most channels were chosen among equal gates.'
+    )
+  if losses and regulariser > _DOMINANT * chance:
+    warnings.append(
+      f'The regulariser starts at {regulariser:.3g}, more than {_DOMINANT:g} '
+      f'times the cross-entropy of chance ({chance:.3g}): the search follows '
+      'it alone. Lower config.search.balance.'
+    )
+  return {
+    'lowest_ce': lowest,
+    'chance_ce': chance,
+    'left_chance': lowest is not None and lowest < CHANCE * chance,
+    'warnings': warnings,
+  }

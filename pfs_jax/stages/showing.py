@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from pfs_jax import console, costs, profiles, prune, runs, storage
+from collections.abc import Sequence
+
+from pfs_jax import console, costs, prune, runs, scores, storage
 from pfs_jax.stages.job import Job
+
+
+def _costs(job: Job, label: str, macs: int, params: int) -> list[str]:
+  """A row with the costs of a network and its share of the reference's MACs."""
+  share = macs / job.network.reference_macs
+  return [label, f'{macs:,}', f'{share:.1%}', f'{params:,}']
 
 
 def show(job: Job, name: str, structure: prune.Structure) -> None:
@@ -12,68 +20,52 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
   network, model = job.network, job.network.cost_model
   searched = (model.macs(model.widths), model.params(model.widths))
   reference = (network.reference_macs, network.reference_params)
+  rows = []
+  for layer, width, count in zip(
+    model.layers, model.widths, structure.counts, strict=True
+  ):
+    rows.append([layer, str(width), str(count), f'{count / width:.0%}'])
+  columns = ['layer', 'searched', 'kept', 'share']
+  console.table(f'Channels kept ({name})', columns, rows)
 
-  def row(label, macs, params, accuracy):
-    shown = '-' if accuracy is None else f'{accuracy:.2%}'
-    share = f'{macs / network.reference_macs:.1%}'
-    return [label, f'{macs:,}', share, f'{params:,}', shown]
+  def shown(accuracy: float | None) -> str:
+    return '-' if accuracy is None else f'{accuracy:.2%}'
 
-  console.table(
-    f'Channels kept ({name})',
-    ['layer', 'searched', 'kept', 'share'],
-    [
-      [layer, str(width), str(count), f'{count / width:.0%}']
-      for layer, width, count in zip(
-        model.layers, model.widths, structure.counts, strict=True
-      )
-    ],
-  )
+  narrow = _costs(job, 'narrow', result['macs'], result['params'])
+  accuracy = shown(result['reference_test_accuracy'])
   console.table(
     f'{job.workdir}: {job.model_name} on {job.config.data.name}, seed '
     f'{job.config.seed}, {console.duration(result["seconds"])} of training',
     ['network', 'MACs', 'of reference', 'parameters', 'test accuracy'],
     [
-      row('reference', *reference, result['reference_test_accuracy']),
-      row('searched', *searched, None),
-      row('narrow', result['macs'], result['params'], result['test_accuracy']),
+      [*_costs(job, 'reference', *reference), accuracy],
+      [*_costs(job, 'searched', *searched), '-'],
+      [*narrow, shown(result['test_accuracy'])],
     ],
   )
 
 
 def info(job: Job) -> None:
   """Layers, MACs, parameters and floors; reads no data, trains nothing."""
-  network, model = job.network, job.network.cost_model
-  total = model.macs(model.widths)
+  model = job.network.cost_model
   if job.config.model.factory:
-    console.say(str(network.table))
-  rows = []
-  for op in model.ops:
-    if op.kind != 'norm':
-      rows.append(_info_row(op, model, total))
+    console.say(str(job.network.table))
+  columns = ['layer', 'kind', 'output', 'channels', 'MACs', 'share']
   console.table(
     f'{job.model_name}, searched network',
-    [
-      'layer',
-      'kind',
-      'output',
-      'channels',
-      'MACs',
-      'share',
-      'parameters',
-      'share',
-      'group',
-    ],
-    rows,
+    [*columns, 'parameters', 'share', 'group'],
+    [_layer(op, model) for op in model.ops if op.kind != 'norm'],
   )
-  _info_totals(job, network, model, total)
+  columns = ['', 'MACs', 'of reference', 'parameters']
+  console.table('Totals', columns, _totals(job))
   probe = job.workdir / 'probe.json'
   if probe.exists():
-    console.say(storage.read_json(probe, profiles.Probe)['sentence'])
+    console.say(storage.read_json(probe, scores.Probe)['sentence'])
   else:
     console.say('--mode=probe tells which layers are out of proportion.')
 
 
-def _info_row(op: costs.Layer, model: costs.CostModel, total: int) -> list[str]:
+def _layer(op: costs.Layer, model: costs.CostModel) -> list[str]:
   """One layer; its group is the one that it makes, if it makes only that."""
   inputs, outputs = op.channels(model.widths)
   macs, params = op.macs(model.widths), op.params(model.widths)
@@ -84,39 +76,34 @@ def _info_row(op: costs.Layer, model: costs.CostModel, total: int) -> list[str]:
     'x'.join(map(str, op.output_size)) or '1',
     f'{inputs} -> {outputs}',
     f'{macs:,}',
-    f'{macs / total:.1%}',
+    f'{macs / model.macs(model.widths):.1%}',
     f'{params:,}',
     f'{params / model.params(model.widths):.1%}',
     group,
   ]
 
 
-def _info_totals(job: Job, network, model, total: int) -> None:
-  rows = [
-    [
-      'reference network',
-      f'{network.reference_macs:,}',
-      '100.0%',
-      f'{network.reference_params:,}',
-    ]
-  ]
+def _totals(job: Job) -> list[list[str]]:
+  """The costs of both networks, the floors, and which budgets can be met."""
+  network, model = job.network, job.network.cost_model
 
-  def row(label, counts):
-    macs, params = model.macs(counts), model.params(counts)
-    share = f'{macs / network.reference_macs:.1%}'
-    return [label, f'{macs:,}', share, f'{params:,}']
+  def row(label: str, counts: Sequence[int]) -> list[str]:
+    return _costs(job, label, model.macs(counts), model.params(counts))
 
+  reference = (network.reference_macs, network.reference_params)
+  rows = [_costs(job, 'reference network', *reference)]
   rows.append(row('searched network', model.widths))
   for multiple in (1, 8, 16):
     least = prune.Budget(round_to=multiple).least(model)
     rows.append(row(f'floor, multiples of {multiple}', least))
   for budget in job.budgets:
-    if budget.max_latency_ms is not None:
-      rows.append([f'budget {budget.name}', 'measured when cut', '', ''])
-      continue
+    said = 'can be met'
     try:
-      budget.check(model)
-      rows.append([f'budget {budget.name}', 'can be met', '', ''])
+      if budget.max_latency_ms is None:
+        budget.check(model)
+      else:
+        said = 'measured when cut'
     except prune.Infeasible as e:
-      rows.append([f'budget {budget.name}', f'floor {e.floor:,}', '', ''])
-  console.table('Totals', ['', 'MACs', 'of reference', 'parameters'], rows)
+      said = f'floor {e.floor:,}'
+    rows.append([f'budget {budget.name}', said, '', ''])
+  return rows

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -24,50 +26,17 @@ from pfs_jax import (
   storage,
   train,
 )
-from pfs_jax.stages import cutting, examining, searching, showing
+from pfs_jax.stages import cutting, searching, showing
 from pfs_jax.stages.job import Job
 
+_MISTAKES = 12  # Misclassified images that are kept.
 
-def _train_identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
+
+def _identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
   return {
     **config.identity(job.config, 'train'),
     'structure.counts': list(structure.counts),
   }
-
-
-def _kept(job: Job, name: str, structure: prune.Structure) -> dict[str, Any]:
-  """Which channels the cut kept; read only where weights come along."""
-  path = job.folder(name) / 'kept.json'
-  kept = storage.read_json(path, dict[str, list[int]])
-  lengths = {layer: len(indices) for layer, indices in kept.items()}
-  expected = dict(zip(structure.layers, structure.counts, strict=True))
-  if lengths != expected:
-    raise errors.UserError(
-      f'{path} does not belong to the structure: it keeps other counts. Run '
-      '--mode=prune again.'
-    )
-  return kept
-
-
-def _inherited(job: Job, name: str, structure: prune.Structure):
-  """The narrow network's first weights by `config.train.init`; None: random.
-
-  The wide network starts from the weights that the search froze. 'inherit'
-  trains it first (in wide/) and takes the kept channels of what comes out;
-  'rewind' takes those of the first weights, as a lottery ticket does.
-  """
-  if job.config.train.init == 'random':
-    return None
-  kept = _kept(job, name, structure)
-  first = {k: v for k, v in job.first_weights.items() if k != 'gates'}
-  if job.config.train.init == 'inherit':
-    folder = job.workdir / 'wide'
-    identity = config.identity(job.config, 'train')
-    runs.claim(folder, {**identity, 'config.train.init': 'random'})
-    wide = job.network.narrow(job.network.cost_model.widths)
-    epochs = job.config.train.wide_epochs or job.config.train.epochs
-    first = fit(job, wide, folder, 'wide', epochs, first).variables
-  return job.network.slice_variables(jax.device_get(first), kept)
 
 
 def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
@@ -82,19 +51,53 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
     runs.claim(job.workdir / 'search', config.identity(job.config, 'search'))
   name, structure = cutting.read(job)
   job.note_budget(name)
-  folder = job.folder(name) / 'train'
-  runs.claim(folder, _train_identity(job, structure))
-  if not (job.folder(name) / 'result.json').exists():
+  folder = job.folder(name)
+  runs.claim(folder / 'train', _identity(job, structure))
+  if not (folder / 'result.json').exists():
     job.note_config()
     epochs = job.config.train.epochs
     if job.config.train.scratch == 'B':
       epochs *= job.network.reference_macs / structure.macs
     module = job.network.narrow(structure.counts)
-    weights = weights or _inherited(job, name, structure)
-    state = fit(job, module, folder, 'train', epochs, weights)
+    weights = weights or _inherited(job, folder / 'kept.json', structure)
+    state = fit(job, module, folder / 'train', 'train', epochs, weights)
     reference = _reference(job)
-    _write_result(job, name, structure, module, state, folder, reference)
+    exam = examine(module, state.variables, job.data.test())
+    if exam.mistakes:
+      path = folder / 'train' / 'mistakes.npz'
+      storage.write_arrays(path, exam.mistakes, sealed=True)
+    result = _result(job, name, structure, exam, reference)
+    result['steps'] = int(state.step)
+    storage.write_json(folder / 'result.json', result, sealed=True)
+    runs.barrier('result')
   showing.show(job, name, structure)
+
+
+def _inherited(job: Job, path: pathlib.Path, structure: prune.Structure):
+  """The narrow network's first weights by `config.train.init`; None: random.
+
+  The wide network starts from the weights that the search froze. 'inherit'
+  trains it first (in wide/) and takes the kept channels of what comes out;
+  'rewind' takes those of the first weights, as a lottery ticket does.
+  """
+  if job.config.train.init == 'random':
+    return None
+  kept = storage.read_json(path, dict[str, list[int]])
+  lengths = {layer: len(indices) for layer, indices in kept.items()}
+  if lengths != dict(zip(structure.layers, structure.counts, strict=True)):
+    raise errors.UserError(
+      f'{path} does not belong to the structure: it keeps other counts. Run '
+      '--mode=prune again.'
+    )
+  first = {k: v for k, v in job.first_weights.items() if k != 'gates'}
+  if job.config.train.init == 'inherit':
+    folder = job.workdir / 'wide'
+    identity = config.identity(job.config, 'train')
+    runs.claim(folder, {**identity, 'config.train.init': 'random'})
+    wide = job.network.narrow(job.network.cost_model.widths)
+    epochs = job.config.train.wide_epochs or job.config.train.epochs
+    first = fit(job, wide, folder, 'wide', epochs, first).variables
+  return job.network.slice_variables(jax.device_get(first), kept)
 
 
 def fit(
@@ -125,13 +128,15 @@ def fit(
   Returns:
     The state after the last step.
   """
-  hold_out = job.config.train.holdout if hold_out is None else hold_out
+  c = job.config
+  hold_out = c.train.holdout if hold_out is None else hold_out
   validation = job.data.validation() if hold_out else None
   source = job.data.train_source('train', hold_out=hold_out)
   per_epoch = source.steps_per_epoch
   total = config.steps(epochs, per_epoch)
   state = _initial(job, module, total, label, weights, penalty)
-  refreshed = job.refresher(state, source)
+  own = bool(c.model.factory)
+  refreshed = norms.refresher(c.train.statistics, own, state, source)
 
   def evaluate(state, step):
     if watch is not None:
@@ -181,28 +186,79 @@ def _reference(job: Job) -> dict[str, float]:
     return {}
   folder = job.workdir / 'reference'
   runs.claim(folder, config.identity(job.config, 'train'))
-  result = folder / 'result.json'
-  if not result.exists():
+  path = folder / 'result.json'
+  if not path.exists():
     module = job.network.reference
     state = fit(job, module, folder, 'reference', job.config.train.epochs)
-    exam = examining.examine(module, state.variables, job.data.test())
+    exam = examine(module, state.variables, job.data.test())
     found = {'test_accuracy': exam.accuracy, 'batch_ms': exam.milliseconds}
-    storage.write_json(result, found, sealed=True)
+    storage.write_json(path, found, sealed=True)
     runs.barrier('reference')
-  return storage.read_json(result, dict[str, float])
+  return storage.read_json(path, dict[str, float])
 
 
-def _write_result(job, name, structure, module, state, folder, reference):
+# The test set.
+
+
+class Exam(NamedTuple):
+  """What a network does on the test images.
+
+  Attributes:
+    accuracy: The share of them that it classifies correctly.
+    loss: The mean cross-entropy.
+    images: Their number.
+    batch: The images of a batch.
+    milliseconds: The least time of a batch, of three.
+    mistakes: The first images that it misclassifies: images uint8 [n, H, W, C],
+      labels and predicted [n]. None are kept where several processes share the
+      images.
+  """
+
+  accuracy: float
+  loss: float
+  images: int
+  batch: int
+  milliseconds: float
+  mistakes: dict[str, np.ndarray]
+
+
+def examine(module: nn.Module, variables: Mapping[str, Any], test: Any) -> Exam:
+  """Evaluates a network as `train.evaluate` does, by the same program."""
+  call = train.evaluation_step(module, test.augmentation)
+  loss = correct = 0.0
+  found: dict[str, list] = {'images': [], 'labels': [], 'predicted': []}
+  for batch in test:
+    ce, right, predicted = call(variables, *batch)
+    loss, correct = loss + float(ce), correct + float(right)
+    if jax.process_count() == 1 and len(found['labels']) < _MISTAKES:
+      images, labels, weights = map(np.asarray, batch)
+      predicted = np.asarray(predicted)
+      wrong = (predicted != labels) & (weights > 0)
+      for name, values in zip(found, (images, labels, predicted), strict=True):
+        found[name].extend(values[wrong])
+  times = []
+  for _ in range(3):
+    start = time.perf_counter()
+    jax.block_until_ready(call(variables, *batch))
+    times.append(1000 * (time.perf_counter() - start))
+  mistakes = {}
+  if found['labels']:
+    mistakes = {k: np.array(v[:_MISTAKES]) for k, v in found.items()}
+  n = test.size
+  return Exam(correct / n, loss / n, n, len(batch[1]), min(times), mistakes)
+
+
+def _result(job: Job, name, structure, exam: Exam, reference) -> dict[str, Any]:
+  """What result.json says; the steps are added."""
   c, network = job.config, job.network
-  searched = network.cost_model.macs(network.cost_model.widths)
-  exam = examining.examine(module, state.variables, job.data.test())
+  folder = job.folder(name) / 'train'
   latency = {'batch': exam.batch, 'narrow_ms': exam.milliseconds}
   if 'batch_ms' in reference:
     latency['reference_ms'] = reference['batch_ms']
   foreign = pathlib.Path(c.train.structure).is_file()
   search = {} if foreign else searching.summary(job)
   warnings = search.pop('warnings', []) + _warnings(folder, exam.accuracy)
-  result = {
+  return {
     'test_accuracy': exam.accuracy,
     'test_loss': exam.loss,
     'reference_test_accuracy': reference.get('test_accuracy'),
@@ -212,7 +268,7 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'params': structure.params,
     'reference_macs': network.reference_macs,
     'reference_params': network.reference_params,
-    'searched_macs': searched,
+    'searched_macs': network.cost_model.macs(network.cost_model.widths),
     'macs_share': structure.macs / network.reference_macs,
     'counts': dict(zip(structure.layers, structure.counts, strict=True)),
     'model': dict(network.description),
@@ -220,24 +276,18 @@ def _write_result(job, name, structure, module, state, folder, reference):
     'budget': name,
     'warnings': warnings,
     'seed': c.seed,
-    'steps': int(state.step),
     'seconds': runs.Clock(folder).seconds(),
     'search': search,
     'versions': runs.versions(),
     'config': c.to_dict(),
   }
-  if exam.mistakes:
-    storage.write_arrays(folder / 'mistakes.npz', exam.mistakes, sealed=True)
-  storage.write_json(job.folder(name) / 'result.json', result, sealed=True)
-  runs.barrier('result')
 
 
 def _warnings(folder: pathlib.Path, test_accuracy: float) -> list[str]:
   """What is odd about a training, in sentences, also said on stderr."""
-  last = next(
-    (r for r in reversed(runs.read_metrics(folder)) if 'accuracy' in r), None
-  )
-  found = norms.warning(last['accuracy'], test_accuracy) if last else ''
+  records = runs.read_metrics(folder)
+  last = [r['accuracy'] for r in records if 'accuracy' in r][-1:]
+  found = norms.warning(last[0], test_accuracy) if last else ''
   if found and storage.is_first_process():
     console.note(f'warning: {found}')
   return [found] if found else []
@@ -255,7 +305,7 @@ def restore(
   folder = job.folder(name) / 'train'
   path = job.folder(name) / 'result.json'
   step = runs.read_result(path)['steps']
-  runs.claim(folder, _train_identity(job, structure))
+  runs.claim(folder, _identity(job, structure))
   module = job.network.narrow(structure.counts)
   state = devices.replicate(_initial(job, module, 1, 'train'))
   with checkpointing.Checkpoints(folder, read_only=True) as checkpoints:
@@ -272,9 +322,9 @@ def restore(
 def evaluate(job: Job) -> None:
   """Restores the trained narrow network and evaluates it on the test set."""
   folder, step, module, state = restore(job, *cutting.read(job))
-  exam = examining.examine(module, state.variables, job.data.test())
-  n, right = exam.images, round(exam.accuracy * exam.images)
+  exam = examine(module, state.variables, job.data.test())
+  right = round(exam.accuracy * exam.images)
   console.say(
     f'{folder} at step {step}: test accuracy {exam.accuracy:.2%} '
-    f'({right} of {n} images)'
+    f'({right} of {exam.images} images)'
   )

@@ -1,7 +1,7 @@
 """Studies: many runs, one table (`python main.py --mode=study`).
 
 `arms` says how structures are got, `plan` which cells a study has, `products`
-what cells share, `cells` does one, `engine` all, `results` keeps and tells.
+what cells share, `cells` does one, `engine` all, `results` keeps the records.
 """
 
 from pfs_jax.studies import tournament

@@ -1,9 +1,9 @@
 """Arms of a study: ways to get a structure, and to train it.
 
-An arm is a few words joined by '+', each a change to the fields of `Arm`:
-'searched', 'searched+cost0.5', 'uniform+scratch_b', 'filters+rewind'. All arms
-end in scores, {layer: [C] float}, that `prune.fit` cuts to the same ceiling on
-the MACs, by the same rules of minimum width and ties.
+An arm is a few words joined by '+': 'searched', 'searched+cost0.5',
+'uniform+scratch_b', 'filters+rewind'. It is a source of scores, {layer: [C]
+float}, and changes to the config. All arms are cut by `prune.cut` to the same
+ceiling on the MACs, by the same rules of minimum width and ties.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
-
-import flax
-import numpy as np
 
 from pfs_jax import errors, rankings
 
@@ -31,20 +28,16 @@ class Arm:
       scale| after network slimming), 'profile' (a tilt), 'probe' (the loss that
       dropped channels cost), 'tournament' (those of the best candidate), 'full'
       (nothing is cut).
-    ranking: A name of `rankings`, by which the scores are compared.
-    power: The exponent of the cost, with the ranking 'cost'.
     pretrain_epochs: Epochs for which the weights were trained before the
       search; at most (and inf: as many as) config.train.epochs.
     penalty: Weight of the L1 norm of the BatchNorm scales in network slimming.
     training: 'scratch' (new random weights), 'inherit' (the kept channels'
       weights where they were scored), 'rewind' (the same channels' first
       random values), or 'none' (only the structure).
-    overrides: Fields of the config.
+    overrides: Fields of the config, such as the ranking.
   """
 
   scores: str = 'gates'
-  ranking: str = 'global'
-  power: float = 0.0
   pretrain_epochs: float = 0.0
   penalty: float = 0.0
   training: str = 'scratch'
@@ -54,11 +47,6 @@ class Arm:
   def searches(self) -> bool:
     """Whether a search of gates is part of it."""
     return self.scores in ('gates', 'shuffled')
-
-  @property
-  def untrained(self) -> bool:
-    """Whether its scores need nothing but the cost model and the seed."""
-    return self.scores in ('full', 'equal', 'random', 'profile')
 
 
 # Fine-tuning starts at a tenth of the recipe's rate: at the whole rate the
@@ -73,14 +61,11 @@ WORDS: dict[str, dict[str, Any]] = {
   'filters': {'scores': 'filters'},
   'slimming': {'scores': 'scales', 'penalty': 1e-4},
   'tournament': {'scores': 'tournament'},
-  'seeing': {'overrides': {'search.train_classifier': True}},
-  'epochs10': {'overrides': {'search.epochs': 10.0}},
-  'min_share': {'overrides': {'budget.min_share': 0.25}},
-  'scratch_b': {'overrides': {'train.scratch': 'B'}},
-  'fine_tune': {
-    'training': 'inherit',
-    'overrides': {'train.learning_rate': 0.01},
-  },
+  'seeing': {'search.train_classifier': True},
+  'epochs10': {'search.epochs': 10.0},
+  'min_share': {'budget.min_share': 0.25},
+  'scratch_b': {'train.scratch': 'B'},
+  'fine_tune': {'training': 'inherit', 'train.learning_rate': 0.01},
   'rewind': {'training': 'rewind'},
   'structure': {'training': 'none'},
 }
@@ -93,70 +78,22 @@ def _ranking(word: str) -> dict[str, Any]:
       f'an arm must be of the words {", ".join(WORDS)} and the rankings '
       f'{rankings.KNOWN} (X: a number), joined by +; got {word!r}.'
     )
-  kind, number = rankings.parse(word)
-  if kind == 'cost':
-    return {'ranking': kind, 'power': 1.0 if number is None else number}
+  kind, _ = rankings.parse(word)
+  change = {'budget.ranking': 'cost1' if word == 'cost' else word}
   scores = {'tilt': 'profile', 'sensitivity': 'probe'}.get(kind)
-  return {'ranking': word, **({'scores': scores} if scores else {})}
-
-
-def check_candidate(name: str) -> None:
-  """Refuses the name of an arm that cannot take part in a tournament."""
-  arm, _, number = name.partition('#')
-  found = parse(arm)
-  changed = [k for k in found.overrides if not k.startswith('search.')]
-  scores = ('gates', 'equal', 'random', 'profile', 'probe')
-  if (
-    found.scores not in scores
-    or found.training != 'scratch'
-    or found.pretrain_epochs
-    or changed
-    or not (number.isdigit() if '#' in name else True)
-  ):
-    raise errors.UserError(
-      f'config.tournament.candidates must be searches, rankings, uniform or '
-      f'random, with #i for seed i; got {name!r}.'
-    )
+  return {**change, 'scores': scores} if scores else change
 
 
 def parse(name: str) -> Arm:
   """The arm that words joined by '+' describe; unknown ones list the known."""
-  fields: dict[str, Any] = {}
+  change: dict[str, Any] = {}
   for word in name.split('+'):
-    change = dict(WORDS[word] if word in WORDS else _ranking(word))
-    overrides = {**fields.get('overrides', {}), **change.pop('overrides', {})}
-    fields = {**fields, **change, 'overrides': overrides}
-  arm = Arm(**fields)
-  if arm.training in ('inherit', 'rewind') and arm.scores in (
-    'full',
-    'equal',
-    'random',
-    'shuffled',
-    'profile',
-    'probe',
-    'tournament',
-  ):
+    change |= WORDS[word] if word in WORDS else _ranking(word)
+  overrides = {k: change.pop(k) for k in list(change) if '.' in k}
+  arm = Arm(**change, overrides=overrides)
+  weights = ('gates', 'filters', 'scales')
+  if arm.training in ('inherit', 'rewind') and arm.scores not in weights:
     raise errors.UserError(
       f'config.arms: {name!r} has no weights to start from.'
     )
   return arm
-
-
-def folded(
-  variables: Mapping[str, Any],
-  gates: Mapping[str, Any],
-  norms: Mapping[str, str],
-) -> dict[str, Any]:
-  """Variables with the gates multiplied into BatchNorm's scale and bias.
-
-  Args:
-    variables: Those of the network without gates.
-    gates: {layer: [C]}.
-    norms: {layer: path of the BatchNorm whose output its gates multiply}.
-  """
-  flat = flax.traverse_util.flatten_dict(dict(variables))
-  for layer, gate in gates.items():
-    for name in ('scale', 'bias'):
-      path = ('params', *norms[layer].split('/'), name)
-      flat[path] = np.asarray(flat[path]) * np.asarray(gate)
-  return flax.traverse_util.unflatten_dict(flat)

@@ -9,17 +9,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax
 import numpy as np
 
 from pfs_jax import prune, runs, stages, storage
-from pfs_jax.studies import (
-  arms,
-  plan,
-  products,
-  results,
-  scoring,
-  tournament,
-)
+from pfs_jax.studies import plan, products, results, tournament
 
 
 def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
@@ -38,7 +32,7 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
     contextlib.redirect_stdout(log),
   ):
     found = _structure(cell, folder, root)
-    record = {**_record(cell, folder), **found}
+    record = {**_record(cell), **found}
     if cell.arm.training != 'none':
       record |= _trained(cell, folder, root, found)
   storage.write_json(folder / 'cell.json', record, sealed=True)
@@ -46,24 +40,36 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
   return record
 
 
-# Structure.
+def _record(cell: plan.Cell) -> dict[str, Any]:
+  versions = runs.versions()
+  return {
+    'arm': cell.name,
+    'variation': dict(cell.variation),
+    'seed': cell.seed,
+    'config_hash': cell.hash,
+    'commit': versions['commit'],
+    'hardware': versions['hardware'],
+    'test_accuracy': None,
+    'seconds': 0.0,
+    'fields': cell.identity,
+  }
 
 
 def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
   """Writes structure.json; the record's fields about it."""
-  job = stages.Job(cell.config, folder)
-  facts: dict[str, Any] = {}
+  job, facts = stages.Job(cell.config, folder), {}
   if cell.arm.scores == 'tournament':
     chosen = tournament.choose(job, root)
     names = ('chosen', 'challenger', 'gain', 'error', 'share', 'seconds')
     facts['tournament'] = {name: chosen[name] for name in names}
     found = tournament.scored(job, chosen['chosen'], root)
   else:
-    found = scoring.scored(cell, job, root)
-    facts |= found.facts
+    found = products.scored(cell, job, root)
+    facts.update(found.facts)
+  network = job.network
   structure = dataclasses.replace(
     job.cut_plain(found.scores),
-    model=job.network.description,
+    model=network.description,
     source={
       'budget': job.budgets[0].name,
       'seed': cell.seed,
@@ -74,11 +80,6 @@ def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
   if cell.arm.scores != 'full':
     kept = prune.kept(found.scores, structure)
     facts['kept'] = {name: results.bits(kept[name]) for name in kept}
-  return {**_costs(job, structure), **facts}
-
-
-def _costs(job: stages.Job, structure: prune.Structure) -> dict[str, Any]:
-  network = job.network
   return {
     'model': network.description['name'],
     'macs': structure.macs,
@@ -88,34 +89,8 @@ def _costs(job: stages.Job, structure: prune.Structure) -> dict[str, Any]:
     'counts': dict(zip(structure.layers, structure.counts, strict=True)),
     'widths': list(network.cost_model.widths),
     'tie_share': structure.tie_share,
+    **facts,
   }
-
-
-# Training and record.
-
-
-def _weights(
-  cell: plan.Cell, root: pathlib.Path, kept: Mapping[str, str]
-) -> dict[str, Any]:
-  """The kept channels of the wide network's variables.
-
-  'rewind' takes its first random values; 'inherit' those at which the channels
-  were scored, with the gates, where there are any, multiplied into BatchNorm's
-  scale and bias (the running statistics are those without gates).
-  """
-  job = stages.Job(cell.wide, root)
-  arm, variables = cell.arm, products.first_weights(job)
-  if arm.training == 'inherit':
-    if arm.scores in ('filters', 'scales'):
-      variables, _ = products.trained(cell, root, math.inf)
-    elif arm.pretrain_epochs:
-      variables, _ = products.trained(cell, root, arm.pretrain_epochs)
-    if arm.scores == 'gates':
-      gates, _ = products.searched(cell, root)
-      norms = {g.name: g.norms[0] for g in job.network.table.groups}
-      variables = arms.folded(variables, gates, norms)
-  indices = {name: np.array(results.channels(kept[name])) for name in kept}
-  return job.network.slice_variables(variables, indices)
 
 
 def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
@@ -141,16 +116,44 @@ def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
   }
 
 
-def _record(cell: plan.Cell, folder: pathlib.Path) -> dict[str, Any]:
-  versions = runs.versions()
-  return {
-    'arm': cell.name,
-    'variation': dict(cell.variation),
-    'seed': cell.seed,
-    'config_hash': cell.hash,
-    'commit': versions['commit'],
-    'hardware': versions['hardware'],
-    'test_accuracy': None,
-    'seconds': 0.0,
-    'fields': cell.identity,
-  }
+def _weights(
+  cell: plan.Cell, root: pathlib.Path, kept: Mapping[str, str]
+) -> dict[str, Any]:
+  """The kept channels of the wide network's variables.
+
+  'rewind' takes its first random values; 'inherit' those at which the channels
+  were scored, with the gates, where there are any, multiplied into BatchNorm's
+  scale and bias (the running statistics are those without gates).
+  """
+  job = stages.Job(cell.wide, root)
+  arm, variables = cell.arm, products.first_weights(job)
+  if arm.training == 'inherit':
+    epochs = arm.pretrain_epochs if arm.scores == 'gates' else math.inf
+    if epochs:
+      variables, _ = products.trained(cell, root, epochs)
+    if arm.scores == 'gates':
+      gates, _ = products.searched(cell, root)
+      norms = {g.name: g.norms[0] for g in job.network.table.groups}
+      variables = folded(variables, gates, norms)
+  indices = {name: np.array(results.channels(kept[name])) for name in kept}
+  return job.network.slice_variables(variables, indices)
+
+
+def folded(
+  variables: Mapping[str, Any],
+  gates: Mapping[str, Any],
+  norms: Mapping[str, str],
+) -> dict[str, Any]:
+  """Variables with the gates multiplied into BatchNorm's scale and bias.
+
+  Args:
+    variables: Those of the network without gates.
+    gates: {layer: [C]}.
+    norms: {layer: path of the BatchNorm whose output its gates multiply}.
+  """
+  flat = flax.traverse_util.flatten_dict(dict(variables), sep='/')
+  for layer, gate in gates.items():
+    for name in ('scale', 'bias'):
+      path = f'params/{norms[layer]}/{name}'
+      flat[path] = np.asarray(flat[path]) * np.asarray(gate)
+  return flax.traverse_util.unflatten_dict(flat, sep='/')

@@ -27,12 +27,7 @@ _POLL_SECONDS = 1.0
 
 
 def asked(mode: str, c: ml_collections.ConfigDict) -> bool:
-  """Whether a study is asked for; raises UserError unless the config is one.
-
-  Args:
-    mode: Of the command line.
-    c: Any config; one of a study has the field `study`.
-  """
+  """Whether a study is asked for; raises UserError unless the config is one."""
   if ('study' in c) != (mode == 'study'):
     kind = 'a study' if 'study' in c else 'one run'
     wanted = 'study' if 'study' in c else 'run, search, ...'
@@ -56,102 +51,90 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         'each process does other cells.'
       )
     runs.commit()  # Of the code that was imported; what comes later is not it.
-    _cache_programs(study, workdir)
-    _work(study, workdir, planned)
+    # Compiled programs are kept on disk: each structure has its own.
+    if jax.config.values['jax_compilation_cache_dir'] is None:
+      folder = study.compilation_cache or str((workdir / 'compiled').absolute())
+      jax.config.update('jax_compilation_cache_dir', folder)
+    _Work(study, workdir, planned).run()
   tables.show(study, workdir)
 
 
-def _cache_programs(study, workdir: pathlib.Path) -> None:
-  """Compiled programs are kept on disk: each structure has its own.
-
-  JAX_COMPILATION_CACHE_DIR, where set, is left as it is.
-  """
-  if jax.config.values['jax_compilation_cache_dir'] is None:
-    folder = study.compilation_cache or str((workdir / 'compiled').absolute())
-    jax.config.update('jax_compilation_cache_dir', folder)
-
-
-class _Run:
+class _Work:
   """What one process knows while it works through a study."""
 
-  def __init__(self, study, workdir, planned):
+  def __init__(self, study, workdir: pathlib.Path, planned: list[plan.Cell]):
     self.study, self.workdir = study, workdir
     self.order = [cell.hash for cell in planned]
     self.file = results.path(study, workdir)
+    self.known = results.known(study, workdir)
     self.pending = list(planned)
     self.failed: list[str] = []
-    self.worked = 0  # Cells done by this process.
+    self.done = 0  # Cells done by this process.
     self.start = time.perf_counter()
+
+  def run(self) -> None:
+    for cell in list(self.pending):
+      record = self.record(cell)
+      if record is not None:
+        self.finish(cell, record)
+    total = len(self.order)
+    console.say(
+      f'{self.study.study}: {total - len(self.pending)} of {total} cells are '
+      f'done; results in {self.file}'
+    )
+    while self.pending:
+      # After each cell from the first again: one may have been let go.
+      if not any(self.attempt(cell) for cell in list(self.pending)):
+        time.sleep(_POLL_SECONDS)  # The rest is in work elsewhere.
+    if self.failed:
+      raise errors.UserError('\n'.join(self.failed[:3]))
 
   def record(self, cell: plan.Cell) -> Mapping[str, Any] | None:
     """The record of a finished cell, from its folder or any results."""
     path = self.workdir / 'cells' / cell.hash / 'cell.json'
     if path.exists():
       return storage.read_json(path)
-    return results.known(self.study, self.workdir).get(cell.hash)
+    return self.known.get(cell.hash)
 
   def finish(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
     """Puts a cell's record into the study's results."""
     self.pending.remove(cell)
-    record = {
-      **{k: v for k, v in record.items() if k != 'study'},
-      'arm': cell.name,
-      'variation': dict(cell.variation),
-    }
-    record = {'study': self.study.study, **record}
+    names = {'arm': cell.name, 'variation': dict(cell.variation)}
+    record = {'study': '', **record, **names}
+    record['study'] = self.study.study
     there = {r['config_hash']: r for r in results.read(self.file)}
     if there.get(cell.hash) != record:
       results.merge(self.file, record, self.order)
 
-  def say(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
-    """One line: what came out, how far the study is, and the time left."""
-    left = len(self.pending)
-    seconds = (time.perf_counter() - self.start) / max(self.worked, 1)
-    accuracy = record['test_accuracy']
-    outcome = '' if accuracy is None else f'{accuracy:.2%} at '
-    console.say(
-      f'{self.study.study} {len(self.order) - left}/{len(self.order)}  '
-      f'{cell.label}, seed {cell.seed}: {outcome}{record["macs_share"]:.1%} of '
-      f'the MACs  {console.duration(seconds * left)} left'
-    )
-
-
-def _work(study, workdir: pathlib.Path, planned: list[plan.Cell]) -> None:
-  run_ = _Run(study, workdir, planned)
-  for cell in planned:
-    record = run_.record(cell)
-    if record is not None:
-      run_.finish(cell, record)
-  done = len(planned) - len(run_.pending)
-  console.say(
-    f'{study.study}: {done} of {len(planned)} cells are done; results in '
-    f'{run_.file}'
-  )
-  while run_.pending:
-    # After each cell from the first again: one may have been let go.
-    if not any(_attempt(run_, cell) for cell in list(run_.pending)):
-      time.sleep(_POLL_SECONDS)  # The rest is in work elsewhere.
-  if run_.failed:
-    raise errors.UserError('\n'.join(run_.failed[:3]))
-
-
-def _attempt(run_: _Run, cell: plan.Cell) -> bool:
-  """Does a cell unless another process is at it; whether it was settled."""
-  with storage.locked(run_.workdir / 'cells' / cell.hash) as held:
-    if not held:
-      return False
-    record = run_.record(cell)  # Another process may have finished it.
-    if record is None:
+  def attempt(self, cell: plan.Cell) -> bool:
+    """Does a cell unless another process is at it; whether it was settled."""
+    with storage.locked(self.workdir / 'cells' / cell.hash) as held:
+      if not held:
+        return False
+      record = self.record(cell)  # Another process may have finished it.
       try:
-        record = cells.run(cell, run_.workdir)
+        if record is None:
+          record = cells.run(cell, self.workdir)
+          self.done += 1
       except products.Busy:
         return False
       except errors.UserError as e:
-        run_.pending.remove(cell)
-        run_.failed.append(f'{cell.label}, seed {cell.seed}: {e}')
-        console.say(f'failed: {run_.failed[-1]}')
+        self.pending.remove(cell)
+        self.failed.append(f'{cell.label}, seed {cell.seed}: {e}')
+        console.say(f'failed: {self.failed[-1]}')
         return True
-      run_.worked += 1
-    run_.finish(cell, record)
-    run_.say(cell, record)
-    return True
+      self.finish(cell, record)
+      self.say(cell, record)
+      return True
+
+  def say(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
+    """One line: what came out, how far the study is, and the time left."""
+    left, total = len(self.pending), len(self.order)
+    seconds = (time.perf_counter() - self.start) / max(self.done, 1)
+    accuracy = record['test_accuracy']
+    outcome = '' if accuracy is None else f'{accuracy:.2%} at '
+    console.say(
+      f'{self.study.study} {total - left}/{total}  {cell.label}, seed '
+      f'{cell.seed}: {outcome}{record["macs_share"]:.1%} of the MACs  '
+      f'{console.duration(seconds * left)} left'
+    )

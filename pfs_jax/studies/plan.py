@@ -17,13 +17,16 @@ from typing import Any
 
 import ml_collections
 
-from pfs_jax import config, errors
+from pfs_jax import config, errors, rankings
 from pfs_jax.studies import arms
 
 # Part of the hash of cells and of what they share. To be raised when a default
 # of the config, or the code, changes what a cell with the same fields comes out
 # at. 2: gradients on CPU without YNN (`cpu.compiler_options`).
 REVISION = 2
+_PRETRAINED = 'arm.pretrain_epochs'
+# Scores whose cells depend on the fields of the wide network's training.
+_WIDE = ('filters', 'scales', 'probe', 'tournament')
 
 
 def default(
@@ -43,8 +46,8 @@ def default(
     base: The config of one run; each arm and value changes some of its fields.
     arms: Names of arms, see `arms.WORDS`.
     seeds: One run for each.
-    field: The field that is varied, such as 'search.epochs', or a number of the
-      arm, such as 'arm.pretrain_epochs'; '' for none.
+    field: The field that is varied, such as 'search.epochs', or
+      'arm.pretrain_epochs'; '' for none.
     values: Its values.
     baseline: The arm, or the label of an arm at one value ('searched, epochs
       2'), that the others are compared with, paired by seed.
@@ -92,22 +95,32 @@ class Cell:
 
     Fields at their default are left out, so that a field added later, with a
     default that changes nothing, leaves the hashes of finished cells alone.
+    Committed results know the ranking as fields of the arm.
     """
     arm = self.arm
-    fields = changed(
-      self.config,
-      *(['search'] if arm.searches else []),
-      *([] if arm.training == 'none' else ['train']),
-    )
-    fields |= differing(self.config, 'budget')
+    sections = ['search'] if arm.searches else []
+    if arm.training != 'none':
+      sections += ['train']
     if arm.scores in ('probe', 'tournament'):
-      fields |= changed(self.config, 'train', 'probe')
+      sections += ['train', 'probe']
     if arm.scores == 'tournament':
-      fields |= changed(self.config, 'search', 'tournament')
-    if arm.pretrain_epochs or not (arm.searches or arm.untrained):
+      sections += ['search', 'tournament']
+    fields = changed(self.config, *sections) | differing(self.config, 'budget')
+    if arm.pretrain_epochs or arm.scores in _WIDE:
       wide = changed(self.wide, 'train')
       fields |= {k.replace('config.', 'wide.'): v for k, v in wide.items()}
-    return {**fields, **_arm_fields(arm)}
+    ranking = fields.pop('config.budget.ranking', 'global')
+    kind, power = rankings.parse(ranking)
+    is_cost = kind == 'cost'
+    return {
+      **fields,
+      'arm.scores': arm.scores,
+      'arm.ranking': kind if is_cost else ranking,
+      'arm.power': power if is_cost else 0.0,
+      'arm.pretrain_epochs': arm.pretrain_epochs,
+      'arm.penalty': arm.penalty,
+      'arm.training': arm.training,
+    }
 
   @functools.cached_property
   def hash(self) -> str:
@@ -141,12 +154,6 @@ def changed(c: ml_collections.ConfigDict, *sections: str) -> dict[str, Any]:
   return {'config.seed': c.seed, **fields}
 
 
-def _arm_fields(arm: arms.Arm) -> dict[str, Any]:
-  fields = dataclasses.asdict(arm)
-  del fields['overrides']  # They are in the config.
-  return {f'arm.{name}': value for name, value in fields.items()}
-
-
 def cell(
   base: ml_collections.ConfigDict,
   name: str,
@@ -166,16 +173,12 @@ def cell(
   """
   arm, variation = arms.parse(name), variation or {}
   wide = base.copy_and_resolve_references()
-  fields = {'seed': seed, 'train.structure': '', 'train.reference': False}
-  for field, value in variation.items():
-    if field.startswith('arm.'):
-      arm = dataclasses.replace(arm, **{field.removeprefix('arm.'): value})
-    elif field == 'budget.keep':
-      fields[field] = (float(value),)
-    else:
-      fields[field] = value
+  fields = {'train.structure': '', 'train.reference': False, **variation}
+  pretrained = fields.pop(_PRETRAINED, arm.pretrain_epochs)
+  if 'budget.keep' in fields:
+    fields['budget.keep'] = (float(fields['budget.keep']),)
   try:
-    wide.update_from_flattened_dict(fields)
+    wide.update_from_flattened_dict({**fields, 'seed': seed})
   except (TypeError, ValueError) as e:
     raise errors.UserError(
       f'config.field: {", ".join(variation)} takes no such values: {e}.'
@@ -190,61 +193,51 @@ def cell(
     c.update_from_flattened_dict(
       {'model.width': 0, 'model.multiplier': 1.0, 'budget.keep': (1.0,)}
     )
-  epochs = min(arm.pretrain_epochs, wide.train.epochs) if arm.searches else 0
+  epochs = min(pretrained, wide.train.epochs) if arm.searches else 0
   if epochs != int(epochs) and epochs != wide.train.epochs:
     raise errors.UserError(
-      f'arm.pretrain_epochs must be whole epochs, or all; got {epochs:g}.'
+      f'{_PRETRAINED} must be whole epochs, or all; got {epochs:g}.'
     )
   arm = dataclasses.replace(arm, pretrain_epochs=float(epochs))
   return Cell(name, arm, seed, variation, c, wide)
 
 
 def _check(study: ml_collections.ConfigDict) -> None:
+  def require(holds: bool, message: str) -> None:
+    if not holds:
+      raise errors.UserError(f'config.{message}')
+
   for field in ('arms', 'seeds'):
-    if not study[field]:
-      raise errors.UserError(f'config.{field} must not be empty.')
-    if len(set(study[field])) < len(study[field]):
-      raise errors.UserError(
-        f'config.{field} must name each once; got {study[field]}.'
-      )
+    given = study[field]
+    require(given, f'{field} must not be empty.')
+    distinct = len(set(given)) == len(given)
+    require(distinct, f'{field} must name each once; got {given}.')
   for field, types, wanted in (
-    ('seeds', {int}, 'integers'),
-    ('values', {int, float}, 'numbers'),
+    ('seeds', (int,), 'integers'),
+    ('values', (int, float), 'numbers'),
   ):
     odd = [v for v in study[field] if type(v) not in types]
-    if odd:
-      raise errors.UserError(
-        f'config.{field} must be {wanted}; got {odd[0]!r}.'
-      )
-  if study.base.model.factory:
-    raise errors.UserError(
-      "config.base.model.factory must be '': the arms know only the registry's "
-      'models.'
-    )
-  if study.base.budget.ranking != 'global':
-    raise errors.UserError(
-      "config.base.budget.ranking must be 'global': the arms say the ranking "
-      '(searched+layer_mean, searched+cost1).'
-    )
-  if bool(study.field) != bool(study['values']):
-    raise errors.UserError(
-      'config.field and config.values must be given together.'
-    )
-  if study.field.startswith('arm.'):
-    known = ('pretrain_epochs', 'penalty', 'power')
-    if study.field.removeprefix('arm.') not in known:
-      raise errors.UserError(
-        f'config.field must be a field of a run or arm. and one of '
-        f'{", ".join(known)}; got {study.field!r}.'
-      )
-  elif study.field and f'config.{study.field}' not in config.flat(
-    study.base, *study.base
-  ):
-    raise errors.UserError(
-      f'config.field must be a field of config.base; got {study.field!r}.'
-    )
-  if not all(math.isfinite(v) for v in study['values']):
-    raise errors.UserError('config.values must be finite.')
+    require(not odd, f'{field} must be {wanted}; got {odd and odd[0]!r}.')
+  require(
+    not study.base.model.factory,
+    "base.model.factory must be '': the arms know only the registry's models.",
+  )
+  require(
+    study.base.budget.ranking == 'global',
+    "base.budget.ranking must be 'global': the arms say the ranking "
+    '(searched+layer_mean, searched+cost1).',
+  )
+  require(
+    bool(study.field) == bool(study['values']),
+    'field and config.values must be given together.',
+  )
+  known = ['', _PRETRAINED, *config.flat(study.base, *study.base)]
+  require(
+    study.field in known or f'config.{study.field}' in known,
+    f'field must be a field of config.base or {_PRETRAINED}; '
+    f'got {study.field!r}.',
+  )
+  require(all(map(math.isfinite, study['values'])), 'values must be finite.')
 
 
 def cells(study: ml_collections.ConfigDict) -> list[Cell]:

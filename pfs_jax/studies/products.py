@@ -1,4 +1,4 @@
-"""What several cells of a study share: searches and trained wide networks.
+"""What several cells of a study share: searches, probes, trained wide networks.
 
 Each lies in a folder named by the hash of what it depends on, is made once, and
 goes on from its checkpoint if it was cut off:
@@ -6,11 +6,15 @@ goes on from its checkpoint if it was cut off:
     shared/search-<hash>/   a run folder; search/gates.npz
     shared/trained-<hash>/  metrics.jsonl checkpoints/ weights/<epoch>.npz
     shared/probe-<hash>/    probe/probe.json
+
+A product that another process is making raises `Busy`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import config, runs, stages, storage, train
+from pfs_jax import config, rankings, runs, scores, stages, storage, train
 from pfs_jax.studies import plan
 
 
@@ -37,7 +41,9 @@ def folder(
   return root / 'shared' / f'{kind}-{digest}'
 
 
-def make(done: pathlib.Path, where: pathlib.Path, make_: Callable) -> None:
+def make(
+  done: pathlib.Path, where: pathlib.Path, make_: Callable[[], object]
+) -> None:
   """Makes the file `done` by `make_()`, unless it is there.
 
   Raises:
@@ -61,7 +67,7 @@ def forget_programs() -> None:
   jax.clear_caches()
 
 
-# Weights.
+# Wide networks.
 
 
 @functools.cache
@@ -88,18 +94,6 @@ def first_weights(job: stages.Job) -> dict[str, Any]:
   return {k: v for k, v in job.first_weights.items() if k != 'gates'}
 
 
-def _flatten(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  flat = flax.traverse_util.flatten_dict(jax.device_get(dict(variables)))
-  return {'/'.join(path): value for path, value in flat.items()}
-
-
-def _read_weights(path: pathlib.Path) -> dict[str, Any]:
-  flat = storage.read_arrays(path)
-  return flax.traverse_util.unflatten_dict(
-    {tuple(name.split('/')): value for name, value in flat.items()}
-  )
-
-
 def trained(
   cell: plan.Cell, root: pathlib.Path, epochs: float
 ) -> tuple[dict[str, Any], pathlib.Path]:
@@ -109,31 +103,28 @@ def trained(
   search would freeze and is trained by the recipe on the search's part of the
   training images, so validation images stay unseen. There is one training of
   config.train.epochs with its schedule; fewer epochs are a look at it on its
-  way, as in the paper.
-
-  Args:
-    cell: Whose config and penalty it is.
-    root: The study's workdir.
-    epochs: Whole epochs, or all.
-
-  Raises:
-    Busy: If another process is at it.
+  way, as in the paper. `epochs` are whole epochs, or all.
   """
   fields = plan.changed(cell.wide, 'train')
   fields['arm.penalty'] = cell.arm.penalty
   where = folder(root, 'trained', fields)
   name = 'all' if epochs >= cell.wide.train.epochs else f'{epochs:g}'
-  make(where / 'weights' / 'all.npz', where, lambda: _train(cell, where))
-  return _read_weights(where / 'weights' / f'{name}.npz'), where
+  make(where / 'weights/all.npz', where, lambda: _train(cell, where))
+  flat = storage.read_arrays(where / f'weights/{name}.npz')
+  return flax.traverse_util.unflatten_dict(flat, sep='/'), where
 
 
 def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
   job = stages.Job(cell.wide, folder)
 
+  def write(name, state):
+    variables = jax.device_get(dict(state.variables))
+    flat = flax.traverse_util.flatten_dict(variables, sep='/')
+    storage.write_arrays(folder / f'weights/{name}.npz', flat, sealed=True)
+
   def keep(state, epochs):
     if epochs == int(epochs):
-      path = folder / 'weights' / f'{int(epochs)}.npz'
-      storage.write_arrays(path, _flatten(state.variables), sealed=True)
+      write(int(epochs), state)
 
   penalty = cell.arm.penalty
   state = stages.fit(
@@ -147,22 +138,16 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
     penalty=scale_penalty(penalty) if penalty else None,
     watch=keep,
   )
-  storage.write_arrays(
-    folder / 'weights' / 'all.npz', _flatten(state.variables), sealed=True
-  )
+  write('all', state)
 
 
-# Gates.
+# Gates and probes.
 
 
 def searched(
   cell: plan.Cell, root: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], pathlib.Path]:
-  """(gates, folder) of the search of a cell.
-
-  Raises:
-    Busy: If another process is at it, or at its weights.
-  """
+  """(gates, folder) of the search of a cell."""
   variables = None
   fields = plan.changed(cell.wide, 'search')
   if cell.arm.pretrain_epochs:
@@ -170,34 +155,102 @@ def searched(
     fields['trained'] = where.name
     fields['arm.pretrain_epochs'] = cell.arm.pretrain_epochs
   where = folder(root, 'search', fields)
-  path = where / 'search' / 'gates.npz'
-
-  def search() -> None:
-    stages.search(stages.Job(cell.wide, where), variables)
-
-  make(path, where, search)
+  path = where / 'search/gates.npz'
+  make(
+    path, where, lambda: stages.search(stages.Job(cell.wide, where), variables)
+  )
   return storage.read_arrays(path), where
 
 
 def probed(cell: plan.Cell, root: pathlib.Path) -> tuple[Any, pathlib.Path]:
-  """(content of probe.json, folder) of the probe of a cell's budget.
-
-  Raises:
-    Busy: If another process is at it.
-  """
+  """(content of probe.json, folder) of the probe of a cell's budget."""
   fields = plan.changed(cell.wide, 'train', 'probe')
   fields |= plan.differing(cell.wide, 'budget')
   where = folder(root, 'probe', fields)
-  path = where / 'probe' / 'probe.json'
-
-  def probe() -> None:
-    stages.probe(stages.Job(cell.wide, where), path.parent)
-
-  make(path, where, probe)
+  path = where / 'probe/probe.json'
+  make(
+    path,
+    where,
+    lambda: stages.probe(stages.Job(cell.wide, where), path.parent),
+  )
   return storage.read_json(path), where
 
 
-def seconds(folder: pathlib.Path) -> float:
+def _seconds(folder: pathlib.Path) -> float:
   """Seconds that a product took, compilation included."""
   records = runs.read_metrics(folder)
   return records[-1]['seconds'] if records else 0.0
+
+
+# Scores.
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """Scores, and what they are from.
+
+  Attributes:
+    scores: {layer: [C]}, ranked, for `stages.Job.cut_plain`.
+    facts: Fields of the record that say what they are from.
+    seconds: {name: seconds} of the searches, probes and trainings behind them.
+  """
+
+  scores: Mapping[str, Any]
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
+  """The scores of a cell.
+
+  Args:
+    cell: Its arm and config.
+    job: Whose network is cut, to the first budget.
+    root: The folder under which searches, probes and trainings are shared.
+  """
+  arm, model = cell.arm, job.network.cost_model
+  ranking = cell.config.budget.ranking
+  if arm.scores in ('full', 'equal'):
+    return Scored(scores.equal(model))
+  if arm.scores == 'random':
+    return Scored(scores.random(model, cell.seed))
+  if arm.scores == 'profile':
+    return Scored(scores.ranked(scores.equal(model), model, ranking))
+  if arm.scores == 'probe':
+    found, where = probed(cell, root)
+    _, damping = rankings.parse(ranking)
+    seconds = found['seconds']
+    facts = {'mean': found['mean'], 'slope': found['slope']}
+    return Scored(
+      job.widened(scores.probed(found, damping)),
+      {'probe_seconds': seconds, 'probe': facts},
+      {where.name: seconds},
+    )
+  if arm.scores in ('filters', 'scales'):
+    variables, where = trained(cell, root, math.inf)
+    score = scores.filters if arm.scores == 'filters' else scores.scales
+    seconds = _seconds(where)
+    weighed = score(variables['params'], model.layers)
+    return Scored(weighed, {'wide_seconds': seconds}, {where.name: seconds})
+  return _searched(cell, job, root)
+
+
+def _searched(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
+  c, model = cell.config, job.network.cost_model
+  gates, where = searched(cell, root)
+  seconds = _seconds(where / 'search')
+  facts = {
+    'search_seconds': seconds,
+    'search_epochs': c.search.epochs,
+    'sparsity': c.search.sparsity,
+    'pretrain_epochs': cell.arm.pretrain_epochs,
+    'gate_means': {k: round(float(g.mean()), 4) for k, g in gates.items()},
+  }
+
+  def counts(ranked):
+    return job.cut_plain(ranked).counts
+
+  found = scores.ranked(gates, model, c.budget.ranking, cut=counts)
+  if cell.arm.scores == 'shuffled':
+    found = scores.shuffled(model, counts(found), cell.seed)
+  return Scored(found, facts, {where.name: seconds})

@@ -1,4 +1,4 @@
-"""Results of a study: records, the file they are kept in, and its tables.
+"""Results of a study: records, and the file that they are kept in.
 
 results/<study>.json is a list of records, one a line, each with the fields
 
@@ -84,12 +84,20 @@ def known(
   study: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
   """{config hash: record} of every study beside this one's file."""
-  folder = path(study, workdir).parent
   found = {}
-  for file in sorted(folder.glob('*.json')):
+  for file in sorted(path(study, workdir).parent.glob('*.json')):
     if isinstance(storage.read_json(file), list):  # Other files may lie there.
       found |= {r['config_hash']: r for r in read(file)}
   return found
+
+
+def mine(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+  """The records of the study's cells, in their order."""
+  there = {r['config_hash']: r for r in read(path(study, workdir))}
+  planned = [cell for cell in plan.cells(study) if cell.hash in there]
+  return [{**there[cell.hash], 'label': cell.label} for cell in planned]
 
 
 def bits(indices: Iterable[int]) -> str:
@@ -101,15 +109,3 @@ def channels(text: str) -> list[int]:
   """The set that `bits` wrote."""
   number = int(text, 16)
   return [i for i in range(number.bit_length()) if number >> i & 1]
-
-
-def mine(
-  study: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> list[dict[str, Any]]:
-  """The records of the study's cells, in their order."""
-  there = {r['config_hash']: r for r in read(path(study, workdir))}
-  found = []
-  for cell in plan.cells(study):
-    if cell.hash in there:
-      found.append({**there[cell.hash], 'label': cell.label})
-  return found

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
   """n values, their mean, and the standard deviation (n - 1; None if n < 2)."""
 
   n: int
@@ -26,8 +25,7 @@ def summary(values: Sequence[float]) -> Summary:
   return Summary(len(array), float(array.mean()), sd)
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
   """A mean difference over n pairs and its 95 % interval (None if n < 2)."""
 
   n: int
@@ -41,33 +39,26 @@ def paired(
 ) -> Difference | None:
   """ours - theirs over the seeds that both have; None if there are none.
 
-  The interval is mean +- t(0.975, n - 1) * sd / sqrt(n), Student's t on the
-  differences.
-
-  Args:
-    ours: {seed: value}.
-    theirs: {seed: value}.
+  Both are {seed: value}. The interval is mean +- t(0.975, n - 1) * sd /
+  sqrt(n), Student's t on the differences.
   """
   seeds = sorted(set(ours) & set(theirs))
   if not seeds:
     return None
-  found = summary([ours[s] - theirs[s] for s in seeds])
-  if found.sd is None:
-    return Difference(found.n, found.mean, None, None)
+  n, mean, sd = summary([ours[s] - theirs[s] for s in seeds])
+  if sd is None:
+    return Difference(n, mean, None, None)
   import scipy.stats  # Seconds to import, and no other mode needs it.
 
-  half = scipy.stats.t.ppf(0.975, found.n - 1) * found.sd / math.sqrt(found.n)
-  half = float(half)
-  return Difference(found.n, found.mean, found.mean - half, found.mean + half)
+  half = float(scipy.stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+  return Difference(n, mean, mean - half, mean + half)
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
   """Pearson's correlation of two vectors; None where one is constant."""
   x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (a, b))
   scale = math.sqrt(float(x @ x) * float(y @ y))
-  if scale < 1e-12:
-    return None
-  return float(x @ y) / scale
+  return None if scale < 1e-12 else float(x @ y) / scale
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:

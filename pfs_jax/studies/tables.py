@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -38,7 +38,7 @@ def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 class Measure(NamedTuple):
-  """What the arms of a study are compared by: a title, and how to show it.
+  """What the arms of a study are compared by.
 
   Attributes:
     title: The title of its table.
@@ -63,11 +63,8 @@ def values(
   records: Sequence[Record], measure: Measure = ACCURACY
 ) -> dict[int, float]:
   """{seed: value of a measure}, of the records that have it."""
-  return {
-    r['seed']: measure.scale * r[measure.field]
-    for r in records
-    if r.get(measure.field) is not None
-  }
+  there = [r for r in records if r.get(measure.field) is not None]
+  return {r['seed']: measure.scale * r[measure.field] for r in there}
 
 
 def _scratch_b(study: ml_collections.ConfigDict) -> str:
@@ -100,13 +97,12 @@ def baseline_of(
     name = _scratch_b(study) or name
   if name in (arm, group[0]['label']) or study.baseline == arm:
     return []
-  options: tuple[Mapping[str, Any], ...] = (variation, {})
-  for wanted in options:
-    arms_there = [r for r in records if r['arm'] == name]
-    found = [r for r in arms_there if r['variation'] == wanted]
-    if found:
-      return found
-  return [r for r in records if r['label'] == name]
+  theirs = [r for r in records if r['arm'] == name]
+  return (
+    [r for r in theirs if r['variation'] == variation]
+    or [r for r in theirs if not r['variation']]
+    or [r for r in records if r['label'] == name]
+  )
 
 
 def differences(
@@ -203,38 +199,6 @@ def _chose(record: Record) -> bool:
   return 'kept' in record and arms.parse(record['arm']).scores != 'shuffled'
 
 
-def overlap(a: Record, b: Record) -> tuple[float, float]:
-  """(Jaccard index of the kept channels, that of chance), means over layers."""
-  found, chance = [], []
-  for layer, width in zip(a['counts'], a['widths'], strict=True):
-    first = results.channels(a['kept'][layer])
-    second = results.channels(b['kept'][layer])
-    found.append(statistics.jaccard(first, second))
-    chance.append(statistics.chance_jaccard(width, len(first), len(second)))
-  return float(np.mean(found)), float(np.mean(chance))
-
-
-class Similarity(NamedTuple):
-  """How alike pairs of structures are; None where nothing can be said.
-
-  Attributes:
-    pairs: The number of pairs.
-    correlation: Correlation of the shares that the layers keep, the mean over
-      the pairs.
-    lowest: That of the pair least alike.
-    highest: That of the pair most alike.
-    overlap: Jaccard index of the kept channels, mean over layers and pairs.
-    chance: That of random sets of the same sizes.
-  """
-
-  pairs: int
-  correlation: float | None
-  lowest: float | None
-  highest: float | None
-  overlap: float | None
-  chance: float | None
-
-
 Pairs = Sequence[tuple[Record, Record]]
 
 
@@ -244,18 +208,23 @@ def correlations(pairs: Pairs) -> list[float]:
   return [value for value in found if value is not None]
 
 
-def compare(pairs: Pairs) -> Similarity:
-  """How alike the two structures of each pair are."""
-  values = correlations(pairs)
-  chosen = [
-    overlap(a, b)
-    for a, b in pairs
-    if _chose(a) and _chose(b) and a['widths'] == b['widths']
-  ]
-  found, chance = np.mean(chosen, 0) if chosen else (None, None)
-  mean = float(np.mean(values)) if values else None
-  low, high = min(values, default=None), max(values, default=None)
-  return Similarity(len(pairs), mean, low, high, found, chance)
+def overlaps(pairs: Pairs) -> list[tuple[float, float]]:
+  """(Jaccard index, that of random sets of the same sizes) of kept channels.
+
+  Each is a mean over the layers. Pairs whose channels were not chosen, or whose
+  searched networks have other widths, have none.
+  """
+  found = []
+  for a, b in pairs:
+    if not (_chose(a) and _chose(b) and a['widths'] == b['widths']):
+      continue
+    layers = []
+    for layer, width in zip(a['counts'], a['widths'], strict=True):
+      ours, theirs = (results.channels(r['kept'][layer]) for r in (a, b))
+      chance = statistics.chance_jaccard(width, len(ours), len(theirs))
+      layers.append((statistics.jaccard(ours, theirs), chance))
+    found.append(tuple(np.mean(layers, axis=0).tolist()))
+  return found
 
 
 def similarity(records: Sequence[Record]) -> Table:
@@ -263,10 +232,13 @@ def similarity(records: Sequence[Record]) -> Table:
   groups, rows = grouped([r for r in records if has_shape(r)]), []
 
   def row(label: str, pairs: Pairs) -> None:
-    if pairs:
-      n, *values = compare(pairs)
-      shown = ('-' if v is None else f'{v:.2f}' for v in values)
-      rows.append([label, str(n), *shown])
+    if not pairs:
+      return
+    alike, kept = correlations(pairs), overlaps(pairs)
+    numbers = [np.mean(alike), min(alike), max(alike)] if alike else [None] * 3
+    numbers += list(np.mean(kept, axis=0)) if kept else [None] * 2
+    shown = ('-' if v is None else f'{v:.2f}' for v in numbers)
+    rows.append([label, str(len(pairs)), *shown])
 
   for label, group in groups.items():
     row(f'{label}: seeds', list(itertools.combinations(group, 2)))

@@ -10,13 +10,12 @@ errors as the config says. No test image is read.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -31,7 +30,7 @@ from pfs_jax import (
   stages,
   storage,
 )
-from pfs_jax.studies import arms, plan, products, scoring
+from pfs_jax.studies import arms, plan, products
 
 INCUMBENT = 'uniform'
 Losses = Mapping[str, Sequence[float]]
@@ -59,8 +58,7 @@ def best(losses: Losses, n: int) -> list[str]:
   return sorted(challengers, key=lambda name: np.mean(losses[name]))[:n]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
   """Who is chosen, and the challenger's gain: mean and standard error."""
 
   chosen: str
@@ -103,20 +101,13 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       break
     except products.Busy:
       time.sleep(_POLL_SECONDS)  # Other processes are at all that is left.
-  names, budget = ('chosen', 'gain', 'error', 'share'), job.budgets[0]
-  structure = dataclasses.replace(
-    job.cut_plain(chosen),
-    model=job.network.description,
-    source={
-      'budget': budget.name,
-      'seed': c.seed,
-      'tournament': {name: found[name] for name in names},
-    },
-  )
+  budget = job.budgets[0]
+  source = {name: found[name] for name in ('chosen', 'gain', 'error', 'share')}
   with storage.locked(workdir, wait=lambda: None):
     job.note_config()
     storage.write_json(workdir / 'tournament.json', found, sealed=True)
-    stages.write(job, budget, structure, chosen)
+    structure = job.cut_plain(chosen)
+    stages.write(job, budget, structure, chosen, {'tournament': source})
   title = f'Loss on held-out images, {budget.name}, {workdir}'
   console.table(title, found['columns'], found['rows'])
   console.say(found['sentence'])
@@ -126,7 +117,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
   """The content of tournament.json; does what is left of the work for it.
 
   Args:
-    job: The run; the candidates are cut to its first budget.
+    job: The run; the candidates are cut to its budget.
     root: The folder under which searches, probes and trainings are shared.
 
   Raises:
@@ -141,24 +132,19 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
   if path.exists():
     return storage.read_json(path)
   check(job)
-  entries = all_of(
-    {n: functools.partial(scored, job, n, root) for n in candidates(c)}
-  )
+  tasks = {n: functools.partial(scored, job, n, root) for n in candidates(c)}
+  entries = all_of(tasks)
   structures = {n: job.cut_plain(e.scores) for n, e in entries.items()}
   seconds: dict[str, float] = {}
   for entry in entries.values():
     seconds |= entry.seconds
   names, log = list(structures), []
   for challengers, epochs, seeds in _rounds(c):
-    done = all_of(
-      {
-        (n, i): functools.partial(
-          _training, job.reseeded(i + 1), structures[n], epochs, folder
-        )
-        for i in range(seeds)
-        for n in names
-      }
-    )
+    trainings = {}
+    for i, n in [(i, n) for i in range(seeds) for n in names]:
+      args = (job.reseeded(i + 1), structures[n], epochs, folder)
+      trainings[n, i] = functools.partial(_training, *args)
+    done = all_of(trainings)
     products.forget_programs()  # Each round has other schedules.
     losses = {n: [done[n, i]['loss'] for i in range(seeds)] for n in names}
     log.append({'epochs': epochs, 'losses': losses})
@@ -166,7 +152,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     names = [INCUMBENT, *best(losses, challengers // 2)]
   one_training = done[INCUMBENT, 0]['seconds'] / _share(job, epochs)
   found = {
-    **dataclasses.asdict(decide(losses, c.tournament.standard_errors)),
+    **decide(losses, c.tournament.standard_errors)._asdict(),
     'rounds': log,
     'layers': list(job.network.cost_model.layers),
     'counts': {name: list(s.counts) for name, s in structures.items()},
@@ -174,7 +160,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     'seconds': round(sum(seconds.values()), 1),
     'share': round(sum(seconds.values()) / one_training, 3),
   }
-  found |= _told(found)
+  found |= _told(found, math.log(job.spec.num_classes))
   storage.write_json(path, found, sealed=True)
   return found
 
@@ -191,13 +177,13 @@ def _rounds(c: ml_collections.ConfigDict) -> list[tuple[int, float, int]]:
   return rounds(len(candidates(c)) - 1, fields.epochs, fields.seeds)
 
 
-def scored(job: stages.Job, name: str, root: pathlib.Path) -> scoring.Scored:
+def scored(job: stages.Job, name: str, root: pathlib.Path) -> products.Scored:
   """The scores of a candidate: those of an arm, of another seed with '#i'.
 
   Raises:
     products.Busy: If another process is at its search or probe.
   """
-  return scoring.scored(_cell(job, name), job, root)
+  return products.scored(_cell(job, name), job, root)
 
 
 def _cell(job: stages.Job, name: str) -> plan.Cell:
@@ -242,32 +228,36 @@ def _training(
   return storage.read_json(path)
 
 
-def _told(found: Mapping[str, Any]) -> dict[str, Any]:
-  """The table and the sentence that say what came out."""
-  log = found['rounds']
-  rows = []
+def _told(found: Mapping[str, Any], chance: float) -> dict[str, Any]:
+  """The table and the sentences that say what came out.
+
+  Args:
+    found: The content of tournament.json so far.
+    chance: The loss of chance: ln of the number of classes.
+  """
+  log, rows = found['rounds'], []
   for name, macs in found['macs'].items():
     losses = [r['losses'].get(name) for r in log]
     cells = ['' if v is None else f'{np.mean(v):.4f}' for v in losses]
     mark = 'chosen' if name == found['chosen'] else ''
     rows.append([name, *cells, f'{macs:,}', mark])
-  n = len(log[-1]['losses'][INCUMBENT])
-  time_ = console.duration(found['seconds'])
+  last = log[-1]['losses']
   who = f'{found["challenger"]} beats uniform width'
   if found['chosen'] == INCUMBENT:
     who = f'Uniform width stays: {found["challenger"]} does not clearly beat it'
-  return {
-    'columns': [
-      'candidate',
-      *(f'{r["epochs"]:g} epochs' for r in log),
-      'MACs',
-      '',
-    ],
-    'rows': rows,
-    'sentence': f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
-    f'{found["error"]:.4f}, n = {n}). It took '
-    f'{time_}, {found["share"]:.0%} of a training.',
-  }
+  sentence = (
+    f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
+    f'{found["error"]:.4f}, n = {len(last[INCUMBENT])}). It took '
+    f'{console.duration(found["seconds"])}, {found["share"]:.0%} of a training.'
+  )
+  if min(map(min, last.values())) > stages.CHANCE * chance:
+    sentence += (
+      f' Warning: the losses are at chance ({chance:.3f}), so they say nothing '
+      'about the widths. Raise config.tournament.epochs.'
+    )
+  epochs = [f'{r["epochs"]:g} epochs' for r in log]
+  columns = ['candidate', *epochs, 'MACs', '']
+  return {'columns': columns, 'rows': rows, 'sentence': sentence}
 
 
 # Checks and costs.
@@ -276,41 +266,51 @@ def _told(found: Mapping[str, Any]) -> dict[str, Any]:
 def check(job: stages.Job) -> None:
   """Refuses what cannot be a tournament, before anything is trained."""
   c, names = job.config, candidates(job.config)
-  for name in names:
-    arms.check_candidate(name)
-  stages.check_budget(job, job.budgets[0])
-  longest = _rounds(c)[-1][1]
 
   def require(holds: bool, field: str, rule: str, got: object) -> None:
     if not holds:
       raise errors.UserError(f'config.{field} must {rule}; got {got}.')
 
-  one = [b.name for b in job.budgets]
-  require(len(one) == 1, 'budget', 'name one budget for a tournament', one)
+  rule = 'be searches, rankings, uniform or random, with #i for seed i'
+  for name in names:
+    fits = _is_candidate(name)
+    require(fits, 'tournament.candidates', rule, repr(name))
+  budgets = [b.name for b in job.budgets]
+  rule = 'name one budget for a tournament'
+  require(len(budgets) == 1, 'budget', rule, ', '.join(budgets))
+  stages.check_budget(job, job.budgets[0])
   held_out = c.data.validation_examples
-  require(
-    held_out > 0, 'data.validation_examples', 'be >= 1 for a tournament', 0
+  rule = 'be >= 1 for a tournament'
+  require(held_out > 0, 'data.validation_examples', rule, held_out)
+  rule = f'name one besides {INCUMBENT}'
+  given = c.tournament.candidates
+  require(len(names) > 1, 'tournament.candidates', rule, given)
+  epochs, longest = c.tournament.epochs, _rounds(c)[-1][1]
+  rule = (
+    f'be <= {c.train.epochs * epochs / longest:.3g}, so that the last round is '
+    f'no longer than the training of {c.train.epochs:g} epochs'
   )
-  require(
-    len(names) > 1,
-    'tournament.candidates',
-    f'name one besides {INCUMBENT}',
-    c.tournament.candidates,
-  )
-  require(
-    longest <= c.train.epochs,
-    'tournament.epochs',
-    f'be <= {c.train.epochs * c.tournament.epochs / longest:.3g}, so that the '
-    f'last round is no longer than the training of {c.train.epochs:g} epochs',
-    c.tournament.epochs,
-  )
+  require(longest <= c.train.epochs, 'tournament.epochs', rule, epochs)
   share = cost(job)
-  require(
-    share <= c.tournament.share,
-    'tournament.share',
+  rule = (
     f'be >= {math.ceil(100 * share) / 100:g}, what {len(names)} candidates '
-    f'cost of a training of {c.train.epochs:g} epochs (or take fewer)',
-    c.tournament.share,
+    f'cost of a training of {c.train.epochs:g} epochs (or take fewer)'
+  )
+  most = c.tournament.share
+  require(share <= most, 'tournament.share', rule, most)
+
+
+def _is_candidate(name: str) -> bool:
+  """Whether an arm can take part in a tournament; refuses unknown words."""
+  words, _, number = name.partition('#')
+  arm = arms.parse(words)
+  allowed = ('search.', 'budget.ranking')
+  return (
+    arm.scores in ('gates', 'equal', 'random', 'profile', 'probe')
+    and arm.training == 'scratch'
+    and not arm.pretrain_epochs
+    and all(field.startswith(allowed) for field in arm.overrides)
+    and (number.isdigit() or '#' not in name)
   )
 
 
@@ -333,11 +333,8 @@ def cost(job: stages.Job) -> float:
   epochs = sum((n + 1) * seeds * epochs for n, epochs, seeds in _rounds(c))
   cells = [_cell(job, name) for name in candidates(c)]
   wide = model.macs(model.widths) / job.cut_plain(scores.equal(model)).macs
-  searches = {
-    cell.wide.to_json(): cell.wide.search.epochs
-    for cell in cells
-    if cell.arm.searches
-  }
+  searched = [cell.wide for cell in cells if cell.arm.searches]
+  searches = {one.to_json(): one.search.epochs for one in searched}
   epochs += 2 / 3 * wide * sum(searches.values())
   probed = any(cell.arm.scores == 'probe' for cell in cells)
   return _share(job, epochs) + (stages.probe_cost(job) if probed else 0)
