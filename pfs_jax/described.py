@@ -45,7 +45,8 @@ def convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
   }
 
 
-def _transposed(module: nn.ConvTranspose, x, y) -> dict[str, Any]:
+def transposed(module: Any, x: Any, y: Any) -> dict[str, Any]:
+  """The fields of a transposed convolution's record."""
   fields = convolution(module, x, y)
   fields['positions'] = math.prod(fields['input_size'])
   # Timed as a convolution with as many operations.
@@ -76,8 +77,7 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
     joint = True
   elif isinstance(module, nn.GroupNorm):
     size = module.group_size or channels // (module.num_groups or 1)
-    if size != 1:
-      obstacle = f'it normalises {size} neighbouring channels together'
+    obstacle = grouped(size)['obstacle']
   return {
     'kind': 'norm',
     'obstacle': obstacle,
@@ -86,6 +86,12 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
     'positions': math.prod(y.shape[1:-1]),
     'vectors': _vectors(module, y.shape[-1]),
   }
+
+
+def grouped(size: int) -> dict[str, str]:
+  """What stops narrowing behind a GroupNorm with groups of this size."""
+  reason = f'it normalises {size} neighbouring channels together'
+  return {'obstacle': reason if size != 1 else ''}
 
 
 def _vectors(module: nn.Module, channels: int) -> int:
@@ -101,7 +107,7 @@ def _pool(module: nn.Module, x, y) -> dict[str, Any]:
 
 # Classes that are layers, and how to describe them. The first that fits counts.
 _RULES: dict[type, Callable[..., dict[str, Any]]] = {
-  nn.ConvTranspose: _transposed,
+  nn.ConvTranspose: transposed,
   nn.Conv: convolution,
   nn.Dense: dense,
   nn.BatchNorm: norm,

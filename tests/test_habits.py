@@ -1,6 +1,7 @@
 """Models in the habits of Flax users that the other tests do not show."""
 
 import functools
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import pytest
 from flax.training import train_state
 
 from pfs_jax import described, errors, models, search, surgery
+from tests import processes
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 LABELS = np.array([0, 1])
@@ -405,3 +407,24 @@ def test_leave_call_and_classes_come_from_names():
   assert network.table.sizes == {'OwnConv_1': 6}
   assert network.table.left_alone['OwnConv_0'] == 'left alone on request'
   assert network.description['leave'] == ['OwnConv_0']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'factory', [f'{__name__}:ImageNetResNet', 'tests.test_nnx:on_digits']
+)
+def test_from_search_to_export_on_the_command_line(tmp_path, factory):
+  """The flax example's ResNet and a residual net of NNX."""
+  for mode in ('run', 'export'):
+    processes.output(
+      [
+        *('main.py', '--config=configs/digits.py:smoke', f'--mode={mode}'),
+        *(f'--workdir={tmp_path}', f'--config.model.factory={factory}'),
+        '--config.budget.keep=0.8',
+      ],
+      env=processes.OPTIMIZED,
+    )
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert 0.7 < result['macs'] / result['reference_macs'] <= 0.8
+  names = {p.name for p in (tmp_path / 'export').iterdir()}
+  assert {'model.onnx', 'model.stablehlo', 'model.safetensors'} <= names

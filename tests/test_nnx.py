@@ -38,9 +38,9 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  def __init__(self, num_classes=3, *, rngs, dtype=jnp.float32):
+  def __init__(self, num_classes=3, *, inputs=3, rngs, dtype=jnp.float32):
     kwargs = {'param_dtype': jnp.promote_types(dtype, jnp.float32)}
-    self.stem = nnx.Conv(3, 6, (3, 3), rngs=rngs, **kwargs)
+    self.stem = nnx.Conv(inputs, 6, (3, 3), rngs=rngs, **kwargs)
     self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs, **kwargs)
     self.blocks = nnx.List(
       [Block(6, 4, 6, rngs, **kwargs), Block(6, 5, 8, rngs, **kwargs)]
@@ -123,6 +123,67 @@ class MnistCnn(nnx.Module):
     return self.linear2(nnx.relu(self.dropout2(self.linear1(x))))
 
 
+class Unit(nnx.Module):
+  """A convolution and a normalisation."""
+
+  def __init__(self, inputs, outputs, rngs, norm=nnx.BatchNorm, **options):
+    self.conv = nnx.Conv(inputs, outputs, (3, 3), rngs=rngs)
+    self.norm = norm(outputs, rngs=rngs, **options)
+
+  def __call__(self, x):
+    return nnx.relu(self.norm(self.conv(x)))
+
+
+class Upward(nnx.Module):
+  """A transposed convolution between two others."""
+
+  def __init__(self, *, rngs, transpose_kernel=False):
+    self.first, self.last = Unit(3, 6, rngs), Unit(4, 5, rngs)
+    self.up = nnx.ConvTranspose(
+      6, 4, (2, 2), (2, 2), transpose_kernel=transpose_kernel, rngs=rngs
+    )
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.head = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.norm(self.up(self.first(x))))
+    return self.head(self.last(x).mean((1, 2)))
+
+
+class Transformed(nnx.Module):
+  """Calls one of its units inside of a transform."""
+
+  def __init__(self, transform, *, rngs, **options):
+    self.transform = transform
+    self.first = Unit(3, 6, rngs, **options)
+    self.last = Unit(6, 5, rngs)
+    self.head = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.transform(lambda m, x: m(x))(self.first, x)
+    return self.head(self.last(x).mean((1, 2)))
+
+
+class Scanned(nnx.Module):
+  """Calls three equal units in a loop over their stacked weights."""
+
+  def __init__(self, *, rngs):
+    make = nnx.vmap(lambda r: Unit(6, 6, r), in_axes=(0,), out_axes=0)
+    self.stack = nnx.split_rngs(splits=3)(make)(rngs)
+    self.first, self.last = Unit(3, 6, rngs), Unit(6, 5, rngs)
+    self.head = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    loop = nnx.scan(
+      lambda x, unit: unit(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+    )
+    return self.head(self.last(loop(self.first(x), self.stack)).mean((1, 2)))
+
+
+def directly(function):
+  return function
+
+
 class Mixer(nnx.Module):
   """Mixes positions by a dense layer: channels cannot be told apart."""
 
@@ -195,6 +256,51 @@ def test_narrow_weights_are_the_kept_ones():
     nnx_models.narrowed(model, table, (2, 2), sliced)
 
 
+def narrowed(model):
+  """(table, its narrow module's costs checked) at about half the channels."""
+  table = surgery.discover(model, X)
+  cost_model = table.cost_model()
+  counts = [max(1, n // 2) for n in cost_model.widths]
+  narrow = surgery.narrow(model, table, counts, verify=True, x=X)
+  assert cost_model.params(counts) == parameters(narrow)
+  return table
+
+
+@pytest.mark.parametrize('transpose_kernel', [False, True])
+def test_a_transposed_convolution_is_narrowed(transpose_kernel):
+  model = Upward(rngs=nnx.Rngs(0), transpose_kernel=transpose_kernel)
+  assert list(narrowed(model).sizes) == ['first/conv', 'up', 'last/conv']
+
+
+@pytest.mark.parametrize(
+  ('options', 'names'),
+  [
+    ({'num_groups': 6}, ['first/conv', 'last/conv']),
+    ({'num_groups': None, 'group_size': 1}, ['first/conv', 'last/conv']),
+    ({'num_groups': 2}, ['last/conv']),
+  ],
+)
+def test_group_norm_is_narrowed_where_it_has_one_channel(options, names):
+  model = Transformed(directly, rngs=nnx.Rngs(0), norm=nnx.GroupNorm, **options)
+  table = narrowed(model)
+  assert list(table.sizes) == names
+  if len(names) == 1:
+    reason = 'read by first/norm: it normalises 3 neighbouring channels'
+    assert table.left_alone['first/conv'].startswith(reason)
+
+
+@pytest.mark.parametrize('transform', [nnx.jit, nnx.remat, None])
+def test_what_nnx_transforms_is_counted_and_left_alone(transform):
+  rngs = nnx.Rngs(0)
+  model = Transformed(transform, rngs=rngs) if transform else Scanned(rngs=rngs)
+  table = narrowed(model)
+  assert list(table.sizes) == ['last/conv']
+  plain = surgery.discover(Transformed(directly, rngs=nnx.Rngs(0)), X)
+  loop = 3 * 64 * 54 * 6 if transform is None else 0  # 3 times 3x3 on 8x8.
+  whole, cost_model = plain.cost_model(), table.cost_model()
+  assert cost_model.macs((5,)) == whole.macs((6, 5)) + loop
+
+
 def test_a_mixer_is_left_alone_with_the_reason():
   model = Mixer(rngs=nnx.Rngs(0))
   table = surgery.discover(model, X)
@@ -261,6 +367,10 @@ print(error < 1e-10, one[0]['blocks/0/conv1'].dtype, one[1:] == two[1:])
 
 def test_structures_are_those_of_the_linen_twin():
   assert processes.output(TWINS, x64=True) == 'True float64 True'
+
+
+def on_digits(num_classes, rngs):
+  return ResNet(num_classes, inputs=1, rngs=rngs)
 
 
 def make(num_classes, rngs):

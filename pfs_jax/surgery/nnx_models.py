@@ -26,16 +26,28 @@ from flax import nnx
 from pfs_jax import described, errors, groups
 from pfs_jax.surgery import calling
 
-_MAKERS = (nnx.Conv, nnx.Linear)
-_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm)
+_MAKERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
+_NORMS = (
+  *(nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm),
+  *(nnx.GroupNorm, nnx.InstanceNorm),
+)
 _COLLECTIONS = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats'}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-  """An NNX module, hidden from Linen; equal if it is the same object."""
+  """An NNX module, hidden from Linen; equal if it is the same object.
+
+  Attributes:
+    model: The module.
+    transformed: Paths of the layers that it calls inside a transform of NNX
+      (jit, remat, scan, vmap), found at the first call. They are not layers to
+      surgery: their arrays are variables of the model itself.
+  """
 
   model: Any
+  transformed: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
+  called: list[bool] = dataclasses.field(default_factory=list)
 
   def __hash__(self) -> int:
     return id(self.model)
@@ -64,30 +76,51 @@ class Adapter(nn.Module):
 
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
     """The module's output; it is told by `train()` or `eval()`, too."""
-    model = nnx.clone(self.held.model)
-    (model.train if train else model.eval)()
+    for name in inspect.signature(type(self.held.model).__call__).parameters:
+      if name in calling.NAMES:
+        kwargs[name] = calling.NAMES[name] == train
+    if not self.held.called:
+      jax.eval_shape(lambda: self._find_transformed(x, args, kwargs, train))
+      self.held.called.append(True)
+    model = self._copy(train)
     if train and self.has_rng('dropout'):
       key = self.make_rng('dropout')
       nnx.reseed(model, dropout=key, default=key)
     own = self._own_variables(model)
-    for path, layer in _layers(model):
-      run = functools.partial(self._run, path, layer, type(layer).__call__)
-      object.__setattr__(layer, 'surgery', run)
-      kind: Any = type(layer)
-      object.__setattr__(layer, '__class__', _marked(kind))
-    for name in inspect.signature(type(model).__call__).parameters:
-      if name in calling.NAMES:
-        kwargs[name] = calling.NAMES[name] == train
+    for path, layer in self._layers(model):
+      _mark(layer, functools.partial(self._run, path))
     out = model(x, *args, **kwargs)
     for linen, variable in own:
       _keep(self.scope, linen, variable)
     return out
 
+  def _copy(self, train: bool) -> nnx.Module:
+    model = nnx.clone(self.held.model)
+    (model.train if train else model.eval)()
+    return model
+
+  def _layers(self, model: nnx.Module) -> list[tuple[tuple[Any, ...], Any]]:
+    """(path, layer) of the layers that are not inside a transform."""
+    layers = _layers(model)
+    return [(p, v) for p, v in layers if p not in self.held.transformed]
+
+  def _find_transformed(self, x, args, kwargs, train: bool) -> None:
+    """Notes the layers whose calls are those of copies, which NNX makes."""
+    model = self._copy(train)
+    for path, layer in _layers(model):
+
+      def run(layer, call, x, *args, path=path, original=layer, **kwargs):
+        if layer is not original:
+          self.held.transformed.add(path)
+        return call(layer, x, *args, **kwargs)
+
+      _mark(layer, run)
+    model(x, *args, **kwargs)
+
   def _own_variables(self, model: nnx.Module) -> list[tuple[Any, Any]]:
     """Variables outside of layers, set: pairs of Linen's and NNX's."""
-    inside = {
-      id(v) for _, layer in _layers(model) for _, v in _variables(layer)
-    }
+    layers = self._layers(model)
+    inside = {id(v) for _, layer in layers for _, v in _variables(layer)}
     found = []
     for path, variable in nnx.iter_graph(model):
       collection = _collection(variable)
@@ -166,21 +199,34 @@ def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
   view = types.SimpleNamespace(**{**vars(layer), 'variables': module.variables})
   if isinstance(layer, nnx.Linear):
     return described.dense(view, x, y)
+  if isinstance(layer, nnx.ConvTranspose):
+    return described.transposed(view, x, y)
   if isinstance(layer, nnx.Conv):
     return described.convolution(view, x, y)
   found = described.norm(view, x, y)
-  return {**found, 'joint': not isinstance(layer, nnx.BatchNorm)}
+  if isinstance(layer, nnx.GroupNorm):
+    return {**found, **described.grouped(layer.group_size)}
+  joint = isinstance(layer, nnx.LayerNorm | nnx.RMSNorm)
+  return {**found, 'joint': joint}
 
 
 described.register(NnxLayer, _describe)
 
 
+def _mark(layer: Any, run: Callable[..., Any]) -> None:
+  """Lets run(layer, its own `__call__`, x, ...) stand for a layer's calls."""
+  kind: Any = type(layer)
+  object.__setattr__(layer, 'surgery', run)
+  object.__setattr__(layer, '__class__', _marked(kind))
+
+
 @functools.cache
 def _marked(cls: type) -> type:
   """A class like this one whose instances are called through `surgery`."""
+  plain: Any = cls
 
   def call(self, x, *args, **kwargs):
-    return self.surgery(x, *args, **kwargs)
+    return self.surgery(self, plain.__call__, x, *args, **kwargs)
 
   return type(cls.__name__, (cls,), {'__call__': call})
 
@@ -234,7 +280,10 @@ def _resize(
 ) -> dict[str, tuple[int, ...]]:
   """Sets the sizes of a layer; the shapes of its variables, '' of vectors."""
   if isinstance(layer, _NORMS):
-    layer.num_features = inputs
+    if isinstance(layer, nnx.GroupNorm):
+      layer.num_groups = inputs // layer.group_size
+    else:
+      layer.num_features = inputs
     return {'': (inputs,)}
   layer.in_features, layer.out_features = inputs, outputs
   kernel: tuple[int, ...] = (inputs, outputs)
@@ -243,6 +292,9 @@ def _resize(
     size = layer.kernel_size
     size = (size,) if isinstance(size, int) else tuple(size)
     kernel = layer.kernel_shape = (*size, inputs // feature_groups, outputs)
+  elif isinstance(layer, nnx.ConvTranspose):
+    ends = (outputs, inputs) if layer.transpose_kernel else (inputs, outputs)
+    kernel = layer.kernel_shape = (*layer.kernel_size, *ends)
   return {'kernel': kernel, '': (outputs,)}
 
 
