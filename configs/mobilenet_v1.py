@@ -23,17 +23,62 @@ compare with: AutoSlim reports 73.0 % top-1 at 572 M MACs, EagleEye 70.9 % at
 
 from pfs_jax import config
 
+# What `smoke` changes in every ImageNet config: it draws its JPEG files itself.
+IMAGENET_SMOKE = {
+  'data.name': 'shapes',
+  'data.validation_examples': 80,
+  'data.eval_batch_size': 80,
+  'data.workers': 1,
+  'model.base_width': 8,
+  'search.epochs': 1.0,
+  'search.batch_size': 32,
+  'search.evaluate_steps': 0,
+  'budget.keep': (0.8,),  # So narrow a network has a floor of 2/3.
+  'train.epochs': 4.0,
+  'train.batch_size': 32,
+  'train.learning_rate': 0.8,
+  'log_steps': 15,
+}
 VARIANTS = {
   'full': {},
   'expanded': {'model.width': 40},
   'published_site': {'model.gate_site': 'published'},
-  'smoke': config.IMAGENET_SMOKE,
+  'smoke': IMAGENET_SMOKE,
   'scratch_b': {'train.epochs': 300.0},
 }
 
 
+def imagenet(name):
+  """The paper's ImageNet runs, with the training of its MobileNets."""
+  c = config.default()
+  c.model.name = name
+  c.data.name = 'imagenet2012'
+  c.data.validation_examples = 50000
+  c.search.epochs = 1.0
+  c.search.batch_size = 100
+  c.search.balance = 0.05
+  c.search.evaluate_steps = 500
+  c.search.crop_scale = 0.25
+  c.train.epochs = 150.0
+  c.train.batch_size = 256
+  c.train.learning_rate = 0.05
+  c.train.scale_rate = True
+  c.train.nesterov = True
+  c.train.weight_decay = 4e-5
+  c.train.decay_rule = 'dense'
+  c.train.schedule = 'cosine'
+  c.train.label_smoothing = 0.1
+  c.train.crop_scale = 0.25
+  c.train.colour_jitter = 0.4
+  c.train.lighting = 0.1
+  c.steps_per_call = 1  # Batches come from the host.
+  c.log_steps = 100
+  c.checkpoint_steps = 1000
+  return c
+
+
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.imagenet('mobilenet_v1')
+  c = imagenet('mobilenet_v1')
   c.model.base_width = 32
   return config.with_variant(c, variant, VARIANTS)

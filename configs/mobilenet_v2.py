@@ -21,19 +21,20 @@ compare with: AutoSlim reports 74.2 % top-1 at 305 M MACs, Group Fisher 73.42 %
 at 290 M.
 """
 
+from configs import mobilenet_v1
 from pfs_jax import config
 
 VARIANTS = {
   'full': {},
   'expanded': {'model.width': 40},
   'published_site': {'model.gate_site': 'published'},
-  'smoke': config.IMAGENET_SMOKE,
+  'smoke': mobilenet_v1.IMAGENET_SMOKE,
   'scratch_b': {'train.epochs': 300.0},
 }
 
 
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.imagenet('mobilenet_v2')
+  c = mobilenet_v1.imagenet('mobilenet_v2')
   c.model.base_width = 32
   return config.with_variant(c, variant, VARIANTS)

@@ -13,9 +13,10 @@ the reference network computes; `smoke` runs the code on scikit-learn's digits.
 Not run on CIFAR-10 here: no accelerator and no network where this was written.
 """
 
+from configs import resnet56
 from pfs_jax import config
 
-VARIANTS = {**config.CIFAR_VARIANTS, 'expanded': {'model.width': 20}}
+VARIANTS = {**resnet56.CIFAR_VARIANTS, 'expanded': {'model.width': 20}}
 
 
 def get_config(variant='full'):

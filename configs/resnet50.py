@@ -23,13 +23,14 @@ compare with, near 2 G MACs: HALP 76.47 % top-1, EagleEye 76.4 %, CHIP 76.35 %;
 a uniform 0.75x 74.8 % at 2.3 G.
 """
 
+from configs import mobilenet_v1
 from pfs_jax import config
 
 VARIANTS = {
   'full': {},
   'expanded': {'model.width': 80},
   'smoke': {
-    **config.IMAGENET_SMOKE,
+    **mobilenet_v1.IMAGENET_SMOKE,
     'data.image_size': 48,
     'train.learning_rate': 0.1,
   },
@@ -39,7 +40,7 @@ VARIANTS = {
 
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.imagenet('resnet50')
+  c = mobilenet_v1.imagenet('resnet50')
   c.model.base_width = 64
   c.train.learning_rate = 0.1
   c.train.weight_decay = 1e-4

@@ -15,7 +15,19 @@ Not run on CIFAR-10 here: no accelerator and no network where this was written.
 
 from pfs_jax import config
 
-VARIANTS = {**config.CIFAR_VARIANTS, 'expanded': {'model.width': 20}}
+# Variants that every CIFAR-10 config has.
+CIFAR_VARIANTS = {
+  'full': {},
+  'r0.2': {'search.sparsity': 0.2},
+  'scratch_b': {'train.scratch': 'B'},
+  'smoke': {
+    'data.name': 'digits',
+    'data.validation_examples': 300,
+    'search.epochs': 0.2,
+    'train.epochs': 0.2,
+  },
+}
+VARIANTS = {**CIFAR_VARIANTS, 'expanded': {'model.width': 20}}
 
 
 def get_config(variant='full'):

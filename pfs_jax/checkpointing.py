@@ -1,8 +1,8 @@
-"""Checkpoints of one stage: all Orbax is here.
+"""Checkpoints of one stage, by Orbax.
 
 Orbax makes a checkpoint appear whole or not at all, keeps the newest two and
-lets several processes agree. What is in one is ours: two files, the arrays of
-the state and a checksum of them.
+lets several processes agree. The files in it are ours: the arrays of the state,
+and a checksum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _STATE, _CHECK = 'state.npz', 'check.json'
 
 
 class _Check(TypedDict):
-  """check.json: the step, JSON of the caller, and the checksum of all."""
+  """check.json; the checksum is of the arrays, the step and the notes.
+
+  So neither a flipped byte nor a renamed checkpoint passes.
+  """
 
   step: int
   notes: Any
@@ -35,21 +38,21 @@ class _Check(TypedDict):
 
 
 class _Handler(ocp.CheckpointHandler):
-  """Writes a state as one .npz: the arrays of its leaves, numbered.
+  """Writes a state as one .npz, in which its leaves are numbered.
 
-  Not Orbax's own handler, which writes dozens of files through TensorStore: on
-  a full disk its threads print hundreds of lines.
+  Orbax's own handler writes dozens of files, and its threads print hundreds of
+  lines when the disk is full.
   """
 
   def save(self, directory: Any, args: _Save) -> None:
-    """Writes the files, in the first process."""
+    """Writes the files, on the first process."""
     leaves = map(np.asarray, jax.tree.leaves(jax.device_get(args.state)))
     arrays = {str(i): leaf for i, leaf in enumerate(leaves)}
     storage.write_arrays(pathlib.Path(directory) / _STATE, arrays)
     storage.write_json(pathlib.Path(directory) / _CHECK, args.check)
 
   def restore(self, directory: Any, args: _Restore) -> tuple[Any, Any]:
-    """(state, check) with the shapes and shardings of the target."""
+    """(state, check); the target has the state's shapes and shardings."""
     leaves, tree = jax.tree.flatten(args.target)
     arrays = storage.read_arrays(pathlib.Path(directory) / _STATE)
     check = storage.read_json(pathlib.Path(directory) / _CHECK, _Check)
@@ -74,7 +77,7 @@ class _Restore(ocp.args.CheckpointArgs):
 
 
 def _like(leaf: Any, array: np.ndarray) -> jax.Array:
-  """An array where the leaf of the target is; it must be of its kind."""
+  """The array on the devices of a leaf of equal shape and type."""
   if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
     raise ValueError('another shape or type')
   return jax.make_array_from_callback(
@@ -83,15 +86,7 @@ def _like(leaf: Any, array: np.ndarray) -> jax.Array:
 
 
 class Checkpoints:
-  """The newest two checkpoints of one stage.
-
-  The checksum is of the arrays, of the step and of the notes, so that neither a
-  flipped byte nor a checkpoint that was renamed passes.
-
-  Args:
-    folder: The stage's folder; they are in checkpoints/ under it.
-    read_only: Whether nothing is to be written there.
-  """
+  """The newest two checkpoints of one stage, in checkpoints/ of its folder."""
 
   def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
     self._folder = folder.absolute() / 'checkpoints'
@@ -119,22 +114,14 @@ class Checkpoints:
     with _quiet():
       self._manager.close()
 
-  @property
-  def latest(self) -> int | None:
-    """The newest step there is, None if there is none."""
-    return self._manager.latest_step()
-
   def save(self, step: int, state: Any, notes: Any = None) -> None:
     """Saves a tree of arrays, and JSON beside it, unless the step is there.
 
     Raises:
-      errors.UserError: It cannot be written; nothing of it is left behind.
+      errors.UserError: It cannot be written; no part of it is left behind.
     """
-    check: _Check = {
-      'step': step,
-      'notes': notes,
-      'sha256': _sum(step, state, notes),
-    }
+    digest = _sum(step, state, notes)
+    check: _Check = {'step': step, 'notes': notes, 'sha256': digest}
     try:
       with _quiet():
         while self._passed_over:  # Orbax would refuse to write over them.
@@ -154,19 +141,16 @@ class Checkpoints:
     raise e
 
   def restore(self, target: Any) -> tuple[int, Any, Any] | None:
-    """(step, state, notes) of the newest good checkpoint.
+    """(step, state, notes) of the newest good checkpoint; None without any.
 
-    One that cannot be read, or does not match its checksum, is passed over for
-    the one before it; the next `save` deletes it.
+    A checkpoint that cannot be read or does not match its checksum is passed
+    over, and the next `save` deletes it.
 
     Args:
       target: A state with the shapes and shardings wanted.
 
-    Returns:
-      None if there is no checkpoint at all.
-
     Raises:
-      errors.UserError: There are checkpoints and none is good.
+      errors.UserError: There are checkpoints, but no good one.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     wrong: list[str] = []
@@ -186,7 +170,7 @@ class Checkpoints:
     )
 
   def restore_step(self, target: Any, step: int) -> Any:
-    """The state of one step; raises UserError unless it is there and good."""
+    """The state of one step; UserError if it is missing or damaged."""
     found: Any = 'is missing'
     if step in self._manager.all_steps():
       found = self._read(step, target)
@@ -217,7 +201,7 @@ def _sum(step: int, state: Any, notes: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps Orbax from logging tracebacks of errors that are raised too."""
+  """Keeps Orbax from logging errors that it also raises."""
   logger = logging.getLogger('absl')
   level = logger.level
   logger.setLevel(logging.CRITICAL)

@@ -1,9 +1,7 @@
-"""The command line: flags and a table of modes; see README.md.
+"""The command line, in a checkout or anywhere after an installation:
 
-  python main.py --config configs/digits.py --mode=run     in a checkout
-  pfs-jax --config digits --mode=run                       installed, anywhere
-
-Without a path, a config is one of those that come with the package.
+python main.py --config configs/digits.py --mode=run
+pfs-jax --config digits --mode=run
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is.')
 
 
 def workdir() -> pathlib.Path:
-  """The run's folder: as asked, or named after the config and its variant."""
+  """The run's folder; by default named after the config and its variant."""
   if WORKDIR.value:
     return pathlib.Path(WORKDIR.value)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -89,24 +87,22 @@ def configs() -> pathlib.Path:
 
 
 def located(argv: list[str]) -> list[str]:
-  """The command line with the path of a config that is given by name.
+  """The command line with the path of a config that is given by its name.
 
   >>> located(['pfs-jax', '--config=configs/digits.py', '--mode=run'])
   ['pfs-jax', '--config=configs/digits.py', '--mode=run']
   """
-  found = []
-  for before, argument in zip(['', *argv], argv, strict=False):
-    flag, _, value = argument.rpartition('=')
-    if before in ('--config', '-config') and not flag:
-      flag, value = '', argument
-    elif flag not in ('--config', '-config'):
-      found.append(argument)
-      continue
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.rpartition('=')
+    if not equals and argv[i - 1] in ('--config', '-config'):
+      flag = argv[i - 1]
     name, *variant = value.split(':')
     path = configs() / f'{name}.py'
-    if re.fullmatch(r'[\w/]+', name) and path.is_file():
-      value = ':'.join([str(path), *variant])
-    found.append(f'{flag}={value}' if flag else value)
+    known = re.fullmatch(r'[\w/]+', name) and path.is_file()
+    if flag in ('--config', '-config') and known:
+      where = ':'.join([str(path), *variant])
+      found[i] = f'{flag}={where}' if equals else where
   return found
 
 

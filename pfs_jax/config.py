@@ -1,8 +1,4 @@
-"""The configuration: a config made of the table of fields, and its checks.
-
-`default()` holds every field of `fields`. A file in configs/ changes some of
-them, the command line changes more, and `validate` then checks the rules.
-"""
+"""Configs: made of the table of fields, changed by a file, and checked."""
 
 from __future__ import annotations
 
@@ -36,82 +32,17 @@ def default() -> ml_collections.ConfigDict:
   return c.lock()
 
 
-# Variants that every CIFAR-10 config has.
-CIFAR_VARIANTS = {
-  'full': {},
-  'r0.2': {'search.sparsity': 0.2},
-  'scratch_b': {'train.scratch': 'B'},
-  'smoke': {
-    'data.name': 'digits',
-    'data.validation_examples': 300,
-    'search.epochs': 0.2,
-    'train.epochs': 0.2,
-  },
-}
-
-
-def imagenet(name: str) -> ml_collections.ConfigDict:
-  """The paper's ImageNet runs, with the training of its MobileNets.
-
-  Args:
-    name: Of the model.
-  """
-  c = default()
-  c.model.name = name
-  c.data.name = 'imagenet2012'
-  c.data.validation_examples = 50000
-  c.search.epochs = 1.0
-  c.search.batch_size = 100
-  c.search.balance = 0.05
-  c.search.evaluate_steps = 500
-  c.search.crop_scale = 0.25
-  c.train.epochs = 150.0
-  c.train.batch_size = 256
-  c.train.learning_rate = 0.05
-  c.train.scale_rate = True
-  c.train.nesterov = True
-  c.train.weight_decay = 4e-5
-  c.train.decay_rule = 'dense'
-  c.train.schedule = 'cosine'
-  c.train.label_smoothing = 0.1
-  c.train.crop_scale = 0.25
-  c.train.colour_jitter = 0.4
-  c.train.lighting = 0.1
-  c.steps_per_call = 1  # Batches come from the host.
-  c.log_steps = 100
-  c.checkpoint_steps = 1000
-  return c
-
-
-# What `smoke` changes in every ImageNet config: it draws its JPEG files itself.
-IMAGENET_SMOKE = {
-  'data.name': 'shapes',
-  'data.validation_examples': 80,
-  'data.eval_batch_size': 80,
-  'data.workers': 1,
-  'model.base_width': 8,
-  'search.epochs': 1.0,
-  'search.batch_size': 32,
-  'search.evaluate_steps': 0,
-  'budget.keep': (0.8,),  # So narrow a network has a floor of 2/3.
-  'train.epochs': 4.0,
-  'train.batch_size': 32,
-  'train.learning_rate': 0.8,
-  'log_steps': 15,
-}
-
-
 def with_variant(
   c: ml_collections.ConfigDict,
   variant: str,
   known: Mapping[str, Mapping[str, Any]],
 ) -> ml_collections.ConfigDict:
-  """The config with the overrides of a variant; unknown ones list the known.
+  """The config with the overrides of a variant.
 
   Args:
     c: The config.
-    variant: What stands after the colon of `--config configs/x.py:variant`.
-    known: {variant: {'search.epochs': value, ...}}.
+    variant: The text after the colon in `--config configs/x.py:variant`.
+    known: {variant: {'search.epochs': value, ...}}; other variants are refused.
   """
   if variant not in known:
     raise errors.UserError(
@@ -129,7 +60,7 @@ def get(config: ml_collections.ConfigDict, field: str) -> Any:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks every rule; raises UserError naming the field, rule and value."""
+  """Raises a UserError with field, rule and value if a rule is broken."""
   given = [name.removeprefix('config.') for name in flat(config, *config)]
   for name in [*fields.BY_NAME, *given]:  # A section may be given whole.
     if name not in given or name not in fields.BY_NAME:
@@ -156,7 +87,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def flat(config: ml_collections.ConfigDict, *names: str) -> dict[str, Any]:
-  """{'config.a.b': value} of these fields and sections."""
+  """{'config.a.b': value} of fields and sections, by name."""
   found = {}
   for field in names:
     value = get(config, field)
@@ -170,7 +101,7 @@ def flat(config: ml_collections.ConfigDict, *names: str) -> dict[str, Any]:
 def identity(
   config: ml_collections.ConfigDict, *sections: str
 ) -> dict[str, Any]:
-  """The fields that a result depends on; sections such as 'search', 'train'."""
+  """The fields that the results of sections such as 'search' depend on."""
   found = flat(config, 'seed', 'dtype', 'model', 'data', *sections)
   return {
     name: value
@@ -180,7 +111,7 @@ def identity(
 
 
 def digest(values: Mapping[str, Any]) -> str:
-  """A hash of named values, the same on every machine and in every process."""
+  """A hash of named values, which is the same on every machine."""
   text = json.dumps(dict(values), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -191,10 +122,9 @@ def key(seed: int, purpose: str) -> jax.Array:
 
 
 def other_seed(seed: int, i: int) -> int:
-  """The i-th seed beside a run's own, which is number 0.
+  """The i-th seed of a run; its own is number 0.
 
-  Far from the small numbers that people take, so that runs with other seeds do
-  not share it.
+  They are far apart, so that runs with other small seeds do not share them.
   """
   return (seed + 1_000_003 * i) % 2**32
 

@@ -1,8 +1,8 @@
-"""Data parallelism over all devices of all processes, through JAX itself.
+"""Data parallelism over all devices of all processes.
 
-One mesh with one axis, 'data': batches are split over it, everything else is
-on every device. The compiler inserts the communication (BatchNorm statistics
-are those of the global batch). One device is the same code with a mesh of one.
+The mesh has one axis, 'data'. Batches are split over it, and everything else is
+on every device. The compiler inserts the communication; BatchNorm's statistics
+are those of the global batch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pfs_jax import errors
-
-# Steps compiled into one call on an accelerator, so that the host never limits.
-_STEPS_PER_CALL = 16
 
 
 @functools.cache
@@ -63,11 +60,9 @@ def check_batch(field: str, batch_size: int) -> None:
 
 
 def steps_per_call(asked: int) -> int:
-  """Steps compiled into one call: `asked`, or by device where that is 0.
+  """Steps compiled into one call: `asked`, or if that is 0 by the device.
 
-  1 on CPU, where XLA runs gradient convolutions inside a loop 7 to 20 times
-  slower; 16 on accelerators.
+  1 on CPU, where gradient convolutions are 7 to 20 times slower in a loop; 16
+  on accelerators, so that they do not wait for the host.
   """
-  if asked:
-    return asked
-  return 1 if jax.default_backend() == 'cpu' else _STEPS_PER_CALL
+  return asked or (1 if jax.default_backend() == 'cpu' else 16)

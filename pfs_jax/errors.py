@@ -4,11 +4,9 @@ import signal
 
 
 class UserError(ValueError):
-  """Something that the user asked for cannot be done; the message says why.
+  """An error that the user can fix: one to three lines and exit code 2.
 
-  The command line prints it as one to three lines on stderr and ends with exit
-  code 2, without a traceback. Every other exception is a mistake of ours and
-  keeps its traceback.
+  Every other exception is a mistake of ours and keeps its traceback.
 
   >>> raise UserError('config.seed must be at least 0; got -1.')
   Traceback (most recent call last):
@@ -18,11 +16,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-  """SIGTERM or Ctrl-C came and the state is saved; `.signal` is its number.
-
-  Args:
-    number: The signal's number.
-    where: What was going on, such as 'train step 7'.
+  """A signal (`.signal`) came during `where`, and the state is saved.
 
   >>> str(Interrupted(signal.SIGTERM, 'train step 7'))
   'stopped by SIGTERM at train step 7; saved. The same command continues.'

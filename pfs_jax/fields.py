@@ -1,8 +1,7 @@
-"""The fields of the configuration, as the table fields.txt states them.
+"""The fields of a config, read from the table fields.txt.
 
-The table is the only place that knows a field: its name, its default (the value
-of the paper's CIFAR-10 runs), what it must be, and what it means.
-`config.default` and `config.validate` come from it, and so does docs/config.md:
+The table holds each field's name, its default (that of the paper's CIFAR-10
+runs), its rule and its meaning. docs/config.md is made from it:
 
   python -m pfs_jax.fields > docs/config.md
 """
@@ -22,7 +21,7 @@ def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda values: all(holds(v) for v in values)
 
 
-# Each rule is {what the value must be: test}. Upper bounds are in `_most`.
+# {what the value must be: test}.
 _RULES: dict[str, Callable[[Any], bool]] = {
   'a text': lambda v: isinstance(v, str),
   'True or False': lambda v: isinstance(v, bool),
@@ -46,14 +45,10 @@ _RULES: dict[str, Callable[[Any], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """One field of the configuration.
+  """One field, with a dotted name such as 'search.epochs'.
 
-  Attributes:
-    name: Its dotted name, such as 'search.epochs'.
-    default: Its value where neither a file nor the command line sets it.
-    rule: What it must be: a key of the rules above, or 'one of a, b'.
-    doc: One line that says what it means.
-    result: Whether the result of a stage depends on it.
+  `rule` is a key of the rules above or 'one of a, b', and `result` says whether
+  results depend on the field.
   """
 
   name: str
@@ -63,7 +58,7 @@ class Field:
   result: bool
 
   def broken(self, value: Any) -> str:
-    """What `value` must be and is not; '' if it keeps the rule.
+    """The rule that a value breaks, or ''.
 
     >>> BY_NAME['train.epochs'].broken(0.0)
     '> 0'
@@ -86,14 +81,13 @@ class Field:
 
   @property
   def _most(self) -> int:
-    """The largest value allowed: beyond it lies no experiment."""
+    """The largest value allowed."""
     if 'integer' in self.rule:
       return 2**63 - 1
     return 2**32 if isinstance(self.default, int) else 10**6
 
 
 def _read(path: pathlib.Path) -> tuple[Field, ...]:
-  """The rows of a table; see the first lines of fields.txt."""
   fields = []
   for line in path.read_text('utf-8').splitlines():
     if line and not line.startswith('#'):
@@ -109,7 +103,7 @@ BY_NAME = {field.name: field for field in FIELDS}
 
 
 def page() -> str:
-  """The text of docs/config.md: one table of fields for each section."""
+  """The text of docs/config.md, with a table for each section."""
   lines = [_INTRODUCTION]
   section = None
   for field in FIELDS:

@@ -1,14 +1,13 @@
 """Several processes of one run: how they join, and how they end together.
 
-JAX's coordination service notices that a process has died, and ends the others
-by an abort with a long dump; an exception on one process leaves the others
-waiting in a collective. So that all of them end soon, with one line that says
-which process failed and why:
+When a process dies, JAX's coordination service aborts the others with a long
+dump; an exception on one process leaves the others waiting in a collective. So
+that all of them end soon, with one line that says which process failed and why:
 
-- `start` forks. The child does the work; the parent waits for it, keeps what
-  libraries in C++ print, and says in one line why a child was aborted.
+- `start` forks. The child does the work. The parent keeps what libraries in C++
+  print, and says in one line why a child was aborted.
 - A process that fails tells the others through the coordination service
-  (`tell`); a thread of each waits for such news.
+  (`tell`), and a thread of each asks for such news.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from pfs_jax import errors
 # Seconds without a sign of life until a process counts as dead. All processes
 # end within twice this time of a failure.
 _HEARTBEAT = 30
-_GRACE = 2.0  # Seconds for what fails on all processes to be said by each.
 _KEY = 'pfs_jax/failed'
 _CONTINUE = 'The same commands continue.'
 _LOST = ('Gloo', 'NCCL', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'coordination')
@@ -84,11 +82,13 @@ def _heartbeat() -> int:
   return int(os.environ.get('PFS_JAX_HEARTBEAT', _HEARTBEAT))
 
 
-# The parent of the process that works.
+def _grace() -> float:
+  """Seconds in which each process can say itself what fails on all of them."""
+  return min(2.0, _heartbeat() / 10)
 
 
 def _fork(process: int) -> None:
-  """Returns in the child; the parent ends with it."""
+  """Returns in the child; the parent waits for it and ends with its code."""
   read, write = os.pipe()
   child = os.fork()
   if child == 0:
@@ -124,9 +124,6 @@ def _reason(process: int, number: int, text: str) -> str:
   return f'process {process} was ended by {name}. {_CONTINUE} {more}'.strip()
 
 
-# News of a failure.
-
-
 def _client():
   """The client of the coordination service; None for a single process."""
   from jax._src import distributed  # There is no public way.
@@ -142,7 +139,7 @@ def joined() -> bool:
 def tell(reason: str) -> None:
   """Tells the other processes, if there are any, why this one fails.
 
-  Process 0 then waits a little, since the news ends with it.
+  Process 0 then waits until they have asked, because it holds the news.
   """
   client = _client()
   if client is None:
@@ -150,13 +147,13 @@ def tell(reason: str) -> None:
   with contextlib.suppress(Exception):  # Another one was first.
     client.key_value_set(_KEY, f'process {jax.process_index()}: {reason}')
   if jax.process_index() == 0:
-    time.sleep(2 * _GRACE)
+    time.sleep(2 * _grace())
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process; without waiting for the others if it failed.
+  """Ends this process; one of several does not wait for the others.
 
-  JAX would wait for all processes at a barrier, for minutes.
+  JAX would wait for them at a barrier, for minutes.
   """
   if not joined():
     sys.exit(code)
@@ -168,8 +165,7 @@ def leave(code: int) -> NoReturn:
 def lost(e: Exception) -> bool:
   """Whether an exception says that the connection to another process broke.
 
-  Then JAX will soon know which one has died, and end this process, unless it
-  has told the reason before.
+  It first gives JAX the time to find the process that died and to end this one.
   """
   if not joined() or not any(word in str(e) for word in _LOST):
     return False
@@ -184,7 +180,7 @@ def _listen(ended: threading.Event) -> None:
   when Python ends aborts the process.
   """
   client = _client()
-  while not ended.wait(_GRACE / 2):
+  while not ended.wait(_grace() / 2):
     try:
       reason = client.key_value_try_get(_KEY)
     except Exception as e:
@@ -193,7 +189,7 @@ def _listen(ended: threading.Event) -> None:
       return  # The service is gone, and so is this process.
     if reason.startswith(f'process {jax.process_index()}:'):
       return
-    if ended.wait(_GRACE):
+    if ended.wait(_grace()):
       return
     lines = reason.splitlines() or ['']
     print(f'error: {lines[0]} This one ends too.', file=sys.stderr, flush=True)

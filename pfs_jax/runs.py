@@ -1,9 +1,8 @@
-"""A run's folder: whose it is, its metrics, its time, and signals.
+"""A run's folder: its config, result, metrics and time; signals and versions.
 
 workdir/  config.json versions.json structure.json kept.json result.json
-          search/ config.json checkpoints/ gates/ gates.npz metrics.jsonl
-          train/  config.json checkpoints/ metrics.jsonl
-          (both with TensorBoard events)
+          search/ config.json checkpoints/ events/ gates.npz metrics.jsonl
+          train/  config.json checkpoints/ events/ metrics.jsonl
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from tensorboardX.summary import scalar
 
 from pfs_jax import errors, fields, storage
 
-# What a result depends on, of the checkout.
+# The parts of the checkout that results depend on.
 _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-@functools.cache  # What runs is what was there when it started.
+@functools.cache  # The code that runs is that of the start.
 def commit() -> str:
-  """The commit of this code, '' outside a git checkout.
+  """The commit of this checkout; '' outside one.
 
-  With '-dirty' where the code or the configs differ from it; results may.
+  It ends in '-dirty' if the code or the configs differ from the commit.
   """
 
   def git(*args: str) -> str:
@@ -61,16 +60,17 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-  """What a run ran with: commit, Python, packages, devices."""
-  found = {'commit': commit(), 'python': platform.python_version()}
-  for package in _PACKAGES:
-    found[package] = importlib.metadata.version(package)
-  found['hardware'] = hardware()
-  return found
+  """The commit, the versions of Python and packages, and the hardware."""
+  return {
+    'commit': commit(),
+    'python': platform.python_version(),
+    **{package: importlib.metadata.version(package) for package in _PACKAGES},
+    'hardware': hardware(),
+  }
 
 
 def hardware() -> str:
-  """Devices in words, for results: kind and number."""
+  """The number and the kind of the devices."""
   devices = jax.devices()
   kind = devices[0].device_kind
   if devices[0].platform == 'cpu':
@@ -79,14 +79,16 @@ def hardware() -> str:
 
 
 def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
-  """Makes a folder belong to one identity: a flat map of fields to values.
+  """Makes a new folder belong to an identity, or checks whose folder it is.
 
-  A folder that belongs to it already is only read. A field that came after the
-  folder was begun counts as its default there.
+  Args:
+    folder: The folder; its config.json holds the identity. Fields that are not
+      in it count as their defaults.
+    identity: {field: value}.
 
   Raises:
-    errors.UserError: If the folder holds the work of another identity; the
-      message names the fields that differ.
+    errors.UserError: The folder belongs to another identity; the message names
+      the fields that differ.
   """
   path = folder / 'config.json'
   identity = json.loads(json.dumps(dict(identity)))  # Tuples become lists.
@@ -109,7 +111,7 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
 
 
 def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
-  """The defaults of those names that are fields of the config."""
+  """The defaults of the names that are fields of the config."""
   known = ((k, fields.BY_NAME.get(k.removeprefix('config.'))) for k in identity)
   plain = {k: field.default for k, field in known if field}
   return dict(json.loads(json.dumps(plain)))
@@ -120,7 +122,7 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Result(TypedDict):
-  """result.json, which the training of a narrow network ends with."""
+  """result.json, which is written at the end of a training."""
 
   test_accuracy: _Share
   reference_test_accuracy: _Share | None
@@ -132,7 +134,7 @@ class Result(TypedDict):
   class_names: list[str]
   steps: _Count
   seconds: Annotated[float, msgspec.Meta(ge=0)]
-  # More, which only people and reports read.
+  # What only people and reports read:
   test_loss: NotRequired[float]
   latency: NotRequired[dict[str, float]]
   warnings: NotRequired[list[str]]
@@ -148,11 +150,7 @@ class Result(TypedDict):
 
 
 def read_result(path: pathlib.Path) -> Result:
-  """result.json of a finished training.
-
-  Raises:
-    errors.UserError: There is none, or it is not what the training wrote.
-  """
+  """result.json; a UserError if it is missing or not a result."""
   if not path.exists():
     raise errors.UserError(
       f'{path} does not exist: no training has finished here. Run --mode=train '
@@ -166,7 +164,7 @@ class MetricsLog:
 
   Args:
     folder: Receives both.
-    resume_step: Records after it are dropped: the run will write them again.
+    resume_step: Later records are dropped, because the run writes them again.
   """
 
   def __init__(self, folder: pathlib.Path, resume_step: int):
@@ -222,7 +220,7 @@ class MetricsLog:
 
 @contextlib.contextmanager
 def _reporting(path: pathlib.Path) -> Iterator[None]:
-  """Turns a write that fails into an error of one line."""
+  """Turns a failed write into a UserError."""
   try:
     yield
   except OSError as e:
@@ -232,11 +230,8 @@ def _reporting(path: pathlib.Path) -> Iterator[None]:
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
   """The records of metrics.jsonl; [] if there is none.
 
-  A last line that was not finished, because the process was killed, is left
-  out.
-
-  Raises:
-    errors.UserError: Another line is not a record of numbers with a step.
+  The last line is left out if it is not complete, as after a kill. Any other
+  line that is not a record of numbers with a step is a UserError.
   """
   path = folder / 'metrics.jsonl'
   if not path.exists():
@@ -253,7 +248,7 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Seconds of work on a stage over all its processes, by its metrics log."""
+  """Seconds of work on a stage, with those in its metrics log."""
 
   def __init__(self, folder: pathlib.Path):
     records = read_metrics(folder)
@@ -266,16 +261,16 @@ class Clock:
 
 
 def barrier(name: str) -> None:
-  """Waits for all processes: what the first one wrote is there after it."""
+  """Waits for all processes, such as until the first one has written."""
   multihost_utils.sync_global_devices(name)
 
 
 class StopSignal:
-  """Catches SIGTERM and SIGINT; the loop acts between steps.
+  """Keeps the number of a SIGTERM or SIGINT; the loop stops after its step.
 
   A second signal ends the process at once. With several processes nothing is
   caught here: JAX's own handler tells all of them of a SIGTERM to one, and
-  `Checkpoints.reached_preemption` says at which step they all stop.
+  `Checkpoints.reached_preemption` says at which step they stop.
   """
 
   def __init__(self):
@@ -283,9 +278,8 @@ class StopSignal:
 
   def __enter__(self) -> StopSignal:
     """Installs the handlers."""
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if jax.process_count() > 1:
-      numbers = []
+    one = jax.process_count() == 1
+    numbers = (signal.SIGTERM, signal.SIGINT) if one else ()
     self._before = {s: signal.signal(s, self._handle) for s in numbers}
     return self
 

@@ -35,20 +35,11 @@ from pfs_jax import errors, train
 
 
 class SearchState(flax.struct.PyTreeNode):
-  """All that changes in a search, and what it needs to go on.
+  """Everything that changes during a search, and its static parts.
 
-  Attributes:
-    step: Steps made.
-    params: The frozen weights.
-    batch_stats: BatchNorm's running statistics, updated.
-    gates: The collection of gates.
-    opt_state: State of the optimiser.
-    sparsity: r, the mean gate aimed at, 0..1.
-    balance: lambda, the weight of the regulariser.
-    rng: Key data (uint32 [2]) that dropout draws from, with the step.
-    module: The gated module (static).
-    optimizer: The masked optimiser over {params, gates} (static).
-    classifier: Path of the layer in `params` that is trained too (static).
+  `step` counts the steps made, `optimizer` updates {params, gates}, and
+  `classifier` is the path of a layer in `params` that is trained too. `init`
+  describes the rest.
   """
 
   step: jax.Array
@@ -65,7 +56,7 @@ class SearchState(flax.struct.PyTreeNode):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The variables of the module, to apply it with."""
+    """The variables that the module is applied with."""
     return {
       'params': self.params,
       'batch_stats': self.batch_stats,
@@ -73,35 +64,26 @@ class SearchState(flax.struct.PyTreeNode):
     }
 
 
-def _is_in(layer: str, path: tuple[Any, ...]) -> bool:
-  """Whether a path of `tree_map_with_path` leads into a layer of `params`."""
-  names = ['params', *layer.split('/')]
-  return [entry.key for entry in path[: len(names)]] == names
-
-
 def _trained_mask(classifier: str | None, tree: Any) -> Any:
   """True for the leaves of {params, gates} that are trained, else False."""
   if classifier is None:
     return {'params': False, 'gates': True}
 
-  def trained(path, _) -> bool:
-    return path[0].key == 'gates' or _is_in(classifier, path)
+  def trained(path: tuple[str, ...], _: Any) -> bool:
+    inside = '/'.join(path).startswith(f'params/{classifier}/')
+    return inside or path[0] == 'gates'
 
-  return jax.tree_util.tree_map_with_path(trained, tree)
+  return flax.traverse_util.path_aware_map(trained, tree)
 
 
 @functools.cache
 def optimizer(
   learning_rate: float, classifier: str | None = None
 ) -> optax.GradientTransformation:
-  """Adam for the gates (and the classifier), no updates for the weights.
+  """Adam for the gates (and the classifier), zero updates for the weights.
 
   Both masks are needed: `optax.masked` alone passes the other gradients through
-  as updates. Cached, because jit compares transformations by identity.
-
-  Args:
-    learning_rate: Adam's learning rate.
-    classifier: Path of a layer in `params` that is trained too.
+  as updates. Cached, because jit compares optimisers by identity.
   """
   trained = functools.partial(_trained_mask, classifier)
 
@@ -135,16 +117,20 @@ def init(
     learning_rate: Adam's learning rate.
     key: The key of a model's dropout; None: key 0.
     classifier: Path of the layer in `params` that is trained along with the
-      gates, such as `last_dense` finds; None: all weights stay frozen (the
-      paper).
+      gates (see `last_dense`); None: all weights stay frozen (the paper).
 
   Raises:
     errors.UserError: There are no weights at `classifier`.
   """
   params = variables['params']
   gates = variables['gates'] if 'gates' in variables else module.unit_gates()
-  if classifier is not None:
-    _check_layer(classifier, params)
+  paths = flax.traverse_util.flatten_dict(params, sep='/')
+  layers = list(dict.fromkeys(path.rpartition('/')[0] for path in paths))
+  if classifier not in (None, *layers):
+    raise errors.UserError(
+      f'config.search.classifier must be a layer of the model; got '
+      f'{classifier!r}. The last ones: {", ".join(layers[-5:])}.'
+    )
   tx = optimizer(float(learning_rate), classifier)
   dtype = jnp.result_type(*jax.tree.leaves(gates))
   return SearchState(
@@ -162,28 +148,13 @@ def init(
   )
 
 
-def _check_layer(classifier: str, params: Mapping[str, Any]) -> None:
-  paths = flax.traverse_util.flatten_dict(params, sep='/')
-  layers = {path.rpartition('/')[0]: None for path in paths}
-  if classifier not in layers:
-    raise errors.UserError(
-      f'config.search.classifier must be a layer of the model; got '
-      f'{classifier!r}. The last ones: {", ".join([*layers][-5:])}.'
-    )
-
-
 def last_dense(
   module: nn.Module, variables: Mapping[str, Any], image_shape: Sequence[int]
 ) -> str:
   """The path in `params` of the dense layer that a model calls last.
 
-  Args:
-    module: Any Linen module.
-    variables: Its variables.
-    image_shape: (height, width, channels) of an image.
-
-  Raises:
-    errors.UserError: The model has no dense layer.
+  `image_shape` is (height, width, channels). A model without a dense layer is a
+  UserError.
   """
   found = []
 
@@ -206,7 +177,7 @@ def last_dense(
 def mean_gate(gates: Any) -> jax.Array:
   """m = sum |g| / K over all gates of the network.
 
-  Written as sign(g) * g, since JAX's derivative of `abs` at 0 is 1, not 0: it
+  |g| is written as sign(g) * g: JAX's derivative of `abs` at 0 is 1, which
   would pull gates back from 0.
   """
   leaves = jax.tree.leaves(gates)
@@ -263,7 +234,7 @@ def step(
   nothing uses the gradient, and the compiler drops it.
 
   Args:
-    state: From `init` or the step before.
+    state: The state before the step.
     x: Normalised, augmented images, float [N, H, W, C].
     y: Labels, int [N].
 
@@ -288,33 +259,32 @@ def step(
 
 
 def _moved_classifier(state: SearchState, updates: Any) -> Any:
-  """The weights after a step: only the classifier's, if any, are moved.
+  """The weights after a step: those of the classifier, if any, are moved.
 
-  Other updates are zeros; adding them would copy every weight in every step
+  The other updates are zeros. Adding them would copy every weight in every step
   (and turn -0.0 into 0.0).
   """
-  classifier = state.classifier
-  if classifier is None:
+  if state.classifier is None:
     return state.params
-
-  def moved(path, weight, update):
-    inside = _is_in(classifier, (jax.tree_util.DictKey('params'), *path))
-    return optax.apply_updates(weight, update) if inside else weight
-
-  return jax.tree_util.tree_map_with_path(moved, state.params, updates)
+  tree = {'params': state.params}
+  return jax.tree.map(
+    lambda on, weight, update: weight + update if on else weight,
+    _trained_mask(state.classifier, tree)['params'],
+    state.params,
+    updates,
+  )
 
 
 def select(records: Iterable[Mapping[str, Any]], sparsity: float) -> int | None:
-  """The step whose gates are kept (the published selection rule).
+  """The step whose gates are kept, by the published rule; None: the last.
 
-  The best validation accuracy among the evaluations whose share of non-zero
-  gates is at most `sparsity`, the earliest among equals; if there is none, or
-  no validation, the last: None.
+  It is the step of the best validation accuracy among the evaluations whose
+  share of non-zero gates is at most `sparsity` (r), and the earliest of equals.
 
   Args:
-    records: Of the metrics log, with 'step' and, where evaluated,
-      'gates_density' and 'validation_accuracy'.
-    sparsity: r.
+    records: The metrics log: 'step' and, for evaluations, 'gates_density' and
+      'validation_accuracy'.
+    sparsity: r, 0..1.
   """
   candidates = [
     r

@@ -1,13 +1,12 @@
-"""Files: written whole or not at all, read against a type, locked folders.
+"""Files are written whole or not at all and read as a type; folders are locked.
 
-Every write goes to a temporary name in the same folder and is then renamed, so
-that a reader never sees half of a file. With several processes the first one
-writes. What cannot be read or written is a `UserError` of one line.
+Every write goes to a temporary name in the same folder, which is then renamed.
+With several processes the first one writes. What cannot be read or written is a
+`UserError` of one line.
 
-A file that is finished can be *sealed*: its SHA-256 is noted in checksums.json
-beside it, and a reader refuses the file if it no longer fits. A writer takes
-the note away before it changes the file, so that a crash leaves a file without
-a note, never one with a wrong note.
+A finished file can be *sealed*: its SHA-256 is noted in checksums.json beside
+it, and a reader refuses the file if it differs. A writer removes the note
+before it changes the file, so a crash never leaves a wrong note.
 """
 
 from __future__ import annotations
@@ -43,37 +42,33 @@ def is_first_process() -> bool:
   return jax.process_index() == 0
 
 
-# Writing.
-
-
 def write_bytes(
   path: pathlib.Path, content: bytes, *, sealed: bool = False
 ) -> None:
-  """Writes a file whole or not at all; only on the first process.
+  """Writes a file, unless it already holds the content.
 
-  Nothing is written where the file already is what it should be, so that the
-  same command on a finished run needs no right to write.
+  So a finished run can be used without the right to write.
 
   Args:
-    path: The file; its folder is made if need be.
+    path: The file; its folder is made if it does not exist.
     content: All of it.
-    sealed: Whether its checksum is noted, for a file that is finished.
+    sealed: Whether its checksum is noted.
 
   Raises:
-    errors.UserError: It cannot be written; what was there before is kept.
+    errors.UserError: It cannot be written; the file before it is kept.
   """
   if not is_first_process():
     return
-  note = {path.name: sha256(content)} if sealed else {}
   notes = _notes(path.parent)
-  if _holds(path, content) and note.get(path.name) == notes.get(path.name):
-    return
   others = {k: v for k, v in notes.items() if k != path.name}
-  if others != notes:
+  wanted = {**others, path.name: sha256(content)} if sealed else others
+  if notes == wanted and _holds(path, content):
+    return
+  if notes != others:
     _replace(path.parent / CHECKSUMS, _json(others))
   _replace(path, content)
   if sealed:
-    _replace(path.parent / CHECKSUMS, _json({**others, **note}))
+    _replace(path.parent / CHECKSUMS, _json(wanted))
 
 
 def _holds(path: pathlib.Path, content: bytes) -> bool:
@@ -98,18 +93,13 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def refuse_write(path: pathlib.Path, e: OSError, size: int) -> NoReturn:
-  """Raises the error of a write that failed: what, where, how much is free.
+  """Raises the UserError of a write of `size` bytes that failed.
 
-  Args:
-    path: What could not be written.
-    e: Why.
-    size: Bytes of data to write; 0 if that is not known.
+  A size of 0 means that it is not known.
   """
   reason = e.strerror or str(e)
   if e.errno in _NO_SPACE:
-    folder = path.parent
-    while not folder.exists():
-      folder = folder.parent
+    folder = next(p for p in path.parents if p.exists())
     free = shutil.disk_usage(folder).free
     need = f', and {size:,} bytes of data take more' if size else ''
     reason = f'{reason}: {free:,} bytes are free{need}'
@@ -149,18 +139,11 @@ def seal(path: pathlib.Path) -> None:
     _replace(path.parent / CHECKSUMS, _json(notes))
 
 
-# Reading.
-
-
 def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
-  """All of a file, which must be as it was sealed, if it was.
-
-  Args:
-    path: The file.
-    largest: Refused if it has more bytes.
+  """The content of a file of at most `largest` bytes.
 
   Raises:
-    errors.UserError: It is not there, cannot be read, or was changed.
+    errors.UserError: It cannot be read, or is not as it was when it was sealed.
   """
   content = _bytes(path, largest)
   noted = _notes(path.parent).get(path.name)
@@ -199,17 +182,11 @@ def _notes(folder: pathlib.Path) -> dict[str, str]:
 
 
 def decode(content: bytes | str, kind: Any, where: object) -> Any:
-  """JSON as a type.
-
-  Args:
-    content: The JSON text.
-    kind: The type that it must have, such as `dict[str, int]` or a `TypedDict`:
-      anything that msgspec knows.
-    where: What the error calls it, such as the path.
+  """JSON as a type that msgspec knows, such as `dict[str, int]`.
 
   Raises:
-    errors.UserError: It is not JSON, or not of this type; one line that says
-      where in the text.
+    errors.UserError: It is not JSON of this type. The message begins with
+      `where`, such as the path, and is one line.
 
   >>> decode('{"stem": 3}', dict[str, int], 'counts.json')
   {'stem': 3}
@@ -244,15 +221,15 @@ def read_text(path: pathlib.Path) -> str:
 def read_arrays(
   path: pathlib.Path, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, np.ndarray]:
-  """A .npz in the order in which it was written; pickles are refused.
+  """The arrays of a .npz in the order in which they were written.
 
   Args:
-    path: The file.
-    shapes: If given: the names that it must hold, in this order, with the
-      shape of each; all must be floats and finite.
+    path: The file; pickles in it are refused.
+    shapes: If given: the names that it must hold, in this order, and the shape
+      of each array. All must be finite floats.
 
   Raises:
-    errors.UserError: See `read_bytes`; or it holds something else.
+    errors.UserError: It cannot be read, or holds something else.
   """
   content = read_bytes(path, 2**40)
   try:
@@ -297,24 +274,20 @@ def sha256(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()
 
 
-# Locks.
-
-
 @contextlib.contextmanager
 def locked(
   folder: pathlib.Path, wait: Callable[[], object] | None = None
 ) -> Iterator[bool]:
-  """Holds a folder inside the context, by a lock on the file .lock in it.
+  """Locks a folder, by the file .lock in it, for the time of the context.
 
-  The system frees it when the process ends, however it ends. A folder in which
-  nothing can be written, and a file system without locks, count as held: there
-  is nothing to protect, or no way to. Of several processes of one run the first
-  holds it for all.
+  The lock ends with the process, however it ends. A folder in which nothing can
+  be written and a file system without locks count as locked. Of several
+  processes of one run the first holds the lock for all.
 
   Args:
-    folder: Is made if need be.
-    wait: None: do not wait for another process that holds the folder. Else what
-      to call before waiting.
+    folder: It is made if it does not exist.
+    wait: Is called before waiting for another process that holds the folder;
+      None: do not wait.
 
   Yields:
     Whether this process holds the folder; False only without `wait`.

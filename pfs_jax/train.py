@@ -1,8 +1,6 @@
 """Training: state, optimiser, schedule, step, evaluation, and the one loop.
 
-The loop is shared by every stage that makes steps: it draws batches on the
-device, logs, evaluates, saves, continues and stops cleanly. What a step does is
-handed in.
+Searches and trainings use the same loop; the step is an argument of it.
 """
 
 from __future__ import annotations
@@ -26,17 +24,11 @@ from pfs_jax import checkpointing, console, cpu, devices, errors, runs
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that changes in a training.
+  """Everything that changes during a training, and its static parts.
 
-  Attributes:
-    step: Steps made.
-    params: Weights.
-    batch_stats: BatchNorm's running statistics.
-    opt_state: State of the optimiser.
-    rng: Key data (uint32 [2]) that dropout draws from, with the step.
-    module: The module (static).
-    optimizer: The optimiser (static).
-    label_smoothing: Share (0..1) of a label spread over all classes (static).
+  `step` counts the steps made. `rng` is the key data (uint32 [2]) of dropout.
+  `label_smoothing` is the share (0..1) of a label that is spread over all
+  classes.
   """
 
   step: jax.Array
@@ -50,7 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The variables of the module, to apply it with."""
+    """The variables that the module is applied with."""
     return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
@@ -61,7 +53,15 @@ def init(
   label_smoothing: float = 0.0,
   key: jax.Array | None = None,
 ) -> TrainState:
-  """The state before the first step; `key` is for a model with dropout."""
+  """The state before the first step.
+
+  Args:
+    module: Any Linen module.
+    variables: Its `params` and, if it has BatchNorm, `batch_stats`.
+    optimizer: Updates the parameters.
+    label_smoothing: Share (0..1) of a label that is spread over all classes.
+    key: The key of dropout; None: key 0.
+  """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables['params'],
@@ -77,10 +77,13 @@ def init(
 def schedule(
   recipe: ml_collections.ConfigDict, total_steps: int
 ) -> optax.Schedule:
-  """Learning rate by step: 'step' or 'cosine', after a linear warm-up.
+  """The learning rate of each step: 'step' or 'cosine', after a warm-up.
 
-  'step' multiplies by `decay_factor` at each share of `decay_at`; the drop acts
-  at the boundary step. With `scale_rate` the rate is that of a batch of 256.
+  Args:
+    recipe: The section `train` of a config. 'step' multiplies the rate by
+      `decay_factor` from each share of `decay_at` on. With `scale_rate`,
+      `learning_rate` is the rate of a batch of 256.
+    total_steps: Steps of the training, with those of the warm-up.
   """
   rate = recipe.learning_rate
   if recipe.scale_rate:
@@ -103,12 +106,11 @@ def schedule(
 
 
 def decay_mask(rule: str) -> Callable[[Any], Any]:
-  """params -> which of them decay: 'all', or 'dense' by kind of layer.
+  """A function from parameters to which of them (bool) decay.
 
-  'dense' takes the kernels of dense convolutions and linear layers, and leaves
-  out depthwise convolutions, biases and BatchNorm. The kind is in the layer's
-  name, not in its shape: a dense convolution pruned to one input channel looks
-  like a depthwise one.
+  With 'all' every parameter decays. With 'dense' only the kernels of dense
+  convolutions and linear layers do. Depthwise layers are recognised by their
+  names: a dense convolution with one input channel has the same shape.
   """
 
   def decays(path, _) -> bool:
@@ -120,47 +122,37 @@ def decay_mask(rule: str) -> Callable[[Any], Any]:
   return lambda params: jax.tree_util.tree_map_with_path(decays, params)
 
 
-@functools.cache
-def _optimizer(frozen_recipe, total_steps: int) -> optax.GradientTransformation:
-  recipe = ml_collections.ConfigDict(dict(frozen_recipe))
-  return optax.chain(
-    optax.add_decayed_weights(
-      recipe.weight_decay, decay_mask(recipe.decay_rule)
-    ),
-    optax.sgd(
-      schedule(recipe, total_steps), recipe.momentum, nesterov=recipe.nesterov
-    ),
-  )
-
-
 _OPTIMIZER_FIELDS = (
-  'batch_size',
-  'learning_rate',
-  'scale_rate',
-  'momentum',
-  'nesterov',
-  'weight_decay',
-  'decay_rule',
-  'schedule',
-  'decay_at',
-  'decay_factor',
-  'warmup_share',
-)
+  'batch_size learning_rate scale_rate momentum nesterov weight_decay '
+  'decay_rule schedule decay_at decay_factor warmup_share'
+).split()
 
 
 def optimizer(
   recipe: ml_collections.ConfigDict, total_steps: int
 ) -> optax.GradientTransformation:
-  """SGD with momentum, weight decay added to the gradient as in PyTorch.
+  """SGD with momentum; weight decay is added to the gradient, as in PyTorch.
 
-  Cached by value, since jit compares transformations by identity.
+  Equal recipes get the same object, because jit compares optimisers by
+  identity.
   """
   fields = tuple((name, recipe[name]) for name in _OPTIMIZER_FIELDS)
   return _optimizer(fields, total_steps)
 
 
+@functools.cache
+def _optimizer(fields, total_steps: int) -> optax.GradientTransformation:
+  recipe = ml_collections.ConfigDict(dict(fields))
+  decayed = decay_mask(recipe.decay_rule)
+  rate = schedule(recipe, total_steps)
+  return optax.chain(
+    optax.add_decayed_weights(recipe.weight_decay, decayed),
+    optax.sgd(rate, recipe.momentum, nesterov=recipe.nesterov),
+  )
+
+
 def dropout_key(state: Any) -> jax.Array:
-  """The key of a state's next step; unused by a model without dropout."""
+  """The key of dropout in the next step of a state."""
   return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
 
@@ -179,12 +171,12 @@ def step(
   """One step of training.
 
   Args:
-    state: From `init` or the step before.
+    state: The state before the step.
     x: Normalised, augmented images, float [N, H, W, C].
     y: Labels, int [N].
 
   Returns:
-    The next state and {'loss', 'accuracy'} of the batch, before the step.
+    The next state, and the batch's {'loss', 'accuracy'} before the step.
   """
 
   def loss(params):
@@ -213,15 +205,12 @@ def step(
   return state, {'loss': value, 'accuracy': accuracy}
 
 
-# Evaluation.
-
-
 @functools.cache
 def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
-  """(variables, images, labels, weights) -> (loss, correct, classes), jitted.
+  """A jitted function that evaluates one batch.
 
-  Loss and correct answers are weighted sums over the batch; the classes are
-  those that the network says.
+  It maps (variables, images, labels, weights) to the weighted sums of the loss
+  and of the correct answers, and to the predicted classes (int [N]).
   """
 
   def evaluate_batch(variables, images, labels, weight):
@@ -238,13 +227,14 @@ def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
 def evaluate(
   module: nn.Module, variables: Mapping[str, Any], batches: Any
 ) -> dict[str, float]:
-  """{'loss', 'accuracy'} over batches that hold every image exactly once.
+  """The mean {'loss', 'accuracy'} over all images.
 
   Args:
-    module: The module, applied with running statistics.
+    module: The module; it uses running statistics.
     variables: Its variables.
-    batches: Yields (images, labels, weights); `.augmentation.test` normalises
-      inside the compiled program, `.size` is the number of images.
+    batches: Yields (images, labels, weights), such as
+      `pipeline.ArrayEvaluation`. Its `.augmentation.test` normalises images and
+      its `.size` is the number of images.
   """
   call = evaluation_step(module, batches.augmentation)
   sums = [call(variables, *batch) for batch in batches]
@@ -254,17 +244,15 @@ def evaluate(
   }
 
 
-# The loop.
-
-
 @functools.cache
 def compiled_call(step_fn: Callable, draw: Callable) -> Callable:
-  """(state, resident, chunk) -> (state, metrics [k]), k steps in one call.
+  """A jitted function that makes k steps and returns the metrics of each.
 
-  `chunk` holds what `draw` needs, with leading axis k; one step is not put into
-  a loop, since XLA on CPU runs gradient convolutions in loops far slower. The
-  state is donated: its buffers become those of the next state, and the caller
-  must not use it again.
+  It maps (state, resident, chunk) to (state, metrics), where `chunk` holds what
+  `draw` needs and its arrays, like the metrics, have the leading axis k. A
+  single step is not put into a loop, because XLA's gradient convolutions are
+  far slower in loops on CPU. The state is donated: the caller must not use it
+  again.
   """
 
   def one(state, resident, item):
@@ -287,14 +275,10 @@ def compiled_call(step_fn: Callable, draw: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How long a loop runs and what it does on the way.
+  """How many steps a loop makes, and after how many it does something else.
 
-  Attributes:
-    total_steps: Steps in all.
-    log_steps: A record of mean metrics every so many steps.
-    evaluate_steps: An evaluation every so many steps, and at the end.
-    checkpoint_steps: A checkpoint every so many steps, and at the end.
-    steps_per_call: Steps compiled into one call.
+  The last step is always logged, evaluated and saved. `steps_per_call` steps
+  are compiled into one call.
   """
 
   total_steps: int
@@ -304,7 +288,7 @@ class Plan:
   steps_per_call: int = 1
 
   def next_stop(self, step: int) -> int:
-    """The next step after `step` at which the loop has something to do."""
+    """The step at which the next call of the compiled program ends."""
     every = (self.log_steps, self.evaluate_steps, self.checkpoint_steps)
     stops = [(step // n + 1) * n for n in every]
     return min(*stops, step + self.steps_per_call, self.total_steps)
@@ -321,25 +305,25 @@ def loop(
   evaluate: Callable[[Any, int], dict[str, float]] | None = None,
   finish: Callable[[Any], Any] | None = None,
 ) -> Any:
-  """Makes the steps of a plan, or those that are left of it.
+  """Makes the steps of a plan that are not yet made.
 
   Args:
-    state: At step 0; the newest checkpoint under `folder` replaces it.
+    state: The state at step 0. The newest checkpoint in `folder` replaces it.
     step_fn: (state, x, y) -> (state, metrics), such as `step`.
-    source: Batches as a function of the step, such as `pipeline.ArraySource`.
-    plan: Length and intervals.
+    source: Gives the batch of each step, such as `pipeline.ArraySource`.
+    plan: The number of steps and the intervals.
     folder: Receives checkpoints and metrics.
-    label: What the progress line says.
-    evaluate: (state, step) -> numbers for the log, at each evaluation.
-    finish: state -> state, once after the last step, before it is evaluated and
-      saved.
+    label: The name of the work in progress lines.
+    evaluate: (state, step) -> numbers for the log.
+    finish: state -> state, called once after the last step, before the state is
+      evaluated and saved.
 
   Returns:
     The state after the last step.
 
   Raises:
-    errors.Interrupted: A signal came; the state is saved.
-    errors.UserError: A number is not finite at a record or a checkpoint.
+    errors.Interrupted: A signal came, and the state is saved.
+    errors.UserError: A number in a record or before a checkpoint is not finite.
   """
   state = devices.replicate(state)
   call = compiled_call(step_fn, source.draw)
@@ -383,7 +367,7 @@ def loop(
 
 
 def _values(recent) -> dict[str, list[float]]:
-  """The metrics of each step since the last record; {} right after one."""
+  """The metrics of each step since the last record."""
   host = jax.device_get(recent)
   return {
     name: [float(v) for metrics in host for v in metrics[name]]
@@ -392,13 +376,11 @@ def _values(recent) -> dict[str, list[float]]:
 
 
 def _means(recent) -> dict[str, float]:
-  """Means of the metrics since the last record; {} right after one."""
   values = _values(recent)
   return {name: math.fsum(v) / len(v) for name, v in values.items()}
 
 
 def _check_finite(record: Mapping[str, float], label: str, done: int) -> None:
-  """Refuses numbers that are not finite."""
   for name, value in record.items():
     if not math.isfinite(value):
       raise errors.UserError(

@@ -38,7 +38,11 @@ OPTIMIZED = {'XLA_FLAGS': ''}
 
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload(
-  ['pfs_jax.stages', 'pfs_jax.studies', 'pfs_jax.report', 'tests.processes']
+  [
+    'pfs_jax.command',
+    'sklearn.datasets',  # Takes seconds, and the digits need it.
+    'tests.processes',
+  ]
 )
 
 

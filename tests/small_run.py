@@ -1,4 +1,4 @@
-"""The run that many tests share: a ResNet-20 of tiny widths on digits.
+"""The run that many tests share: a ResNet-8 of tiny widths on digits.
 
 The fixtures `finished_run` and `finished` (conftest.py) hold its workdir.
 """
@@ -10,8 +10,9 @@ import ml_collections
 from configs import digits
 
 FIELDS = {
-  'model.base_width': 2,
-  'model.width': 3,
+  'model.name': 'resnet8',
+  'model.base_width': 4,
+  'model.width': 6,
   'search.epochs': 2,
   'train.epochs': 2,
   'train.reference': False,

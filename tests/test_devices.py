@@ -1,27 +1,17 @@
-"""Data parallelism: 1 and 8 devices, 1 and 2 processes, the same search."""
+"""Data parallelism: several devices and processes make the same search."""
 
+import itertools
 import json
-import pathlib
 import signal
 import socket
 import textwrap
-import time
 from concurrent import futures
 
 import numpy as np
 import pytest
 
 from pfs_jax import devices, errors, peers, runs
-from tests import processes
-
-
-def numbers(stdout):
-  return json.loads(stdout.splitlines()[-1])
-
-
-def on_devices(n, x64, steps):
-  args = ['-m', 'tests.data_parallel', steps]
-  return numbers(processes.output(args, devices=n, x64=x64))
+from tests import processes, small_run
 
 
 def free_port():
@@ -30,74 +20,62 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start_two(args_of, x64=False, env=None):
-  """Two processes of two devices; args_of(host and port, i) -> arguments."""
+def in_two_processes(arguments, **options):
+  """Both ends of two processes; arguments(host and port, i) -> arguments."""
   where = f'127.0.0.1:{free_port()}'
-  return [
-    processes.start(args_of(where, i), devices=2, x64=x64, env=env)
-    for i in range(2)
+  started = [
+    processes.start(arguments(where, i), devices=2, **options) for i in range(2)
   ]
+  return [p.finish(120) for p in started]
 
 
-def in_two_processes(x64, steps):
-  started = start_two(
-    lambda where, i: ['-m', 'tests.data_parallel', steps, where, 2, i], x64
-  )
-  done = [p.finish() for p in started]
-  assert [d.returncode for d in done] == [0, 0], done
-  return numbers(done[0].stdout)
+STEPS = ['-m', 'tests.data_parallel', 20]
+
+
+def on_devices(n):
+  return json.loads(processes.output(STEPS, devices=n, x64=True))
+
+
+def on_two_processes():
+  ends = in_two_processes(lambda where, i: [*STEPS, where, 2, i], x64=True)
+  assert [d.returncode for d in ends] == [0, 0], ends
+  return json.loads(ends[0].stdout)
 
 
 @pytest.fixture(scope='module')
-def one64():
-  return on_devices(1, True, 20)
+def one():
+  return on_devices(1)
 
 
-@pytest.mark.parametrize(
-  'search,n',
-  [
-    (lambda: on_devices(8, True, 20), 8),
-    pytest.param(lambda: in_two_processes(True, 20), 4, marks=pytest.mark.slow),
-  ],
-  ids=['8 devices', '2 processes'],
-)
-def test_float64_searches_agree(one64, search, n):
-  many = search()
-  assert many['devices'] == n
+def assert_same_search(many, one):
   assert len(many['losses']) == 20
-  np.testing.assert_allclose(many['losses'], one64['losses'], atol=1e-9)
-  np.testing.assert_allclose(many['gates'], one64['gates'], atol=1e-9)
-  assert many['counts'] == one64['counts']
-  # Not because the gates did not move.
-  assert min(one64['gates']) < 0.95
+  np.testing.assert_allclose(many['losses'], one['losses'], atol=1e-9)
+  np.testing.assert_allclose(many['gates'], one['gates'], atol=1e-9)
+  assert many['counts'] == one['counts']
+  assert min(one['gates']) < 0.95  # The gates did move.
 
 
-def test_float32_losses_agree_and_little_is_sent():
-  one, eight = on_devices(1, False, 3), on_devices(8, False, 3)
-  np.testing.assert_allclose(eight['losses'], one['losses'], rtol=0, atol=1e-5)
-  assert one['collectives'] == []
-  # Gradients of the gates, sums of BatchNorm forward (mean, variance) and
-  # backward (two more a channel), scalars: no weight's gradient, no image.
-  sent = sum(eight['collectives']) / eight['itemsize']
-  needed = eight['gates_size'] + 2 * eight['statistics_size']
-  assert 0 < sent <= 1.5 * needed
-  assert sent < 0.5 * eight['weights_size']
+def test_eight_devices_search_as_one_does_and_send_little(one):
+  eight = on_devices(8)
+  assert (one['devices'], eight['devices']) == (1, 8)
+  assert_same_search(eight, one)
+  # What is sent: gradients of the gates, and for each channel of a BatchNorm
+  # two sums forward (mean, variance) and two backward, and a few scalars. It is
+  # no gradient of a weight and no image.
+  sizes = eight['sizes']
+  assert one['sent'] == 0
+  assert 0 < eight['sent'] <= 1.5 * (sizes['gates'] + 2 * sizes['statistics'])
+  assert eight['sent'] < 0.5 * sizes['weights']
 
 
-def test_same_gates_same_counts_anywhere():
-  code = """
-    import json, numpy as np
-    from pfs_jax import models, prune
-    rng = np.random.default_rng(0)
-    model = models.cost_model('resnet20', 10, 16, 3, 8)
-    gates = {k: np.round(rng.random(n), 1).astype(np.float32)
-             for k, n in zip(model.layers, model.widths)}
-    print(prune.fit(gates, model, model.macs(model.widths) // 2).counts)
-    """
-  found = {processes.output(code, devices=n) for n in (1, 8)}
-  assert len(found) == 1
+@pytest.mark.slow
+def test_two_processes_search_as_one_does(one):
+  two = on_two_processes()
+  assert two['devices'] == 4
+  assert_same_search(two, one)
 
 
+@pytest.mark.slow
 def test_processes_that_finish_end_well():
   """In real interpreters: the news of a failure is awaited until the end."""
   code = """
@@ -116,121 +94,84 @@ def test_processes_that_finish_end_well():
   assert [(d.returncode, d.stderr) for d in done] == [(0, '')] * 2
 
 
-# What happens to one of two processes.
-
+# main.py, where a fault happens before a step of the search or the training in
+# one of two processes. A signal goes to the parent of the process that works.
 COMMAND = """
-  import runpy, sys
+  import os, runpy, signal, sys
   from pfs_jax import checkpointing, errors
   from pfs_jax.data import pipeline
-  victim, fault, *sys.argv[1:] = sys.argv[1:]
+  fault, at, *sys.argv[1:] = sys.argv[1:]
   sys.argv[0] = 'main.py'
-
-  def chunk(self, step, k, original=pipeline.ArraySource.chunk):
-    if step == 12:
-      raise errors.UserError('x.jpg cannot be read.')
-    return original(self, step, k)
 
   def save(*_, **__):
     raise OSError(28, 'No space left on device')
 
-  if f'--process={victim}' in sys.argv and fault == 'image':
-    pipeline.ArraySource.chunk = chunk
-  if f'--process={victim}' in sys.argv and fault == 'disk':
-    checkpointing.ocp.CheckpointManager.save = save
+  def chunk(self, step, k, original=pipeline.ArraySource.chunk):
+    if step == int(at):
+      if fault in ('SIGKILL', 'SIGTERM'):
+        os.kill(os.getppid(), getattr(signal, fault))
+      if fault == 'image':
+        raise errors.UserError('x.jpg cannot be read.')
+      if fault == 'disk':
+        checkpointing.ocp.CheckpointManager.save = save
+    return original(self, step, k)
+
+  pipeline.ArraySource.chunk = chunk
   runpy.run_path('main.py', run_name='__main__')
   """
 
 
-def start_two_runs(workdir, victim=-1, fault='', **fields):
-  fields = {
-    **{'model.base_width': 2, 'model.width': 3, 'search.epochs': 200},
-    **{'train.epochs': 200, 'train.reference': False, 'log_steps': 2},
-    **fields,
-  }
+def two_runs(workdir, victim, fault, at):
+  """The ends of (the victim, the other one)."""
+  fields = {'search.epochs': 1, 'train.epochs': 200, 'checkpoint_steps': 4}
 
   def arguments(where, i):
-    return [
-      *('-c', textwrap.dedent(COMMAND), victim, fault),
-      *('--config=configs/digits.py', '--mode=run', f'--workdir={workdir}'),
-      *(f'--coordinator={where}', '--processes=2', f'--process={i}'),
-      *(f'--config.{name}={value}' for name, value in fields.items()),
-    ]
+    mine = [fault, at] if i == victim else ['none', -1]
+    options = [f'--config.{name}={value}' for name, value in fields.items()]
+    together = [f'--coordinator={where}', '--processes=2', f'--process={i}']
+    command = small_run.arguments('run', workdir, *options, *together)
+    return ['-c', textwrap.dedent(COMMAND), *mine, *command[1:]]
 
-  return start_two(arguments, env={'PFS_JAX_HEARTBEAT': '5'})
-
-
-def wait_for_records(folder, number=3):
-  metrics, deadline = folder / 'metrics.jsonl', time.monotonic() + 200
-  while time.monotonic() < deadline:
-    if metrics.exists() and metrics.read_text().count('\n') >= number:
-      return
-    time.sleep(0.05)
-  raise AssertionError(f'{metrics} stays short')
+  ends = in_two_processes(arguments, env={'PFS_JAX_HEARTBEAT': '3'})
+  return ends[victim], ends[1 - victim]
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_saves_both(tmp_path):
-  started = start_two_runs(tmp_path)
-  wait_for_records(tmp_path / 'search')
-  started[1].send_signal(signal.SIGTERM)
-  done = [p.finish(120) for p in started]
-  assert [d.returncode for d in done] == [128 + signal.SIGTERM] * 2, done
-  steps = {
-    line.split(' step ')[1].split(';')[0]
-    for line in (done[0].stderr + done[1].stderr).splitlines()
-    if 'saved. The same command continues' in line
-  }
-  assert len(steps) == 1, done
-  saved = [p.name for p in pathlib.Path(tmp_path).glob('search/checkpoints/*')]
-  assert steps.pop() in saved
+def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
+  """Fault after fault on one run: in its search (18 steps), then training."""
 
+  def last_step(stage):
+    records = runs.read_metrics(tmp_path / stage)
+    return records[-1]['step'] if records else 0
 
-@pytest.mark.slow
-@pytest.mark.parametrize('victim', [0, 1])
-@pytest.mark.parametrize('where', ['search', 'train', 'checkpoint'])
-def test_sigkill_of_one_of_two_ends_both(tmp_path, victim, where):
-  """Soon, with one line that names it; the same command continues."""
-  stage = 'train' if where == 'train' else 'search'
-  fields = {'checkpoint_steps': 1 if where == 'checkpoint' else 4}
-  if stage == 'train':
-    fields['search.epochs'] = 0.3
-  started = start_two_runs(tmp_path, **fields)
-  wait_for_records(tmp_path / stage)
-  started[victim].send_signal(signal.SIGKILL)
-  killed, left = started[victim].finish(60), started[1 - victim].finish(60)
-  assert killed.returncode == -signal.SIGKILL
-  assert left.returncode == 1
-  assert left.stderr == (
-    f'error: process {victim} has died; process {1 - victim} ends too. The '
-    'same commands continue.\n'
+  for victim, at in ((1, 6), (0, 12)):
+    killed, left = two_runs(tmp_path, victim, 'SIGKILL', at)
+    assert (killed.returncode, left.returncode) == (-signal.SIGKILL, 1), left
+    assert left.stderr == (
+      f'error: process {victim} has died; process {1 - victim} ends too. The '
+      'same commands continue.\n'
+    )
+    assert at - 4 <= last_step('search') <= at
+  messages = ('x.jpg cannot be read.', 'written: No space left on device: ')
+  faults = itertools.product(
+    (0, 1), zip(('image', 'disk'), messages, strict=True)
   )
-  before = len(runs.read_metrics(tmp_path / stage))
-  started = start_two_runs(tmp_path, **fields)
-  wait_for_records(tmp_path / stage, before + 2)
-  for process in started:
-    process.send_signal(signal.SIGTERM)
-  assert [p.finish(120).returncode for p in started] == [143, 143]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('victim', [0, 1])
-@pytest.mark.parametrize(
-  'fault, message',
-  [
-    ('image', 'x.jpg cannot be read.'),
-    ('disk', 'cannot be written: No space left on device: '),
-  ],
-)
-def test_what_fails_on_one_is_told_to_the_other(
-  tmp_path, victim, fault, message
-):
-  started = start_two_runs(tmp_path, victim, fault, checkpoint_steps=10)
-  done = [p.finish(120) for p in started]
-  failed, told = done[victim], done[1 - victim]
-  assert failed.returncode == 2 and message in failed.stderr
-  assert told.returncode == 1 and f'error: process {victim}: ' in told.stderr
-  assert message in told.stderr
-  assert all(d.stderr.count('\n') == 1 for d in done), done
+  for at, (victim, (fault, message)) in enumerate(faults, 3):
+    failed, told = two_runs(tmp_path, victim, fault, 10 * at)
+    assert (failed.returncode, told.returncode) == (2, 1), (failed, told)
+    assert message in failed.stderr and message in told.stderr
+    assert f'error: process {victim}: ' in told.stderr
+    assert [d.stderr.count('\n') for d in (failed, told)] == [1, 1]
+    assert 10 * at - 4 <= last_step('train') <= 10 * at + 4
+  ends = two_runs(tmp_path, 1, 'SIGTERM', 71)
+  assert [d.returncode for d in ends] == [128 + signal.SIGTERM] * 2, ends
+  steps = [
+    line.split(' step ')[1].split(';')[0]
+    for line in (ends[0].stderr + ends[1].stderr).splitlines()
+    if 'saved. The same command continues' in line
+  ]
+  assert len(steps) == 2 and len(set(steps)) == 1, ends
+  assert (tmp_path / 'train' / 'checkpoints' / steps[0]).is_dir()
 
 
 @pytest.mark.parametrize('where', ['host', 'host:', ':1', 'host:123456', ''])
@@ -243,15 +184,9 @@ def test_refusals(tmp_path):
   with pytest.raises(errors.UserError, match='--process must be in'):
     peers.start('127.0.0.1:1', 2, 2)
   devices.check_batch('train.batch_size', 3)  # One device takes any.
+  batch = '--config.search.batch_size=60'
   done = processes.run(
-    [
-      'main.py',
-      '--config=configs/digits.py:smoke',
-      '--mode=search',
-      f'--workdir={tmp_path}',
-      '--config.search.batch_size=60',
-    ],
-    devices=8,
+    small_run.arguments('search', tmp_path, batch), devices=8
   )
   assert done.returncode == 2
   assert 'config.search.batch_size must be a multiple of the 8 devices' in (

@@ -8,21 +8,18 @@ import time
 import numpy as np
 import pytest
 
-from pfs_jax import runs, storage
+from pfs_jax import errors, runs, stages, storage
 from tests import processes, small_run
 
 
-def run(mode, workdir, *more):
-  """What a command that must succeed printed."""
-  return processes.output(small_run.arguments(mode, workdir, *more))
+def execute(mode, workdir, **more):
+  """Runs a mode in this process."""
+  job = stages.Job(small_run.config(**more), workdir)
+  stages.execute(mode, job, None)
 
 
-def steps_done(folder):
-  path = folder / 'metrics.jsonl'
-  if not path.exists():
-    return 0
-  lines = [line for line in path.read_text().splitlines() if line]
-  return json.loads(lines[-1])['step'] if lines else 0
+def run(mode, workdir):
+  processes.output(small_run.arguments(mode, workdir))
 
 
 def stop_at(mode, workdir, stage, step, number):
@@ -30,7 +27,8 @@ def stop_at(mode, workdir, stage, step, number):
   process = processes.start(small_run.arguments(mode, workdir))
   deadline = time.monotonic() + 120
   while process.poll() is None and time.monotonic() < deadline:
-    if steps_done(workdir / stage) >= step:
+    records = runs.read_metrics(workdir / stage)
+    if records and records[-1]['step'] >= step:
       process.send_signal(number)
       break
     time.sleep(0.005)
@@ -43,17 +41,21 @@ def metrics(folder):
   return [{k: v for k, v in r.items() if k != 'seconds'} for r in records]
 
 
+def read(path):
+  return json.loads(path.read_text())
+
+
 def outcome(workdir):
   """Everything that must be equal to the last bit."""
-  result = json.loads((workdir / 'result.json').read_text())
   arrays = storage.read_arrays(workdir / 'search' / 'gates.npz')
   checkpoints = (workdir / 'train' / 'checkpoints').iterdir()
   last = max(checkpoints, key=lambda path: int(path.name))
   return {
     'gates': {k: v.tobytes() for k, v in arrays.items()},
     'structure': (workdir / 'structure.json').read_text(),
-    'accuracy': result['test_accuracy'],
+    'accuracy': read(workdir / 'result.json')['test_accuracy'],
     'weights': (last / 'default' / 'check.json').read_text(),
+    'metrics': [metrics(workdir / stage) for stage in ('search', 'train')],
   }
 
 
@@ -66,8 +68,6 @@ def test_sigkill_at_random_points(finished_run, tmp_path):
     assert done.returncode == -signal.SIGKILL, f'{stage} ended before {step}'
   run('run', workdir)
   assert outcome(workdir) == outcome(finished_run)
-  for stage in ('search', 'train'):
-    assert metrics(workdir / stage) == metrics(finished_run / stage)
 
 
 @pytest.mark.parametrize(
@@ -75,76 +75,70 @@ def test_sigkill_at_random_points(finished_run, tmp_path):
   [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
 )
 def test_a_signal_saves_and_leaves(finished_run, tmp_path, number):
-  workdir = tmp_path / 'w'
-  done = stop_at('search', workdir, 'search', 7, number)
+  done = stop_at('search', tmp_path, 'search', 7, number)
   assert done.returncode == 128 + number
   assert 'saved. The same command continues.' in done.stderr
   assert 'Traceback' not in done.stderr and done.stderr.count('\n') == 1
-  run('search', workdir)
+  run('search', tmp_path)
   for name, expected in np.load(finished_run / 'search' / 'gates.npz').items():
-    found = storage.read_arrays(workdir / 'search' / 'gates.npz')[name]
+    found = storage.read_arrays(tmp_path / 'search' / 'gates.npz')[name]
     np.testing.assert_array_equal(found, expected, strict=True)
 
 
-def test_a_finished_run_prints_its_table(finished):
+def test_a_finished_run_prints_its_table(finished, capsys):
   before = {p: p.stat().st_mtime for p in finished.rglob('*.npz')}
-  out = run('run', finished)
+  execute('run', finished)
+  out = capsys.readouterr().out
   assert 'test accuracy' in out and 'steps/s' not in out
   assert {p: p.stat().st_mtime for p in finished.rglob('*.npz')} == before
 
 
-def test_eval_restores(finished):
-  result = json.loads((finished / 'result.json').read_text())
-  correct = round(result['test_accuracy'] * 297)
-  assert f'({correct} of 297 images)' in run('eval', finished)
+def test_eval_restores(finished, capsys):
+  correct = round(read(finished / 'result.json')['test_accuracy'] * 297)
+  execute('eval', finished)
+  assert f'({correct} of 297 images)' in capsys.readouterr().out
 
 
 def test_another_budget_needs_no_search(finished):
   gates = finished / 'search' / 'gates.npz'
   before = gates.stat().st_mtime
-  first = json.loads((finished / 'structure.json').read_text())
-  more = '--config.budget.keep=0.8'
-  run('prune', finished, more)
-  found = json.loads((finished / 'keep0.8' / 'structure.json').read_text())
+  first = read(finished / 'structure.json')
+  execute('prune', finished, budget__keep=(0.8,))
+  found = read(finished / 'keep0.8' / 'structure.json')
   assert first['macs'] < found['macs'] <= found['budget']['max_macs']
   assert gates.stat().st_mtime == before
-  run('train', finished, more, '--config.train.epochs=1')
+  execute('train', finished, budget__keep=(0.8,), train__epochs=1.0)
   results = [
-    json.loads((finished / name).read_text())['macs']
+    read(finished / name)['macs']
     for name in ('result.json', 'keep0.8/result.json')
   ]
   assert results == [first['macs'], found['macs']]
 
 
-def test_a_structure_from_any_file(finished_run, tmp_path):
+def test_a_structure_from_any_file(finished_run, tmp_path, capsys):
   path = finished_run / 'structure.json'
-  structure, epochs = (
-    f'--config.train.structure={path}',
-    '--config.train.epochs=1',
-  )
-  assert 'test accuracy' in run('train', tmp_path / 'w', structure, epochs)
-  result = json.loads((tmp_path / 'w' / 'result.json').read_text())
-  assert result['counts'] == json.loads(path.read_text())['counts']
+  execute('train', tmp_path, train__structure=str(path), train__epochs=1.0)
+  assert 'test accuracy' in capsys.readouterr().out
+  assert read(tmp_path / 'result.json')['counts'] == read(path)['counts']
 
 
 @pytest.mark.parametrize(
-  'mode,change,named',
+  'mode, field, value',
   [
-    ('search', '--config.search.sparsity=0.3', 'config.search.sparsity'),
-    ('train', '--config.train.learning_rate=0.2', 'config.train.learning_rate'),
-    ('train', '--config.seed=3', 'config.seed'),
-    ('eval', '--config.train.batch_size=32', 'config.train.batch_size'),
-    ('prune', '--config.model.width=4', 'config.model.width'),
+    ('search', 'search.sparsity', 0.3),
+    ('train', 'train.learning_rate', 0.2),
+    ('train', 'seed', 3),
+    ('eval', 'train.batch_size', 32),
+    ('prune', 'model.width', 7),
   ],
 )
-def test_another_config_is_refused(finished, mode, change, named):
-  done = processes.run(small_run.arguments(mode, finished, change))
-  assert done.returncode == 2
-  assert named in done.stderr and len(done.stderr.splitlines()) <= 3
+def test_another_config_is_refused(finished, mode, field, value):
+  with pytest.raises(errors.UserError, match=f'config.{field}') as e:
+    execute(mode, finished, **{field.replace('.', '__'): value})
+  assert len(str(e.value).splitlines()) <= 3
 
 
 def test_a_second_process_is_refused(finished):
   with storage.locked(finished):
-    done = processes.run(small_run.arguments('run', finished))
-  assert done.returncode == 2
-  assert 'in use by another process' in done.stderr
+    with pytest.raises(errors.UserError, match='in use by another process'):
+      execute('run', finished)

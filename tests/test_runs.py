@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -70,14 +69,8 @@ def kept_steps(folder):
   return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
 
 
-# Checkpoints.
-
-
-def test_no_checkpoint_is_none(tmp_path):
-  assert restore(tmp_path) is None
-
-
 def test_restore_gives_the_same_type_and_bytes(tmp_path):
+  assert restore(tmp_path) is None
   save(tmp_path, 7)
   step, state = restore(tmp_path)
   assert step == 7
@@ -100,28 +93,15 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
   with checkpointing.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(5, make_state(5))
     checkpoints.save(5, make_state(6))
-    assert checkpoints.latest == 5
   step, state = restore(tmp_path)
   assert step == 5
   assert_equal_states(state, make_state(5))
 
 
-def test_what_is_saved_is_the_state_at_the_call(tmp_path):
-  state = make_state(1)
-  with checkpointing.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state)  # Written in the background,
-    for leaf in jax.tree.leaves(state):
-      leaf.delete()  # while the loop goes on.
-  assert_equal_states(restore(tmp_path)[1], make_state(1))
-
-
 def _flip(content):
-  middle = len(content) // 2
-  return (
-    content[:middle]
-    + bytes(b ^ 0x10 for b in content[middle : middle + 1])
-    + content[middle + 1 :]
-  )
+  found = bytearray(content)
+  found[len(content) // 2] ^= 0x10
+  return bytes(found)
 
 
 DAMAGES = {
@@ -172,14 +152,14 @@ def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
   assert_equal_states(state, make_state(2))
 
 
-def _largest_file(folder):
-  files = [p for p in folder.rglob('*') if p.is_file()]
-  return max(files, key=lambda p: p.stat().st_size)
+def _damage_state(folder, step):
+  path = folder / 'checkpoints' / str(step) / 'default' / 'state.npz'
+  _damage(path, 'cut in half')
 
 
 def test_another_weight_is_caught_by_the_checksum(tmp_path, caplog):
   save(tmp_path, 1, 2)
-  path = _largest_file(tmp_path / 'checkpoints' / '2')
+  path = tmp_path / 'checkpoints' / '2' / 'default' / 'state.npz'
   arrays = storage.read_arrays(path)
   arrays['1'] = arrays['1'] + 1
   storage.write_arrays(path, arrays)
@@ -199,24 +179,19 @@ def test_no_good_checkpoint_is_a_user_error(tmp_path):
   assert kept_steps(tmp_path) == [1, 2]  # Deleting is the user's to do.
 
 
-@pytest.mark.parametrize('steps', [(2,), (3,), (2, 3), (4, 5, 6)])
+@pytest.mark.parametrize('steps', [(2,), (3,), (4, 5, 6)])
 def test_going_on_after_damage_replaces_what_is_bad(tmp_path, steps):
   save(tmp_path, 1, 3)
-  _damage(_largest_file(tmp_path / 'checkpoints' / '3'), 'cut in half')
+  _damage_state(tmp_path, 3)
+  assert restore(tmp_path)[0] == 1
+  assert kept_steps(tmp_path) == [1, 3]  # Reading deletes nothing.
   with checkpointing.Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.restore(make_state(99))[0] == 1
+    checkpoints.restore(make_state(99))
     for step in steps:
       checkpoints.save(step, make_state(step))
   step, state = restore(tmp_path)
   assert step == steps[-1]
   assert_equal_states(state, make_state(step))
-
-
-def test_reading_a_damaged_checkpoint_deletes_nothing(tmp_path):
-  save(tmp_path, 1, 3)
-  _damage(_largest_file(tmp_path / 'checkpoints' / '3'), 'cut in half')
-  restore(tmp_path)
-  assert kept_steps(tmp_path) == [1, 3]
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
@@ -269,9 +244,6 @@ def test_checksum_sees_every_leaf_and_their_order():
   assert storage.checksum(np.zeros(0)) == (
     'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
   )
-
-
-# Files.
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -328,9 +300,6 @@ def test_only_files_are_read(tmp_path):
   (tmp_path / 'x').write_text('12345')
   with pytest.raises(errors.UserError, match='5 bytes; at most 4'):
     storage.read_bytes(tmp_path / 'x', largest=4)
-
-
-# Seals.
 
 
 def test_a_sealed_file_that_was_changed_is_refused(tmp_path):
@@ -410,12 +379,6 @@ def test_arrays_must_be_what_is_expected(tmp_path, arrays, message):
     storage.read_arrays(tmp_path / 'x.npz', shapes)
 
 
-def test_missing_files_are_user_errors(tmp_path):
-  for read in (storage.read_json, storage.read_arrays):
-    with pytest.raises(errors.UserError, match=r'none does not exist\.$'):
-      read(tmp_path / 'none')
-
-
 def test_arrays_come_back_in_order(tmp_path):
   path = tmp_path / 'new' / 'gates.npz'
   arrays = {'stem/conv': np.arange(3.0), 'a': np.ones(2, np.float32)}
@@ -427,19 +390,16 @@ def test_arrays_come_back_in_order(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ['gates.npz']
 
 
-def test_broken_arrays_are_a_user_error(tmp_path):
-  path = tmp_path / 'gates.npz'
-  storage.write_arrays(path, {'a': np.arange(100.0)})
-  path.write_bytes(path.read_bytes()[:300])
-  with pytest.raises(errors.UserError, match='cannot be read'):
-    storage.read_arrays(path)
-
-
-def test_arrays_with_pickles_are_refused(tmp_path):
-  path = tmp_path / 'gates.npz'
-  np.savez(path, a=np.array([{}], object))
-  with pytest.raises(errors.UserError, match='cannot be read'):
-    storage.read_arrays(path)
+def test_files_that_cannot_be_read_are_user_errors(tmp_path):
+  for read in (storage.read_json, storage.read_arrays):
+    with pytest.raises(errors.UserError, match=r'none does not exist\.$'):
+      read(tmp_path / 'none')
+  storage.write_arrays(tmp_path / 'cut.npz', {'a': np.arange(100.0)})
+  _damage(tmp_path / 'cut.npz', 'cut in half')
+  np.savez(tmp_path / 'pickle.npz', a=np.array([{}], object))
+  for name in ('cut.npz', 'pickle.npz'):
+    with pytest.raises(errors.UserError, match=f'{name} cannot be read'):
+      storage.read_arrays(tmp_path / name)
 
 
 def test_versions_name_what_a_run_ran_with():
@@ -449,18 +409,12 @@ def test_versions_name_what_a_run_ran_with():
   assert set(found) > {'commit', 'python', 'flax', 'optax', 'numpy'}
 
 
-# Whose folder it is.
-
 IDENTITY = {'config.seed': 0, 'config.budget.keep': (0.5, 0.3), 'config.x': 'a'}
 
 
-def test_the_same_identity_continues(tmp_path):
-  for _ in range(2):
-    runs.claim(tmp_path / 'search', IDENTITY)
-
-
 def test_another_identity_is_refused_by_the_fields_that_differ(tmp_path):
-  runs.claim(tmp_path, IDENTITY)
+  for _ in range(2):
+    runs.claim(tmp_path, IDENTITY)
   other = {**IDENTITY, 'config.seed': 1, 'config.new': 2}
   with pytest.raises(errors.UserError) as e:
     runs.claim(tmp_path, other)
@@ -468,14 +422,10 @@ def test_another_identity_is_refused_by_the_fields_that_differ(tmp_path):
   assert 'config.seed (there 0, asked 1)' in message
   assert 'config.new (there None, asked 2)' in message
   assert 'keep' not in message and 'config.x' not in message
-  runs.claim(tmp_path, IDENTITY)  # Still the first one's.
-
-
-def test_a_field_that_is_gone_counts(tmp_path):
-  runs.claim(tmp_path, IDENTITY)
   fewer = {k: v for k, v in IDENTITY.items() if k != 'config.x'}
   with pytest.raises(errors.UserError, match=r"config\.x \(there 'a'"):
     runs.claim(tmp_path, fewer)
+  runs.claim(tmp_path, IDENTITY)  # Still the first one's.
 
 
 def test_many_differences_are_counted_not_listed(tmp_path):
@@ -485,18 +435,15 @@ def test_many_differences_are_counted_not_listed(tmp_path):
   assert len(str(e.value).splitlines()) <= 3
 
 
-HOLD = """
-  import pathlib, time
-  from pfs_jax import storage
-  folder = pathlib.Path({folder!r})
-  with storage.locked(folder) as held:
-    (folder / f'held={{held}}').touch()
-    time.sleep(60 * held)
-  """
-
-
 def test_a_second_process_on_a_folder_is_refused(tmp_path):
-  code = HOLD.format(folder=str(tmp_path))
+  code = f"""
+    import pathlib, time
+    from pfs_jax import storage
+    folder = pathlib.Path({str(tmp_path)!r})
+    with storage.locked(folder) as held:
+      (folder / f'held={{held}}').touch()
+      time.sleep(60 * held)
+    """
   first = processes.start(code)
   while first.poll() is None and not (tmp_path / 'held=True').exists():
     time.sleep(0.01)
@@ -517,9 +464,6 @@ def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
       pass
 
 
-# Metrics and time.
-
-
 def _write_metrics(folder, resume_step, steps, **scalars):
   log = runs.MetricsLog(folder, resume_step)
   for step in steps:
@@ -535,15 +479,9 @@ def test_a_resumed_log_drops_what_will_be_written_again(tmp_path):
   _write_metrics(tmp_path, 0, [10, 20, 30])
   _write_metrics(tmp_path, 20, [30, 40], new=1.0)
   assert _steps(tmp_path) == [10, 20, 30, 40]
-  assert [r.get('new') for r in runs.read_metrics(tmp_path)] == [
-    *(None, None),
-    *(1.0, 1.0),
-  ]
-
-
-def test_a_fresh_log_forgets_all(tmp_path):
-  _write_metrics(tmp_path, 0, [10, 20])
-  _write_metrics(tmp_path, 0, [5])
+  found = [r.get('new') for r in runs.read_metrics(tmp_path)]
+  assert found == [None, None, 1.0, 1.0]
+  _write_metrics(tmp_path, 0, [5])  # A fresh log forgets all.
   assert _steps(tmp_path) == [5]
 
 
@@ -563,29 +501,19 @@ def test_a_record_is_on_disk_at_once(tmp_path):
   log = runs.MetricsLog(tmp_path, 0)
   log.write(1, loss=0.5)
   assert runs.read_metrics(tmp_path) == [{'step': 1, 'loss': 0.5}]
-  log.close()
-
-
-def test_events_are_written_for_tensorboard(tmp_path):
-  _write_metrics(tmp_path, 0, [10])
   (events,) = (tmp_path / 'events').iterdir()
   assert b'loss' in events.read_bytes()
+  log.close()
 
 
 def test_the_clock_goes_on_where_the_log_ends(tmp_path):
   assert runs.Clock(tmp_path).seconds() < 60
-  log = runs.MetricsLog(tmp_path, 0)
-  log.write(1, loss=0.0, seconds=1000.0)
-  log.write(2, loss=0.0, seconds=2000.0)
-  log.close()
+  _write_metrics(tmp_path, 0, [1, 2], seconds=2000.0)
   clock = runs.Clock(tmp_path)
   first = clock.seconds()
   assert 2000 <= first < 2060
   time.sleep(0.02)
   assert first + 0.02 <= clock.seconds() + 1e-3 < 2120
-
-
-# Signals.
 
 
 def test_a_signal_sets_the_number_and_handlers_come_back():
@@ -619,33 +547,14 @@ def test_a_second_signal_ends_the_process(second):
   assert done.returncode == -second
 
 
-def test_an_interruption_says_that_the_command_continues():
-  e = errors.Interrupted(signal.SIGTERM, 'train step 7')
-  assert e.signal == 15
-  assert str(e) == (
-    'stopped by SIGTERM at train step 7; saved. The same command continues.'
-  )
-
-
-def test_the_commit_is_that_of_the_checkout():
-  if not (pathlib.Path(runs.__file__).parents[1] / '.git').exists():
-    pytest.skip('not a git checkout')
-  head = subprocess.run(
-    ['git', 'rev-parse', 'HEAD'],
-    cwd=processes.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout
-  assert head.startswith(runs.commit().removesuffix('-dirty'))
-
-
 def test_results_make_no_commit_dirty(tmp_path, monkeypatch):
   """A study writes into the checkout while it runs."""
 
   def git(*args):
     who = ('-c', 'user.name=t', '-c', 'user.email=t@example.org')
-    subprocess.run(['git', *who, *args], cwd=tmp_path, check=True)
+    return subprocess.check_output(
+      ['git', *who, *args], cwd=tmp_path, text=True
+    )
 
   files = ('pfs_jax/runs.py', 'configs/a.py', 'results/a.json', 'main.py')
   for path in map(tmp_path.joinpath, files):
@@ -656,7 +565,7 @@ def test_results_make_no_commit_dirty(tmp_path, monkeypatch):
   git('commit', '-qm', 'All')
   monkeypatch.setattr(runs, '__file__', str(tmp_path / files[0]))
   clean = runs.commit.__wrapped__()
-  assert len(clean) == 12
+  assert clean == git('rev-parse', '--short=12', 'HEAD').strip()
   (tmp_path / 'results' / 'a.json').write_text('2')
   assert runs.commit.__wrapped__() == clean
   (tmp_path / 'main.py').write_text('2')

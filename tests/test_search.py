@@ -14,7 +14,7 @@ from pfs_jax import errors, models, search, train
 from tests import processes
 
 
-def state_of(name='resnet20', width=4, gates=None, **settings):
+def state_of(name='resnet8', width=4, gates=None, **settings):
   settings = {
     'sparsity': 0.5,
     'balance': 0.5,
@@ -134,21 +134,15 @@ class Nested(nn.Module):
 
 
 def test_the_last_dense_layer_is_found():
-  for module, expected in (
-    (Nested(), 'head/last'),
-    (models.build('vgg16', 10, 4), 'classifier'),
-  ):
+  def last_dense(module):
     variables = jax.eval_shape(module.init, jax.random.key(0), batch()[0])
-    assert search.last_dense(module, variables, (8, 8, 3)) == expected
+    return search.last_dense(module, variables, (8, 8, 3))
 
-
-def test_a_classifier_that_is_not_there_is_refused():
+  assert last_dense(Nested()) == 'head/last'
+  with pytest.raises(errors.UserError, match='without a dense layer'):
+    last_dense(Nested(dense=False))
   with pytest.raises(errors.UserError, match="'head'. The last ones: .*conv2/"):
     state_of(classifier='head')
-  module = Nested(dense=False)
-  variables = jax.eval_shape(module.init, jax.random.key(0), batch()[0])
-  with pytest.raises(errors.UserError, match='without a dense layer'):
-    search.last_dense(module, variables, (8, 8, 3))
 
 
 def test_the_second_step_does_not_compile_again():
@@ -165,7 +159,7 @@ def test_the_second_step_does_not_compile_again():
 
 def test_metrics_are_those_of_the_gates_before_the_step():
   rng = np.random.default_rng(0)
-  ones = models.build('resnet20', 10, 4, gated=True).unit_gates()
+  ones = models.build('resnet8', 10, 4, gated=True).unit_gates()
   gates = jax.tree.map(
     lambda g: jnp.asarray(np.round(rng.random(g.shape), 1), jnp.float32), ones
   )
@@ -182,7 +176,7 @@ def test_metrics_are_those_of_the_gates_before_the_step():
 @pytest.mark.parametrize('sparsity', [0.0, 1.0])
 def test_gates_are_clipped_and_zero_absorbs(sparsity):
   """Also where the regulariser pulls the mean up: sign(0) is 0."""
-  ones = models.build('resnet20', 10, 4, gated=True).unit_gates()
+  ones = models.build('resnet8', 10, 4, gated=True).unit_gates()
   gates = jax.tree.map(lambda g: g.at[0].set(0.0).at[1].set(0.004), ones)
   state = state_of(gates=gates, sparsity=sparsity, balance=100.0)
   for seed in range(3):
@@ -211,35 +205,30 @@ def test_regulariser_gradient(sparsity):
   np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
-SCALE_FREEDOM = """
-  import json
-  import jax, jax.numpy as jnp, numpy as np
-  from pfs_jax import errors, models, search
-  name = {name!r}
-  module = models.build(name, 10, 8, gated=True, dtype=jnp.float64)
+def scale_sums():
+  """|sum_k g_k dCE/dg_k| of every layer, as a share of sum_k |g_k dCE/dg_k|."""
+  module = models.build('vgg16', 10, 4, gated=True, dtype=jnp.float64)
   variables = models.init(module, jax.random.key(0), (16, 16, 3))
   rng = np.random.default_rng(0)
   gates = jax.tree.map(
-    lambda g: jnp.asarray(rng.uniform(0.3, 1, g.shape)), variables['gates'])
-  state = search.init(module, {{**variables, 'gates': gates}},
-                      sparsity=0.5, balance=0.0, learning_rate=0.01)
-  x = rng.normal(size=(64, 16, 16, 3)); y = rng.integers(0, 10, 64)
-  trained = {{'params': state.params, 'gates': state.gates}}
+    lambda g: jnp.asarray(rng.uniform(0.3, 1, g.shape)), variables['gates']
+  )
+  settings = {'sparsity': 0.5, 'balance': 0.0, 'learning_rate': 0.01}
+  state = search.init(module, {**variables, 'gates': gates}, **settings)
+  x, y = rng.normal(size=(64, 16, 16, 3)), rng.integers(0, 10, 64)
+  trained = {'params': state.params, 'gates': state.gates}
   grads, _ = jax.grad(search.loss, has_aux=True)(trained, state, x, y)
-  g = models.gates_by_layer(name, state.gates)
-  d = models.gates_by_layer(name, grads['gates'])
-  print(json.dumps({{
-    k: float(abs((g[k] * d[k]).sum()) / abs(g[k] * d[k]).sum()) for k in g}}))
-"""
+  g = models.gates_by_layer('vgg16', state.gates)
+  d = models.gates_by_layer('vgg16', grads['gates'])
+  return [float(abs((g[k] * d[k]).sum()) / abs(g[k] * d[k]).sum()) for k in g]
 
 
 def test_scale_freedom():
-  """sum_k g_k dCE/dg_k is 0 up to BN's eps where a conv + BN consumes."""
-  out = processes.output(SCALE_FREEDOM.format(name='vgg16'), x64=True)
-  found = json.loads(out.splitlines()[-1])
-  layers = list(found)
-  assert found[layers.pop()] > 1e-3  # The linear layer consumes the last one.
-  assert max(found[layer] for layer in layers) < 1e-3, found
+  """The sums are 0 up to BN's eps where a conv + BN consumes."""
+  code = 'from tests import test_search; print(test_search.scale_sums())'
+  *found, last = json.loads(processes.output(code, x64=True))
+  assert last > 1e-3  # The linear layer consumes the last group.
+  assert len(found) == 12 and max(found) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -257,7 +246,5 @@ def test_selection_rule(densities, accuracies, expected):
   ]
   records.insert(1, {'step': 15, 'ce': 2.0})
   assert search.select(records, 0.5) == expected
-
-
-def test_no_validation_selects_the_last():
+  # Without validation it is the last.
   assert search.select([{'step': 1, 'gates_density': 0.1}], 0.5) is None

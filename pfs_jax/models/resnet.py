@@ -27,6 +27,7 @@ DEPTHS = {
   'resnet44': (7, 7, 7),
   'resnet56': (9, 9, 9),
   'resnet110': (18, 18, 18),
+  'resnet8': (1, 1, 1),  # For tests and first tries.
   'resnet50': (3, 4, 6, 3),
 }
 BOTTLENECKS = ('resnet50',)
