@@ -69,7 +69,7 @@ def _trained_mask(classifier: str | None, tree: Any) -> Any:
   if classifier is None:
     return {'params': False, 'gates': True}
 
-  def trained(path: tuple[str, ...], _: Any) -> bool:
+  def trained(path: tuple[Any, ...], _: Any) -> bool:
     inside = '/'.join(path).startswith(f'params/{classifier}/')
     return inside or path[0] == 'gates'
 

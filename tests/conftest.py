@@ -12,15 +12,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Compiling takes longer than running here. Without LLVM's optimisations and the
 # newer emitters of fusions, a search step of ResNet-20 compiles in 1.7 s of CPU
-# time instead of 5.7. The optimisations of XLA's own graph stay, so operations
-# and bytes can be counted. A test of speed runs by
-# processes.run(..., fresh=True, env={'XLA_FLAGS': ''}).
+# time instead of 5.7. XLA's optimisations of its graph stay, so operations and
+# bytes can be counted. A test of speed runs with processes.OPTIMIZED.
 _FAST_TO_COMPILE = (
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
 
-# Warnings are errors (pyproject.toml) but for these of other people's code:
-# (action, start of the message, class, module), by what and where only.
+# Warnings are errors (pyproject.toml), except these of other people's code:
+# (action, start of the message, class, module).
 _ALLOWED = (
   # Two processes share the cache: one may read what the other half wrote, and
   # then compiles for itself.
@@ -66,29 +65,6 @@ def pytest_configure(config):
     config.addinivalue_line(
       'filterwarnings', f'{action}:{message}:{kind}:{module}'
     )
-
-
-# Files whose tests take longest, first: the two workers, which take a file at a
-# time (pyproject.toml), then end together.
-_LONG = (
-  'test_studies',
-  'test_resume',
-  'test_devices',
-  'test_quick_start',
-  'test_surgery',
-  'test_data',
-  'test_parity',
-  'test_slicing',
-  'test_imagenet_models',
-  'test_budgets',
-  'test_export',
-)
-
-
-def pytest_collection_modifyitems(items):
-  """Puts the long files first; within a file, and else, the order stays."""
-  place = {name: i for i, name in enumerate(_LONG)}
-  items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
 
 
 @pytest.fixture(scope='session')
