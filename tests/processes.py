@@ -1,20 +1,11 @@
 """Python in a process of its own: devices, float64, signals, crashes.
 
-A process of its own is needed because JAX fixes its devices at first use.
+JAX fixes its devices at first use, so other devices need another process:
 
-  done = processes.run('''
-    import jax
-    print(jax.device_count())
-    ''', devices=8)
-  assert done.returncode == 0, done.stderr
+  assert processes.output('import jax; print(jax.device_count())', devices=8)
 
-Or, where only the output of a script that must succeed matters:
-
-  assert processes.output('print(1 + 1)') == '2'
-
-A process is a fork of a server that has imported JAX and pfs_jax and used
-neither, which takes milliseconds where a new interpreter takes seconds. A test
-of what is imported asks for a new interpreter: `fresh=True`.
+It is a fork of a server that has imported JAX and pfs_jax and used neither,
+which takes a fraction of a second. `run(..., fresh=True)` is a new interpreter.
 """
 
 import atexit
@@ -49,15 +40,7 @@ _server.set_forkserver_preload(
 def environment(
   devices: int = 1, x64: bool = False, **more: str
 ) -> dict[str, str]:
-  """The environment of a process with so many simulated CPU devices.
-
-  The compilation cache that conftest.py set up is shared by being inherited.
-
-  Args:
-    devices: Simulated devices.
-    x64: Whether 64-bit types are on.
-    **more: Variables besides.
-  """
+  """The environment of a process with simulated CPU devices, and more."""
   flags = os.environ.get('XLA_FLAGS', '').split()
   flags = [f for f in flags if 'host_platform_device_count' not in f]
   return {
@@ -183,11 +166,8 @@ def run(
     x64: Whether 64-bit types are on.
     timeout: Seconds until it is killed and TimeoutExpired raised.
     env: Variables besides.
-    cwd: Where; the default is the root of the repository.
+    cwd: The working directory; by default the root of the repository.
     fresh: Whether it is a new interpreter, not a fork of the server.
-
-  Returns:
-    The finished process with text in `.stdout` and `.stderr`.
   """
   if not fresh:
     options = {'devices': devices, 'x64': x64, 'env': env, 'cwd': cwd}

@@ -1,6 +1,7 @@
 """Fields, their rules, the files in configs/, and what follows from fields."""
 
 import ast
+import dataclasses
 import fractions
 import importlib
 import json
@@ -280,7 +281,9 @@ def _all_reads():
 
 
 def test_every_field_is_read_somewhere():
-  assert set(fields.BY_NAME) - _all_reads() == set()
+  # `budgets.from_section` takes the fields of a Budget by name.
+  named = {f'budget.{f.name}' for f in dataclasses.fields(prune.Budget)}
+  assert set(fields.BY_NAME) - _all_reads() - named == set()
 
 
 def test_reads_are_told_apart_by_section():

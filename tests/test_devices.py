@@ -1,6 +1,5 @@
 """Data parallelism: several devices and processes make the same search."""
 
-import itertools
 import json
 import signal
 import socket
@@ -39,7 +38,7 @@ def on_devices(n):
 def on_two_processes():
   ends = in_two_processes(lambda where, i: [*STEPS, where, 2, i], x64=True)
   assert [d.returncode for d in ends] == [0, 0], ends
-  return json.loads(ends[0].stdout)
+  return json.loads(ends[0].stdout.splitlines()[-1])  # Gloo prints, too.
 
 
 @pytest.fixture(scope='module')
@@ -152,18 +151,17 @@ def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
       'same commands continue.\n'
     )
     assert at - 4 <= last_step('search') <= at
-  messages = ('x.jpg cannot be read.', 'written: No space left on device: ')
-  faults = itertools.product(
-    (0, 1), zip(('image', 'disk'), messages, strict=True)
-  )
-  for at, (victim, (fault, message)) in enumerate(faults, 3):
-    failed, told = two_runs(tmp_path, victim, fault, 10 * at)
+  for victim, fault, at, message in (
+    (0, 'image', 30, 'x.jpg cannot be read.'),
+    (1, 'disk', 40, 'written: No space left on device: '),
+  ):
+    failed, told = two_runs(tmp_path, victim, fault, at)
     assert (failed.returncode, told.returncode) == (2, 1), (failed, told)
     assert message in failed.stderr and message in told.stderr
     assert f'error: process {victim}: ' in told.stderr
     assert [d.stderr.count('\n') for d in (failed, told)] == [1, 1]
-    assert 10 * at - 4 <= last_step('train') <= 10 * at + 4
-  ends = two_runs(tmp_path, 1, 'SIGTERM', 71)
+    assert at - 4 <= last_step('train') <= at + 4
+  ends = two_runs(tmp_path, 1, 'SIGTERM', 51)
   assert [d.returncode for d in ends] == [128 + signal.SIGTERM] * 2, ends
   steps = [
     line.split(' step ')[1].split(';')[0]

@@ -81,25 +81,22 @@ def test_the_exported_network_is_the_trained_one(exported, name):
   assert right.mean() == pytest.approx(result['test_accuracy'], abs=1e-6)
 
 
-def drawn(stroke):
-  """A digit as a person draws it: light on dark, 64x64."""
+def drawing(*strokes):
+  """A digit as a person draws it: thick light lines on dark, 64x64."""
   image = Image.new('L', (64, 64))
-  stroke(ImageDraw.Draw(image))
+  for points in strokes:
+    ImageDraw.Draw(image).line(points, fill=255, width=8)
   return image
 
 
 def test_predict_names_digits(exported, tmp_path):
-  """Real ones of the test set, and drawn ones, in a fresh process."""
+  """The first of each in the test set, and a drawn 4, in another process."""
   digits = data.load('digits')
+  first = [np.flatnonzero(digits.test_labels == i)[0] for i in range(10)]
+  pixels = digits.test_images[first]
   for label in range(10):
-    i = np.flatnonzero(digits.test_labels == label)[0]
-    image = Image.fromarray(digits.test_images[i, ..., 0])
-    image.save(tmp_path / f'{label}.png')
-  drawn(lambda d: d.ellipse((16, 4, 48, 60), outline=255, width=9)).save(
-    tmp_path / '0_drawn.png'
-  )
-  four = drawn(lambda d: d.line((28, 4, 18, 36, 52, 36), 255, 8))
-  ImageDraw.Draw(four).line((42, 20, 38, 62), 255, 8)
+    Image.fromarray(pixels[label, ..., 0]).save(tmp_path / f'{label}.png')
+  four = drawing((28, 4, 18, 36, 52, 36), (42, 20, 38, 62))
   four.save(tmp_path / '4_drawn.png')
   paths = sorted(tmp_path.glob('*.png'))
   out = processes.output(
@@ -109,12 +106,7 @@ def test_predict_names_digits(exported, tmp_path):
   for line in out.splitlines():
     path, _, answer = line.rpartition(': ')
     named[pathlib.Path(path).stem] = answer.split()[0]
-  assert len(named) == 12
-  for drawing in ('0_drawn', '4_drawn'):
-    assert named[drawing] == drawing[0]
-  pixels = np.stack(
-    [digits.test_images[digits.test_labels == i][0] for i in range(10)]
-  )
+  assert len(named) == 11 and named['4_drawn'] == '4'
   classify = export.load(exported[0], 'onnx')
   x = export.normalised(pixels, digits.spec.mean, digits.spec.std)
   answers = [named[str(i)] for i in range(10)]
