@@ -107,7 +107,7 @@ BAD = {
   # The paper's search without its data ends at once and says what to do.
   'no data and no network': (
     [
-      '--config=configs/resnet56.py',
+      '--config=configs/resnet20.py',
       '--mode=search',
       '--config.data.download=False',
     ],
