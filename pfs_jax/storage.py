@@ -245,10 +245,9 @@ def read_arrays(
 
 def _check_arrays(path, arrays, shapes) -> None:
   if list(arrays) != list(shapes):
-    differ = set(arrays) ^ set(shapes)
     raise errors.UserError(
-      f'{path} must hold {", ".join(shapes)} in this order; '
-      + (f'{", ".join(sorted(differ))} differ.' if differ else 'it is another.')
+      f'{path} must hold {", ".join(shapes)} in this order; got '
+      f'{", ".join(arrays)}.'
     )
   for name, shape in shapes.items():
     found = arrays[name]

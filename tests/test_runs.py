@@ -362,9 +362,9 @@ ARRAYS = {'a': np.ones(2), 'b': np.ones(3)}
 @pytest.mark.parametrize(
   'arrays, message',
   [
-    ({'a': np.ones(2)}, 'b differ'),
-    ({**ARRAYS, 'c': np.ones(1)}, 'c differ'),
-    (dict(reversed(ARRAYS.items())), 'in this order'),
+    ({'a': np.ones(2)}, r'a, b in this order; got a\.'),
+    ({**ARRAYS, 'c': np.ones(1)}, r'a, b in this order; got a, b, c\.'),
+    (dict(reversed(ARRAYS.items())), r'a, b in this order; got b, a\.'),
     ({**ARRAYS, 'b': np.ones((3, 1))}, r'b must be .* got float64 \[3, 1\]'),
     ({**ARRAYS, 'b': np.array(['x'] * 3)}, 'b must be finite floats'),
     ({**ARRAYS, 'b': np.full(3, np.nan)}, 'not all finite'),
