@@ -1,7 +1,7 @@
 """A run's folder: its config, result, metrics and time; signals and versions.
 
 workdir/  config.json versions.json structure.json kept.json result.json
-          search/ config.json checkpoints/ events/ gates.npz metrics.jsonl
+          search/ config.json checkpoints/ events/ gates/ gates.npz metrics.jsonl
           train/  config.json checkpoints/ events/ metrics.jsonl
 """
 
