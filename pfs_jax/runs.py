@@ -1,8 +1,8 @@
 """A run's folder: its config, result, metrics and time; signals and versions.
 
-workdir/  config.json versions.json structure.json kept.json result.json
-          search/ config.json checkpoints/ events/ gates/ gates.npz metrics.jsonl
-          train/  config.json checkpoints/ events/ metrics.jsonl
+workdir/ config.json versions.json structure.json kept.json result.json
+         search/ config.json checkpoints/ events/ gates/ gates.npz metrics.jsonl
+         train/  config.json checkpoints/ events/ metrics.jsonl
 """
 
 from __future__ import annotations
