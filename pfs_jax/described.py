@@ -75,7 +75,7 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
     obstacle = 'its channels are not on the last axis'
   elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
     joint = True
-  elif isinstance(module, nn.GroupNorm):
+  elif hasattr(module, 'num_groups'):
     size = module.group_size or channels // (module.num_groups or 1)
     obstacle = grouped(size)['obstacle']
   return {

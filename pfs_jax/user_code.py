@@ -19,6 +19,7 @@ from typing import Any
 from pfs_jax import errors
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
+_LIBRARIES = ('site-packages', f'{os.sep}importlib{os.sep}')
 
 
 def imported(field: str, spec: str) -> Callable[..., Any]:
@@ -31,14 +32,11 @@ def imported(field: str, spec: str) -> Callable[..., Any]:
     field: Such as 'data.factory', for messages.
     spec: 'package.module:callable'; the present folder is searched too.
 
-  Returns:
-    The callable.
-
   Raises:
     errors.UserError: It cannot be imported, or is not callable.
   """
-  module_name, colon, attribute = spec.partition(':')
-  if not (module_name and colon and attribute):
+  module_name, _, attribute = spec.partition(':')
+  if not (module_name and attribute):
     raise errors.UserError(
       f'config.{field} must be package.module:callable; got {spec!r}.'
     )
@@ -69,17 +67,12 @@ def blamed(field: str, spec: str) -> Iterator[None]:
   except errors.UserError:
     raise
   except Exception as e:
-    frames = traceback.extract_tb(e.__traceback__)
-    own = [
-      f
-      for f in frames
-      if not f.filename.startswith((_PACKAGE, '<frozen', sys.prefix))
-      and 'site-packages' not in f.filename
-      and os.sep + 'importlib' + os.sep not in f.filename
-    ]
     where = ''
-    if own:
-      where = f' ({own[-1].filename}:{own[-1].lineno} in {own[-1].name})'
+    for frame in traceback.extract_tb(e.__traceback__):
+      file = frame.filename
+      if not file.startswith((_PACKAGE, '<frozen', sys.prefix)):
+        if not any(part in file for part in _LIBRARIES):
+          where = f' ({file}:{frame.lineno} in {frame.name})'
     text = ' '.join(str(e).split())[:200]
     raise errors.UserError(
       f'config.{field}={spec}: {type(e).__name__}: {text}{where}.'

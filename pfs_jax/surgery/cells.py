@@ -80,11 +80,9 @@ class Channels:
     roots = sorted({self.find(c) for c in channels})
     for other in roots[1:]:
       self._parent[other] = roots[0]
-      self._ties[roots[0]] |= self._ties.pop(other, set())
+      self._ties[roots[0]] |= self._ties.pop(other, set()) | {how}
       if other in self._fixed:
         self._fixed.setdefault(roots[0], self._fixed.pop(other))
-    if len(roots) > 1:
-      self._ties[roots[0]].add(how)
     return roots[0]
 
   def fix(self, channels: Iterable[int], reason: str) -> None:
@@ -146,8 +144,7 @@ class Cells:
     state = State.CONST if np.any(known) else State.ZERO
     differs = known.size > 1 and (known != known[..., :1]).any()
     channel = self.by_channel() if differs else 0
-    cell = self.number(Cell(channel, state))
-    return Value(np.full((1,) * known.ndim, cell), known)
+    return self.value(known.ndim, channel, state)._replace(known=known)
 
   def by_channel(self) -> int:
     """The channel of constants that differ by channel."""
@@ -166,14 +163,13 @@ class Cells:
       how: 'sum', 'product' or 'shared'.
     """
     cells = [self._table[i] for i in numbers]
+    past = hash((how, *[c.past for c in cells]))
+    state = max([c.state for c in cells])
     owned = [c for c in cells if c.channel]
     if len(owned) == 1:  # Nearly always: one channel and constants.
-      past = hash((how, *[c.past for c in cells]))
-      state = max([c.state for c in cells])
       return Cell(owned[0].channel, state, owned[0].gates, past)
     roots = {self.channels.find(c.channel) for c in cells if c.channel > 0}
     fixed = [c.channel for c in cells if c.channel < 0]
-    gates = frozenset().union(*(c.gates for c in cells))
     if roots and fixed:
       origin = self.origins[-fixed[0] - 1]
       self.channels.fix(roots, f'combined with {origin}')
@@ -181,8 +177,8 @@ class Cells:
     channel = fixed[0] if fixed else 0
     if roots:
       channel = self.channels.tie(roots, how)
-    past = hash((how, *(c.past for c in cells)))
-    return Cell(channel, max(c.state for c in cells), gates, past)
+    gates = frozenset().union(*(c.gates for c in cells))
+    return Cell(channel, state, gates, past)
 
   def columns(self, value: Value, width: int) -> list[int]:
     """One cell for each position of the last axis."""
@@ -194,3 +190,71 @@ class Cells:
       self.number(self.merge(np.unique(column).tolist(), 'shared'))
       for column in cells.T
     ]
+
+
+# Operations that move elements: they move cells as they move numbers.
+
+
+def _compressed(cells: np.ndarray) -> np.ndarray:
+  """Cells with length 1 on each axis along which nothing changes."""
+  for axis, size in enumerate(cells.shape):
+    if size > 1:
+      first = cells.take([0], axis)
+      if cells.strides[axis] == 0 or (cells == first).all():
+        cells = first
+  return cells
+
+
+def _broadcast(p: Any, cells: np.ndarray) -> np.ndarray:
+  shape = [1] * len(p['shape'])
+  for size, axis in zip(cells.shape, p['broadcast_dimensions'], strict=True):
+    shape[axis] = size
+  return np.broadcast_to(cells.reshape(shape), p['shape'])
+
+
+def _slice(p: Any, cells: np.ndarray) -> np.ndarray:
+  strides = p['strides'] or (1,) * cells.ndim
+  ranges = zip(p['start_indices'], p['limit_indices'], strides, strict=True)
+  return cells[tuple(slice(*taken) for taken in ranges)]
+
+
+_MOVES = {
+  'broadcast_in_dim': _broadcast,
+  'concatenate': lambda p, *cells: np.concatenate(cells, p['dimension']),
+  'reshape': lambda p, cells: cells.reshape(p['new_sizes']),
+  'rev': lambda p, cells: np.flip(cells, p['dimensions']),
+  'slice': _slice,
+  'split': lambda p, cells: np.split(
+    cells, np.cumsum(p['sizes'])[:-1], p['axis']
+  ),
+  'squeeze': lambda p, cells: np.squeeze(cells, tuple(p['dimensions'])),
+  'transpose': lambda p, cells: cells.transpose(p['permutation']),
+}
+_BY_INDEX = frozenset(['dynamic_slice', 'gather'])
+
+
+def moved(equation: Any, values: Sequence[Value]) -> list[Value] | None:
+  """The outputs of an operation that moves elements, None for any other."""
+  name, moves = equation.primitive.name, _MOVES.get(equation.primitive.name)
+  if name in _BY_INDEX and any(v.known is None for v in values[1:]):
+    return None
+  if not (moves or name == 'pad' or name in _BY_INDEX):
+    return None
+  first = values[0].cells.flat[0]
+  if moves and all(v.cells.size == 1 and v.cells == first for v in values):
+    ndims = [len(v.aval.shape) for v in equation.outvars]
+    return [Value(np.full((1,) * ndim, first)) for ndim in ndims]
+  shapes = [v.aval.shape for v in equation.invars]
+  arrays = [
+    np.broadcast_to(v.known if i and name in _BY_INDEX else v.cells, shape)
+    for i, (v, shape) in enumerate(zip(values, shapes, strict=True))
+  ]
+  if moves:
+    out = moves(equation.params, *arrays)
+  else:  # Rare: let JAX move the numbers of the cells.
+    arrays[0] = arrays[0].astype(np.int32)
+    if name == 'pad':
+      arrays[1] = arrays[1].astype(np.int32)
+    out = np.asarray(equation.primitive.bind(*arrays, **equation.params))
+  out = out if isinstance(out, list) else [out]
+  return [Value(_compressed(cells)) for cells in out]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import costs, errors, gating, groups
-from pfs_jax.surgery import calling, counting, nnx_models, trace
+from pfs_jax.surgery import calling, nnx_models, trace
 from pfs_jax.surgery.cells import State
 from pfs_jax.surgery.flow import NESTED, Flow
 
@@ -26,7 +26,6 @@ def discover(
   model: Any,
   x: Any,
   *args: Any,
-  train_kwarg: str | None = None,
   call: Callable[..., Any] | None = None,
   residual: bool = False,
   leave: Sequence[str] = (),
@@ -44,10 +43,8 @@ def discover(
     model: Any Linen module, or an instance of an NNX module, untouched.
     x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 will do.
     *args: Further arguments of the model's `__call__`.
-    train_kwarg: Name of the argument or field that says whether to train;
-      by default one of `calling.NAMES` is looked for.
-    call: (module, x, train) -> logits, instead, for models that say it in
-      another way; further arguments are passed on.
+    call: (module, x, train) -> logits, for models that have no argument or
+      field in `calling.NAMES`; further arguments are passed on.
     residual: Whether channels tied by sums or by sharing a module are one
       group, instead of being left alone.
     leave: Paths of layers whose channels are to be left alone.
@@ -58,12 +55,18 @@ def discover(
     rest was left alone.
 
   Raises:
-    errors.UserError: Not a Linen module, no layer, no known way to say whether
-      to train, or a collection `gates` of the model's own, or `leave` names no
-      layer.
+    errors.UserError: Not a module of Flax, no layer, no known way to say
+      whether to train, a collection `gates` of the model's own, or `leave`
+      names no layer.
   """
-  model = _checked(model)
-  source, told = _source(model, call, train_kwarg)
+  model = nnx_models.as_linen(model)
+  if not isinstance(model, nn.Module):
+    raise errors.UserError(
+      'surgery: the model must be an instance of flax.linen.Module or of '
+      f'flax.nnx.Module; got {model!r}.'
+    )
+  told = call or calling.train_argument(model)
+  source = gating.Source(model, told or calling.untold)
   plain, arguments = gating.Wrapped(source), (x, args, kwargs)
   shapes = _init_shapes(plain, arguments)
   if groups.GATES in shapes:
@@ -77,14 +80,16 @@ def discover(
       '(Layers of flax.nnx inside bridge.to_linen are not seen.)'
     )
   if not told and shapes.get('batch_stats'):
-    calling.train_argument(model, train_kwarg)  # Raises.
-  unknown = sorted(set(leave) - set(flow.outputs))
-  if unknown:
     raise errors.UserError(
-      f'surgery: no layer {unknown[0]!r}; the layers are '
-      f'{", ".join(flow.outputs)}.'
+      f'surgery: {type(model).__name__} has no argument or field '
+      f'{", ".join(calling.NAMES)}; say how to call it with '
+      'call=lambda module, x, train: ... (config.model.call)'
     )
   for path in leave:
+    if path not in flow.outputs:
+      raise errors.UserError(
+        f'surgery: no layer {path!r}; the layers are {", ".join(flow.outputs)}.'
+      )
     flow.channels.fix(flow.outputs[path].tolist(), 'left alone on request')
   found = _Found(flow, residual)
   _try_out(source, arguments, found)
@@ -99,52 +104,23 @@ def layer_calls(plain: gating.Wrapped, x: Any, *args: Any) -> list[costs.Layer]:
   return _follow(plain, _init_shapes(plain, arguments), arguments)[1]
 
 
-def _source(model, call, train_kwarg) -> tuple[gating.Source, bool]:
-  """A model and how to call it; whether it can be told that it trains."""
-  if call is None:
-    try:
-      call = calling.train_argument(model, train_kwarg)
-    except errors.UserError:
-      if train_kwarg is not None:
-        raise
-      return gating.Source(model, calling.untold), False
-  return gating.Source(model, call), True
-
-
-def _checked(model: Any) -> nn.Module:
-  """The model as a Linen module."""
-  model = nnx_models.as_linen(model)
-  if not isinstance(model, nn.Module):
-    raise errors.UserError(
-      'surgery: the model must be an instance of flax.linen.Module or of '
-      f'flax.nnx.Module; got {model!r}.'
-    )
-  return model
-
-
 # Tracing.
 
 
-def _split(arguments) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def _split(arguments) -> tuple[dict[int, Any], Callable[[Mapping], Any]]:
   """The shapes of a tree's arrays, and the way back from arrays to the tree."""
-
-  def is_array(leaf):
-    return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
-
   leaves, tree = jax.tree.flatten(arguments)
-  shapes = [
-    jax.ShapeDtypeStruct(
+  shapes = {
+    i: jax.ShapeDtypeStruct(
       leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True)
     )
-    for leaf in leaves
-    if is_array(leaf)
-  ]
+    for i, leaf in enumerate(leaves)
+    if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+  }
 
   def merge(arrays):
-    rest = iter(arrays)
-    return jax.tree.unflatten(
-      tree, [next(rest) if is_array(leaf) else leaf for leaf in leaves]
-    )
+    merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return tree.unflatten(merged)
 
   return shapes, merge
 
@@ -189,27 +165,25 @@ def _follow(
       )
   flow = Flow(layers, emitted)
   values = []
-  for place, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    if math.prod(leaf.shape) == 1:
-      values.append(flow.cells.value(leaf.ndim, 0, State.CONST))
-    else:
-      names = [str(getattr(p, 'key', p)) for p in place]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    origin, state = 0, State.CONST
+    if math.prod(leaf.shape) > 1:
+      names = [str(getattr(p, 'key', p)) for p in path]
       origin = flow.cells.origin(f'the parameter {"/".join(names[1:])}')
-      values.append(flow.cells.value(leaf.ndim, origin, State.LIVE))
+      state = State.LIVE
+    values.append(flow.cells.value(leaf.ndim, origin, state))
   origin = flow.cells.origin("the model's input")
-  for leaf in arrays:
+  for leaf in arrays.values():
     fixed = origin if leaf.ndim and leaf.shape[-1] > 1 else 0
     values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
   for value in flow.run(program, values):
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
-  images = arrays[0].shape[0]
-  more, uncounted = counting.rest(program, layers, images)
-  params = sum(
-    math.prod(a.shape) for a in jax.tree.leaves(shapes.get('params'))
-  )
-  unknown = params - sum(c.params() for c in calls)
+  images = next(iter(arrays.values())).shape[0]
+  more, uncounted = trace.rest(program, layers, images)
+  leaves = jax.tree.leaves(shapes.get('params'))
+  unknown = sum(a.size for a in leaves) - sum(c.params() for c in calls)
   if unknown:
-    more.append(counting.other('other parameters', params=unknown))
+    more.append(trace.fixed_cost('other parameters', params=unknown))
   return flow, [*calls, *more], uncounted
 
 
@@ -271,11 +245,8 @@ class _Found:
         channels.fix(roots, 'a single channel')
         del self.classes[made]
     self.unit_of = np.full(len(channels.owners), -1)
-    unit = 0
-    for roots in self.classes.values():
-      for root in roots:
-        self.unit_of[self._members[root]] = unit
-        unit += 1
+    for unit, root in enumerate(itertools.chain(*self.classes.values())):
+      self.unit_of[self._members[root]] = unit
 
   def refuse(self, reasons: Mapping[Any, str]) -> None:
     """Leaves groups alone, for the given reasons."""
@@ -286,13 +257,12 @@ class _Found:
   def _gated(self) -> dict[str, np.ndarray]:
     """{path: [C] units that the gates at a layer's output stand for}."""
     gated = {}
-    for roots in self.classes.values():
-      for root in roots:
-        for _, gates, _ in self._uses[root]:
-          for path, index in gates:
-            width = self.flow.layers[path].outputs
-            units = gated.setdefault(path, np.full(width, -1))
-            units[index] = self.unit_of[root]
+    for root in itertools.chain(*self.classes.values()):
+      for _, gates, _ in self._uses[root]:
+        for path, index in gates:
+          width = self.flow.layers[path].outputs
+          units = gated.setdefault(path, np.full(width, -1))
+          units[index] = self.unit_of[root]
     return {path: gated[path] for path in self._in_order(gated)}
 
   def _in_order(self, paths) -> tuple[str, ...]:
@@ -324,16 +294,15 @@ class _Found:
 
   def table(self, calls: Sequence[costs.Layer]) -> groups.Table:
     """The table of groups, with unique names."""
-    made_groups, names = [], collections.Counter()
+    found, names = [], collections.Counter()
     for made, roots in self.classes.items():
       name = made[0][0]
       names[name] += 1
-      if names[name] > 1:
-        name = f'{name}.{names[name]}'
-      made_groups.append(self._group(made, roots, name))
+      number = f'.{names[name]}' if names[name] > 1 else ''
+      found.append(self._group(made, roots, name + number))
     flow, gated = self.flow, self._gated()
     return groups.Table(
-      groups=tuple(made_groups),
+      groups=tuple(found),
       calls=tuple(calls),
       inputs={p: self.unit_of[c] for p, c in flow.inputs.items()},
       outputs={p: self.unit_of[c] for p, c in flow.outputs.items()},

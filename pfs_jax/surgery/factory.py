@@ -21,11 +21,8 @@ def network(
   model: Any,
   x: Any,
   *,
-  train_kwarg: str | None = None,
-  call: Callable[..., Any] | None = None,
-  residual: bool = False,
-  leave: Sequence[str] = (),
   description: Mapping[str, Any] | None = None,
+  **options: Any,
 ) -> models.Network:
   """A model of the user's own, as the stages take it.
 
@@ -34,23 +31,13 @@ def network(
   Args:
     model: A Linen module, or an NNX module.
     x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`.
-    train_kwarg: As for `discover`.
-    call: As for `discover`.
-    residual: As for `discover`.
-    leave: As for `discover`.
     description: What structures say of the model.
+    **options: `call`, `residual` and `leave`, as for `discover`.
 
   Raises:
     errors.UserError: As for `discover`, or no channel can carry a gate.
   """
-  table = discover(
-    model,
-    x,
-    train_kwarg=train_kwarg,
-    call=call,
-    residual=residual,
-    leave=leave,
-  )
+  table = discover(model, x, **options)
   model_costs = table.cost_model()
   made = models.Network(
     module=nnx_models.as_linen(model),
@@ -109,51 +96,42 @@ def network_from_factory(
     errors.UserError: A spec, module, attribute or result is not right, the
       user's code raises, or as for `network`.
   """
-  for field, name, register in (
-    ('model.norm', norm, described.register_norm),
-    ('model.conv', conv, described.register_conv),
-  ):
-    if name:
-      kind: Any = user_code.imported(field, name)
-      register(kind)
+  registers: Any = {'norm': described.register_norm}
+  registers['conv'] = described.register_conv
+  given = {'leave': list(leave), 'call': call, 'norm': norm, 'conv': conv}
+  for field, register in registers.items():
+    if given[field]:
+      register(user_code.imported(f'model.{field}', given[field]))
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
   available['rngs'] = nnx.Rngs(0)  # An NNX module is drawn when it is made.
+  how = user_code.imported('model.call', call) if call else None
+  x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
   with user_code.blamed('model.factory', spec):
     model = _made(spec, factory, available)
-  how = user_code.imported('model.call', call) if call else None
-  if isinstance(model, tuple) and len(model) == 2:
-    model, how = model[0], how or model[1]
-  if not isinstance(model, nn.Module | nnx.Module):
-    raise _error(spec, f'returned {type(model).__name__}, not a Linen module')
-  x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
-  description = {
-    'factory': spec,
-    'residual': residual,
-    'num_classes': num_classes,
-    'image_size': image_size,
-    'channels': channels,
-  }
-  given = {'leave': list(leave), 'call': call, 'norm': norm, 'conv': conv}
-  description.update({k: v for k, v in given.items() if v})
-  with user_code.blamed('model.factory', spec):
+    if isinstance(model, tuple) and len(model) == 2:
+      model, how = model[0], how or model[1]
+    if not isinstance(model, nn.Module | nnx.Module):
+      raise _error(spec, f'returned {type(model).__name__}, not a Linen module')
     made = network(
       model,
       x,
       call=how,
       residual=residual,
       leave=leave,
-      description=description,
+      description={
+        'factory': spec,
+        'residual': residual,
+        'num_classes': num_classes,
+        'image_size': image_size,
+        'channels': channels,
+        **{k: v for k, v in given.items() if v},
+      },
     )
-    _check_logits(spec, made, x, num_classes)
-  return made
-
-
-def _check_logits(spec: str, made: models.Network, x, num_classes: int) -> None:
-  """Labels beyond the logits would only show as a loss that is not a number."""
-  logits, _ = jax.eval_shape(
-    made.reference.init_with_output, jax.random.key(0), x
-  )
+    # Labels beyond the logits would only show as a loss that is not a number.
+    logits, _ = jax.eval_shape(
+      made.reference.init_with_output, jax.random.key(0), x
+    )
   shape = getattr(logits, 'shape', None)
   if shape != (1, num_classes):
     raise _error(
@@ -161,6 +139,7 @@ def _check_logits(spec: str, made: models.Network, x, num_classes: int) -> None:
       f'the model must return logits [N, {num_classes}], one for each class; '
       f'got {"several outputs" if shape is None else f"shape {shape}"}',
     )
+  return made
 
 
 def _error(spec: str, problem: str) -> errors.UserError:
@@ -171,15 +150,14 @@ def _made(
   spec: str, factory: Callable[..., Any], available: Mapping[str, Any]
 ) -> Any:
   """Calls a factory with what it has arguments for."""
-  if isinstance(factory, type) and not issubclass(
-    factory, (nn.Module, nnx.Module)
-  ):
-    raise _error(spec, 'is a class, but not of flax.linen.Module')
   make: Any = factory
-  is_class = isinstance(factory, type) and issubclass(factory, nnx.Module)
-  # NNX's metaclass hides the arguments of a class.
-  signature = inspect.signature(make.__init__ if is_class else make)
-  parameters = {k: p for k, p in signature.parameters.items() if k != 'self'}
+  if isinstance(make, type):
+    if not issubclass(make, nn.Module | nnx.Module):
+      raise _error(spec, 'is a class, but not of flax.linen.Module')
+    if issubclass(make, nnx.Module):
+      make = make.__init__  # NNX's metaclass hides the arguments of a class.
+  parameters = dict(inspect.signature(make).parameters)
+  parameters.pop('self', None)
   known = {k: v for k, v in available.items() if k in parameters}
   if 'dtype' not in known and available['dtype'] != jnp.float32:
     raise _error(spec, 'takes no dtype, so config.dtype must be float32')
@@ -191,7 +169,7 @@ def _made(
     and p.name not in known
   ]
   if len(required) == 1 and 'num_classes' not in known:
-    return make(available['num_classes'], **known)
+    return factory(available['num_classes'], **known)
   if required:
     raise _error(spec, f'needs {", ".join(required)}, which has no default')
-  return make(**known)
+  return factory(**known)

@@ -3,14 +3,15 @@
 The model is traced to a jaxpr (nothing is computed) in which the calls of its
 layers are marked (`trace`). A walk through the jaxpr then carries cells
 (`cells`) instead of numbers. Reshapes, concatenations, splits and poolings move
-the cells as they move the numbers (`moves`), so index maps come out exact; an
-elementwise operation on two channels ties them; whatever mixes channels outside
-a known layer fixes them, with the reason.
+the cells as they move the numbers, so index maps come out exact; an elementwise
+operation on two channels ties them; whatever mixes channels outside a known
+layer fixes them, with the reason.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pfs_jax import costs, jaxprs
-from pfs_jax.surgery import moves, trace
+from pfs_jax.surgery import cells as cells_lib
+from pfs_jax.surgery import trace
 from pfs_jax.surgery.cells import Cell, Cells, Channels, State, Value
 
 NESTED = 'inside nn.jit or a loop (nn.scan), where it cannot be followed'
@@ -38,13 +40,7 @@ _REDUCE = frozenset(
   """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod
   reduce_sum""".split()
 )
-_BY_INDEX = frozenset(['dynamic_slice', 'gather'])
 _KNOWN_SIZE = 1 << 16
-
-
-def is_batch_norm(layer: costs.Layer) -> bool:
-  """Whether a layer normalises each channel of the last axis alone."""
-  return layer.kind == 'norm' and not layer.obstacle and not layer.joint
 
 
 class Flow:
@@ -71,14 +67,16 @@ class Flow:
   ):
     """`emitted`: channels that layers make; by default new ones."""
     self.layers = dict(layers)
-    self.bare = not any(is_batch_norm(c) for c in layers.values())
+    self.bare = all(
+      c.kind != 'norm' or c.obstacle or c.joint for c in layers.values()
+    )
     self.inputs, self.outputs, self.unseen = {}, {}, {}
     self.uses, self.pasts = [], collections.defaultdict(list)
     self._emitted = emitted
     made = [0, *(int(e.max()) for e in (emitted or {}).values() if e.size)]
     self.channels = Channels(max(made))
     self.cells = Cells(self.channels)
-    self._jit_depth = 0
+    self._jit_depth, self._in_layer = 0, False
 
   def run(
     self, program: Any, values: Sequence[Value], where: str = ''
@@ -92,9 +90,7 @@ class Flow:
     """
 
     def outputs(equation, values):
-      stack = str(equation.source_info.name_stack).removeprefix('Wrapped/')
-      here = '/'.join(filter(None, (where, stack)))
-      return self._equation(equation, values, here)
+      return self._equation(equation, values, trace.place(equation, where))
 
     return jaxprs.walk(program, values, outputs, self._of_constant)
 
@@ -106,18 +102,35 @@ class Flow:
         pass
     return self.cells.value(len(np.shape(array)), 0, State.CONST)
 
+  def _alike(self, eqn, channel: int, state: State) -> list[Value]:
+    """Outputs of an equation whose elements are all the same cell."""
+    return [
+      self.cells.value(len(v.aval.shape), channel, state) for v in eqn.outvars
+    ]
+
   def _equation(self, eqn, values: list[Value], where: str) -> Sequence[Value]:
-    name = eqn.primitive.name
+    name, title = eqn.primitive.name, str(eqn.params.get('name', ''))
+    if title.startswith(trace.LEAVE):
+      self._in_layer = False
+      return self._leave(title.removeprefix(trace.LEAVE), eqn, values[0])
+    if self._in_layer:  # `_leave` knows what the layer does.
+      return self._alike(eqn, 0, State.LIVE)
+    if title.startswith(trace.ENTER):
+      self._in_layer = bool(eqn.outvars)  # Nested, JAX may see through it.
+      return self._alike(eqn, 0, State.LIVE)
+    if title.startswith(trace.PEEK):
+      path = title.removeprefix(trace.PEEK)
+      columns = self.cells.columns(values[0], self.layers[path].inputs)
+      self.inputs[path] = self._channels_of(columns)
+      return values[: len(eqn.outvars)]
     if name in jaxprs.CALLS:
       return self._call(eqn, values, where)
-    known = self._known(eqn, values)
-    if known is not None:
+    if (known := self._known(eqn, values)) is not None:
       return known
     if name == 'iota':
-      ndim = len(eqn.params['shape'])
-      last = eqn.params['dimension'] == ndim - 1
+      last = eqn.params['dimension'] == len(eqn.params['shape']) - 1
       channel = self.cells.by_channel() if last else 0
-      return [self.cells.value(ndim, channel, State.CONST)]
+      return self._alike(eqn, channel, State.CONST)
     if name in _IDENTITY:
       return values
     if name in _ELEMENTWISE:
@@ -126,11 +139,8 @@ class Flow:
       return [self._reduce(eqn, values[0], where) for _ in eqn.outvars]
     if name.startswith('reduce_window') and len(eqn.outvars) == 1:
       return [self._window(eqn, values[0], where)]
-    if name in _BY_INDEX and all(v.known is not None for v in values[1:]):
-      return [_by_index(eqn, values)]
-    if name in moves.MOVES:
-      out = moves.MOVES[name](eqn, *(v.cells for v in values))
-      return [Value(c) for c in (out if isinstance(out, list) else [out])]
+    if (moved := cells_lib.moved(eqn, values)) is not None:
+      return moved
     return self._opaque(eqn, values, where)
 
   def _known(self, eqn, values) -> list[Value] | None:
@@ -158,29 +168,15 @@ class Flow:
     """An operation that is not understood: it fixes the channels it reads."""
     name = eqn.primitive.name
     reason = f'mixed by {name} in {where or "the model"}'
-    seen, live = False, False
-    for value in values:
-      cells = [self.cells[i] for i in np.unique(value.cells)]
-      self.channels.fix((c.channel for c in cells), reason)
-      seen |= any(c.channel for c in cells)
-      live |= any(c.state == State.LIVE for c in cells)
+    read = [self.cells[i] for v in values for i in np.unique(v.cells)]
+    self.channels.fix((c.channel for c in read), reason)
+    seen = any(c.channel for c in read)
     channel = self.cells.origin(f'the result of {name}') if seen else 0
-    state = State.LIVE if live else State.CONST
-    return [
-      self.cells.value(len(v.aval.shape), channel, state) for v in eqn.outvars
-    ]
+    live = any(c.state == State.LIVE for c in read)
+    return self._alike(eqn, channel, State.LIVE if live else State.CONST)
 
   def _call(self, eqn, values, where: str) -> Sequence[Value]:
-    name = str(eqn.params.get('name', ''))
-    for mark, rule in (
-      (trace.ENTER, self._enter),
-      (trace.LEAVE, self._leave),
-      (trace.PEEK, self._peek),
-    ):
-      if name.startswith(mark):
-        if not eqn.outvars:  # In nested functions JAX may see through it.
-          return []
-        return [rule(name[len(mark) :], eqn, values)]
+    """Walks through the program that an equation calls."""
     inner = jaxprs.called(eqn)
     if inner is None:
       return self._opaque(eqn, values, where)
@@ -192,23 +188,14 @@ class Flow:
 
   # Layers.
 
-  def _enter(self, path, eqn, values) -> Value:
-    """Hides the channels from a layer's own operations: `_leave` knows them."""
-    del path, eqn
-    return self.cells.value(values[0].cells.ndim, 0, State.LIVE)
-
-  def _peek(self, path, eqn, values) -> Value:
-    """Notes what a layer reads whose operations are followed one by one."""
-    del eqn
-    columns = self.cells.columns(values[0], self.layers[path].inputs)
-    self.inputs[path] = self._channels_of(columns)
-    return values[0]
-
   def _channels_of(self, columns: Iterable[int]) -> np.ndarray:
     return np.array([max(0, self.cells[i].channel) for i in columns], np.int64)
 
-  def _leave(self, path, eqn, values) -> Value:
-    layer, x = self.layers[path], values[0]
+  def _leave(self, path: str, eqn, x: Value) -> list[Value]:
+    """The output of a layer that reads `x`."""
+    if not eqn.outvars:
+      return []
+    layer = self.layers[path]
     ndim, out_ndim = (len(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars))
     if self._jit_depth:  # Its cache would not see the surgery.
       self.unseen[path] = NESTED
@@ -221,17 +208,14 @@ class Flow:
         self.cells.found(x.cells), f'read by {path}: {self.unseen[path]}'
       )
       origin = self.cells.origin(f'the output of {path}')
-      return self.cells.value(out_ndim, origin, State.LIVE)
+      return self._alike(eqn, origin, State.LIVE)
     columns = self.cells.columns(x, layer.inputs)
     self.pasts[path].append([self.cells[i].past for i in columns])
     self._share(path, columns)
-    if layer.kind == 'norm':
-      out = self._norm(layer, columns)
-    elif layer.kind == 'depthwise':
-      out = self._depthwise(layer, columns)
-    else:
-      out = self._mix(layer, columns)
-    return Value(np.array(out).reshape((1,) * (out_ndim - 1) + (-1,)))
+    rules = {'norm': self._norm, 'depthwise': self._depthwise}
+    out = rules.get(layer.kind, self._mix)(layer, columns)
+    numbers = np.array([self.cells.number(cell) for cell in out])
+    return [Value(numbers.reshape((1,) * (out_ndim - 1) + (-1,)))]
 
   def _share(self, path: str, columns: list[int]) -> None:
     """Ties what a layer reads to what it read in an earlier call."""
@@ -244,30 +228,26 @@ class Flow:
         reason = f'read by {path}, which also reads a fixed width'
         self.channels.fix((old, new), reason)
 
-  def _norm(self, layer: costs.Layer, columns: list[int]) -> list[int]:
+  def _norm(self, layer: costs.Layer, columns: list[int]) -> list[Cell]:
     # A channel with gate 0 still counts in statistics over all channels.
     gated, out = State.CONST if layer.joint else State.ZERO, []
     for i, number in enumerate(columns):
       channel, _, _, past = self.cells[number]
       state = gated if channel > 0 else State.LIVE
       gates = frozenset([(layer.path, i)] if channel > 0 else [])
-      past = hash((layer.path, past))
-      out.append(self.cells.number(Cell(channel, state, gates, past)))
+      out.append(Cell(channel, state, gates, hash((layer.path, past))))
     return out
 
-  def _depthwise(self, layer: costs.Layer, columns: list[int]) -> list[int]:
+  def _depthwise(self, layer: costs.Layer, columns: list[int]) -> list[Cell]:
     out = []
-    for number in columns:
-      cell = self.cells[number]
+    for cell in map(self.cells.__getitem__, columns):
       state = max(cell.state, State.CONST) if layer.vectors else cell.state
-      past = hash((layer.path, cell.past))
-      cell = cell._replace(state=state, past=past)
-      out += [self.cells.number(cell)] * layer.multiplier
+      cell = cell._replace(state=state, past=hash((layer.path, cell.past)))
+      out += [cell] * layer.multiplier
     return out
 
-  def _mix(self, layer: costs.Layer, columns: list[int]) -> list[int]:
-    for number in columns:
-      cell = self.cells[number]
+  def _mix(self, layer: costs.Layer, columns: list[int]) -> list[Cell]:
+    for cell in map(self.cells.__getitem__, columns):
       if cell.channel > 0:
         self.uses.append((cell.channel, cell.state, cell.gates, layer.path))
     if layer.path not in self.outputs:
@@ -279,12 +259,10 @@ class Flow:
     channels = self.outputs[layer.path].tolist()
     if layer.outputs == 1 and self._emitted is None:
       self.channels.fix(channels, 'a single channel')
-      return [self.cells.number(Cell(0, State.LIVE))]
+      return [Cell(0, State.LIVE)]
     state, past = State.ZERO if self.bare else State.LIVE, hash(layer.path)
     return [
-      self.cells.number(
-        Cell(c, state, frozenset([(layer.path, i)] if self.bare else []), past)
-      )
+      Cell(c, state, frozenset([(layer.path, i)] if self.bare else []), past)
       for i, c in enumerate(channels)
     ]
 
@@ -322,7 +300,7 @@ class Flow:
     else:
       operands = tuple([c.state for c in cells])
       if operands not in states:
-        states[operands] = _state(eqn, cells, known)
+        states[operands] = _state(eqn, operands, known)
       state = states[operands]
     return self.cells.number(Cell(channel, state, gates, past))
 
@@ -330,89 +308,57 @@ class Flow:
 
   def _fold(self, cells: np.ndarray, axes, name: str, where: str) -> np.ndarray:
     """Cells with the given axes brought to length 1."""
-    axes = tuple(a for a in axes if cells.shape[a] > 1)
-    if not axes:
-      unique, inverse = np.unique(cells, return_inverse=True)
-      new = [self._renamed(self.cells[i], name) for i in unique]
-      return np.array(new, int)[inverse].reshape(cells.shape)
     rest = [i for i in range(cells.ndim) if i not in axes]
     shape = [1 if i in axes else n for i, n in enumerate(cells.shape)]
-    flat = cells.transpose(*rest, *axes).reshape(
-      math.prod(cells.shape[i] for i in rest), -1
-    )
+    flat = cells.transpose(*rest, *axes).reshape(math.prod(shape), -1)
     folded = [self._folded(np.unique(row), name, where) for row in flat]
     return np.array(folded, int).reshape(shape)
-
-  def _renamed(self, cell: Cell, name: str) -> int:
-    """The cell after one more operation."""
-    return self.cells.number(cell._replace(past=hash((name, cell.past))))
 
   def _folded(self, numbers: np.ndarray, name: str, where: str) -> int:
     channels = {self.channels.find(c) for c in self.cells.found(numbers)}
     if len(channels) > 1:
       self.channels.fix(channels, f'mixed by {name} in {where or "the model"}')
       return self.cells.number(Cell(0, State.LIVE))
-    return self._renamed(self.cells.merge(numbers.tolist(), 'sum'), name)
+    cell = self.cells.merge(numbers.tolist(), 'sum')
+    return self.cells.number(cell._replace(past=hash((name, cell.past))))
 
   def _reduce(self, eqn, value: Value, where: str) -> Value:
-    axes = eqn.params['axes']
+    axes = tuple(eqn.params['axes'])
     cells = self._fold(value.cells, axes, eqn.primitive.name, where)
-    return Value(np.squeeze(cells, tuple(axes)))
+    return Value(np.squeeze(cells, axes))
 
   def _window(self, eqn, value: Value, where: str) -> Value:
     p = eqn.params
     sizes = zip(
       p['window_dimensions'], p['window_strides'], p['padding'], strict=True
     )
-    moved = [
+    over = [
       i for i, (w, s, pad) in enumerate(sizes) if w > 1 or s > 1 or any(pad)
     ]
-    return Value(self._fold(value.cells, moved, eqn.primitive.name, where))
+    return Value(self._fold(value.cells, over, eqn.primitive.name, where))
 
 
-def _by_index(eqn, values: list[Value]) -> Value:
-  """Moves cells by known indices."""
-  shapes = [v.aval.shape for v in eqn.invars]
-  cells = np.broadcast_to(values[0].cells, shapes[0]).astype(np.int32)
-  indices = [
-    np.broadcast_to(np.asarray(v.known), s)
-    for v, s in zip(values[1:], shapes[1:], strict=True)
-  ]
-  out = eqn.primitive.bind(cells, *indices, **eqn.params)
-  return Value(moves.compressed(np.asarray(out)))
-
-
-def _state(eqn, cells: list[Cell], known) -> State:
+def _state(eqn, states: Sequence[State], known) -> State:
   """What an operation leaves of what its operands leave."""
-  name = eqn.primitive.name
-  if name == 'select_n' and all(c.state == State.ZERO for c in cells[1:]):
+  name, zeros = eqn.primitive.name, [s == State.ZERO for s in states]
+  if name == 'select_n' and all(zeros[1:]):
     return State.ZERO
-  if name == 'div' and cells[0].state == State.ZERO:
-    if cells[1].state != State.ZERO:
+  if name == 'div' and zeros[0] and not zeros[1]:
+    return State.ZERO
+  numbers = [0 if z else k for z, k in zip(zeros, known, strict=True)]
+  if None not in numbers:
+    params = tuple(eqn.params.items())
+    dtypes = tuple(v.aval.dtype for v in eqn.invars)
+    if _evaluated(eqn.primitive, params, tuple(numbers), dtypes) == 0:
       return State.ZERO
-  numbers = [
-    0 if c.state == State.ZERO else k for c, k in zip(cells, known, strict=True)
-  ]
-  if all(n is not None for n in numbers):
-    result = _evaluated(eqn, tuple(numbers))
-    if result == 0:
-      return State.ZERO
-  return max(State.CONST, *(c.state for c in cells))
+  return max(State.CONST, *states)
 
 
-_RESULTS: dict[Any, float | None] = {}
-
-
-def _evaluated(eqn, numbers: tuple[float, ...]) -> float | None:
+@functools.cache
+def _evaluated(primitive, params, numbers, dtypes) -> float | None:
   """The result of an elementwise operation on numbers; None if unknown."""
-  params = {k: v for k, v in eqn.params.items() if v is not None}
-  dtypes = tuple(v.aval.dtype for v in eqn.invars)
-  key = (eqn.primitive.name, str(sorted(params.items(), key=str)), numbers)
-  if (key, dtypes) not in _RESULTS:
-    try:
-      args = map(np.asarray, numbers, dtypes)
-      result = float(np.asarray(eqn.primitive.bind(*args, **eqn.params)))
-    except (TypeError, ValueError, NotImplementedError):
-      result = None
-    _RESULTS[key, dtypes] = result
-  return _RESULTS[key, dtypes]
+  try:
+    args = map(np.asarray, numbers, dtypes)
+    return float(np.asarray(primitive.bind(*args, **dict(params))))
+  except (TypeError, ValueError, NotImplementedError):
+    return None

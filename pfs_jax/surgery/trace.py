@@ -1,18 +1,34 @@
-"""Marks the calls of layers in a trace."""
+"""Traces a model with marked layers, and counts what multiplies between them.
+
+A model's own code may hold matrix products and convolutions (`jnp.einsum`,
+`nn.MultiHeadDotProductAttention`, `jax.lax.conv`). They are read from the
+traced program. Their channels are never narrowed, so their cost is fixed.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.extend import core
 
 from pfs_jax import costs, described
 
 # Names of equations: a layer begins, a layer ends, a layer that is looked into.
 ENTER, LEAVE, PEEK = 'pfs_enter:', 'pfs_leave:', 'pfs_peek:'
+
+# Operations of which nobody knows here how much they multiply.
+_UNKNOWN = frozenset(
+  """cholesky custom_linear_solve eigh ffi_call fft io_callback lu pallas_call
+  pure_callback qr ragged_dot ragged_dot_general scaled_matmul svd
+  triangular_solve""".split()
+)
 
 
 def _mark(name: str, function: Callable[..., Any], *args) -> jax.Array:
@@ -54,3 +70,108 @@ def trace(
       return function(*args)
 
   return jax.make_jaxpr(traced)(*args), calls
+
+
+def place(equation: Any, where: str) -> str:
+  """Name of the module that an equation of the program at `where` stands in."""
+  stack = str(equation.source_info.name_stack).removeprefix('Wrapped/')
+  return '/'.join(filter(None, (where, stack)))
+
+
+def fixed_cost(path: str, macs: int = 0, params: int = 0) -> costs.Layer:
+  """The record of something with a fixed cost."""
+  return costs.Layer(
+    path, 'other', 0, 0, 1, fixed_macs=macs, fixed_params=params
+  )
+
+
+def rest(
+  program: Any, layers: Mapping[str, costs.Layer], images: int
+) -> tuple[list[costs.Layer], tuple[str, ...]]:
+  """What a marked program computes beside one call of each layer call.
+
+  Args:
+    program: The jaxpr, from `trace`.
+    layers: {path: layer} of the layers that are marked in it.
+    images: Images in the batch.
+
+  Returns:
+    Records of operations with fixed MACs, by their places, and the names of
+    those that cannot be counted.
+  """
+  unknown: dict[str, None] = {}
+  macs = _count(program, layers, images, 1, '', unknown)
+  found = [fixed_cost(path, n // images) for path, n in macs.items() if n]
+  return found, tuple(unknown)
+
+
+def _count(
+  program, layers, images, times, where, unknown
+) -> collections.Counter:
+  """{place: MACs of the batch} of a program that runs `times` times."""
+  macs, inside = collections.Counter(), 0
+  for equation in getattr(program, 'jaxpr', program).eqns:
+    name, title = equation.primitive.name, str(equation.params.get('name', ''))
+    here = place(equation, where) or 'the model'
+    if title.startswith(ENTER):
+      inside += 1
+    elif title.startswith(LEAVE):
+      inside -= 1
+      layer = layers[title.removeprefix(LEAVE)]
+      more = times * _copies(equation, layer, images) - 1
+      macs[f'{layer.path} (repeated)'] += more * layer.macs() * images
+    elif inside:
+      continue  # `costs` counts the layer.
+    elif name == 'dot_general':
+      macs[here] += times * _dot(equation)
+    elif name == 'conv_general_dilated':
+      macs[here] += times * _convolution(equation)
+    elif name in _UNKNOWN:
+      unknown[f'{name} in {here}'] = None
+    else:
+      length = equation.params['length'] if name == 'scan' else 1
+      parts = [
+        _count(part, layers, images, times * length, here, unknown)
+        for part in _programs(equation)
+      ]
+      if name == 'while' and any(part.total() for part in parts):
+        unknown[f'a loop (while) in {here}, counted once'] = None
+      if name == 'cond':  # The branch that costs most.
+        parts = [functools.reduce(collections.Counter.__or__, parts)]
+      for part in parts:
+        macs.update(part)
+  return macs
+
+
+def _programs(equation) -> list[Any]:
+  """The programs that an equation holds."""
+  return [
+    part
+    for value in equation.params.values()
+    for part in (value if isinstance(value, tuple | list) else [value])
+    if isinstance(part, core.Jaxpr | core.ClosedJaxpr)
+  ]
+
+
+def _copies(equation, layer: costs.Layer, images: int) -> int:
+  """How many layers stand in one, under nn.vmap."""
+  size = sum(math.prod(v.aval.shape) for v in equation.outvars)
+  return max(1, size // (images * math.prod(layer.output_size) * layer.outputs))
+
+
+def _dot(equation) -> int:
+  """Multiply-accumulates of a dot_general."""
+  (contracted, _), _ = equation.params['dimension_numbers']
+  shape = equation.invars[0].aval.shape
+  summed = math.prod(shape[axis] for axis in contracted)
+  return math.prod(equation.outvars[0].aval.shape) * summed
+
+
+def _convolution(equation) -> int:
+  """Multiply-accumulates of a conv_general_dilated, zeros between left out."""
+  p = equation.params
+  kernel = equation.invars[1].aval.shape
+  out_features = kernel[p['dimension_numbers'].rhs_spec[0]]
+  each = math.prod(kernel) // out_features
+  total = math.prod(equation.outvars[0].aval.shape) * each
+  return total // math.prod(p['lhs_dilation'])
