@@ -77,7 +77,8 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
     joint = True
   elif hasattr(module, 'num_groups'):
     size = module.group_size or channels // (module.num_groups or 1)
-    obstacle = grouped(size)['obstacle']
+    if size != 1:
+      obstacle = f'it normalises {size} neighbouring channels together'
   return {
     'kind': 'norm',
     'obstacle': obstacle,
@@ -86,12 +87,6 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
     'positions': math.prod(y.shape[1:-1]),
     'vectors': _vectors(module, y.shape[-1]),
   }
-
-
-def grouped(size: int) -> dict[str, str]:
-  """What stops narrowing behind a GroupNorm with groups of this size."""
-  reason = f'it normalises {size} neighbouring channels together'
-  return {'obstacle': reason if size != 1 else ''}
 
 
 def _vectors(module: nn.Module, channels: int) -> int:

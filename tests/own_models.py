@@ -18,6 +18,12 @@ def norm(train, **kwargs):
   return nn.BatchNorm(use_running_average=not train, momentum=0.9, **kwargs)
 
 
+def unit(train, x, features, name=None, kernel=(3, 3), **kwargs):
+  """Convolution, BatchNorm and activation."""
+  x = nn.Conv(features, kernel, name=name, **kwargs)(x)
+  return nn.relu(norm(train)(x))
+
+
 class Plain(nn.Module):
   """Compact, with biases in front of BatchNorm."""
 
@@ -75,9 +81,9 @@ class Block(nn.Module):
   def __call__(self, x, train):
     strides = (self.stride,) * 2
     kernel = (1, 1) if self.bottleneck else (3, 3)
-    y = nn.relu(norm(train)(nn.Conv(self.hidden, kernel, strides)(x)))
+    y = unit(train, x, self.hidden, kernel=kernel, strides=strides)
     if self.bottleneck:
-      y = nn.relu(norm(train)(nn.Conv(self.hidden, (3, 3))(y)))
+      y = unit(train, y, self.hidden)
     y = norm(train)(nn.Conv(self.features, kernel)(y))
     if x.shape != y.shape:
       x = norm(train, name='bn_proj')(
@@ -95,7 +101,7 @@ class Residual(nn.Module):
     block = Block
     if self.remat:
       block = nn.remat(Block, static_argnums=(2,))
-    x = nn.relu(norm(train)(nn.Conv(6, (3, 3))(x)))
+    x = unit(train, x, 6)
     x = block(6, 4, bottleneck=self.bottleneck, name='a')(x, train)
     x = block(8, 5, 2, bottleneck=self.bottleneck, name='b')(x, train)
     return nn.Dense(3)(x.mean((1, 2)))
@@ -150,7 +156,7 @@ class Squeeze(nn.Module):
     )
     s = nn.relu(norm(train, name='bn_se')(s) if self.bn else s)
     x = x * nn.sigmoid(nn.Conv(x.shape[-1], (1, 1), name='up')(s))
-    x = nn.relu(norm(train)(nn.Conv(5, (1, 1), name='last')(x)))
+    x = unit(train, x, 5, 'last', (1, 1))
     return nn.Dense(3)(x.mean((1, 2)))
 
 
@@ -170,15 +176,11 @@ class Densely(nn.Module):
 class Inception(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
-    def unit(features, kernel, x, name):
-      x = nn.Conv(features, kernel, use_bias=False, name=name)(x)
-      return nn.relu(norm(train)(x))
-
-    a = unit(3, (1, 1), x, 'a')
-    b = unit(4, (3, 3), unit(2, (1, 1), x, 'b1'), 'b2')
-    c = unit(5, (1, 1), nn.max_pool(x, (3, 3), padding='SAME'), 'c')
+    a = unit(train, x, 3, 'a', (1, 1), use_bias=False)
+    b = unit(train, unit(train, x, 2, 'b1', (1, 1)), 4, 'b2')
+    c = unit(train, nn.max_pool(x, (3, 3), padding='SAME'), 5, 'c', (1, 1))
     x = jnp.concatenate([a, b, c], axis=-1)
-    x = unit(4, (1, 1), x, 'd')
+    x = unit(train, x, 4, 'd', (1, 1))
     return nn.Dense(3)(
       jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0))).mean((1, 2))
     )
@@ -192,7 +194,7 @@ class Shared(nn.Module):
     conv, bn = nn.Conv(5, (3, 3), name='conv'), norm(train, name='bn')
     a, b = nn.relu(bn(conv(x))), nn.relu(bn(conv(x[:, ::-1])))
     again, bn = nn.Conv(6, (3, 3), name='again'), norm(train, name='bn_again')
-    c = nn.relu(norm(train)(nn.Conv(6, (3, 3), name='first')(a - b)))
+    c = unit(train, a - b, 6, 'first')
     for _ in range(2):
       c = nn.relu(bn(again(c)))
     return nn.Dense(3)(c.mean((1, 2)))
@@ -203,7 +205,7 @@ class Conditioned(nn.Module):
 
   @nn.compact
   def __call__(self, x, t, scale=2.0, *, training=False):
-    x = nn.relu(norm(training)(nn.Conv(6, (3, 3), name='a')(x)))
+    x = unit(training, x, 6, 'a')
     x = nn.Dropout(0.5, deterministic=not training)(x * scale)
     x = nn.Conv(6, (3, 3), name='b')(x)
     x = x + nn.Dense(6, name='time')(t)[:, None, None]
@@ -217,7 +219,7 @@ class Constant(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
     x = nn.sigmoid(norm(train)(nn.Conv(6, (3, 3), name='a')(x)))
-    x = nn.relu(norm(train)(nn.Conv(5, (3, 3), name='b')(x)))
+    x = unit(train, x, 5, 'b')
     return nn.Dense(3)(x.mean((1, 2)))
 
 
@@ -228,7 +230,7 @@ class Past(nn.Module):
   def __call__(self, x, train=False):
     y = norm(train)(nn.Conv(6, (3, 3), name='a')(x))
     y = nn.relu(y + nn.Conv(6, (1, 1), name='b')(x))
-    x = nn.relu(norm(train)(nn.Conv(5, (3, 3), name='c')(y)))
+    x = unit(train, y, 5, 'c')
     return nn.Dense(3)(x.mean((1, 2)))
 
 
@@ -237,22 +239,18 @@ class Awkward(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    def unit(features, x, name, **kwargs):
-      x = nn.Conv(features, (3, 3), name=name, **kwargs)(x)
-      return nn.relu(norm(train)(x))
-
-    x = unit(8, x, 'split')
+    x = unit(train, x, 8, 'split')
     x = jnp.concatenate([x[..., :4], nn.tanh(x[..., 4:])], -1)
-    x = unit(8, x, 'shuffled')
+    x = unit(train, x, 8, 'shuffled')
     x = x.reshape(*x.shape[:-1], 2, 4).swapaxes(-1, -2).reshape(x.shape)
-    x = unit(8, x, 'into_groups')
-    x = unit(8, x, 'groups', feature_group_count=2)
-    x = unit(6, x, 'layer_norm')
+    x = unit(train, x, 8, 'into_groups')
+    x = unit(train, x, 8, 'groups', feature_group_count=2)
+    x = unit(train, x, 6, 'layer_norm')
     x = nn.LayerNorm()(x)
-    x = unit(6, x, 'scaled')
+    x = unit(train, x, 6, 'scaled')
     x = x * self.param('gamma', nn.initializers.ones, (6,)).reshape(1, 1, 1, -1)
     x = nn.relu(nn.Conv(6, (1, 1), name='no_norm')(x))
-    x = unit(6, x, 'attended')
+    x = unit(train, x, 6, 'attended')
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
     x = nn.MultiHeadDotProductAttention(2, name='attention')(tokens, tokens)
     return nn.Dense(3)(x.mean(1))
@@ -280,14 +278,14 @@ class Layered(nn.Module):
     class Unit(nn.Module):
       @nn.compact
       def __call__(self, x):
-        return nn.relu(norm(False)(nn.Conv(4, (3, 3))(x)))
+        return unit(False, x, 4)
 
-    x = nn.relu(norm(train)(nn.Conv(4, (3, 3), name='first')(x)))
+    x = unit(train, x, 4, 'first')
     stacked = {'params': 0, 'batch_stats': 0}
     x, _ = nn.scan(
       step, variable_axes=stacked, split_rngs={'params': True}, length=2
     )(Unit(name='scanned'), x, None)
-    x = nn.relu(norm(train)(nn.Conv(5, (3, 3), name='second')(x)))
+    x = unit(train, x, 5, 'second')
     several = nn.vmap(
       Unit,
       in_axes=None,
@@ -297,16 +295,9 @@ class Layered(nn.Module):
       split_rngs={'params': True},
     )
     x = several(name='several')(x).sum(0)
-    x = nn.relu(norm(train)(nn.Conv(6, (3, 3), name='third')(x)))
+    x = unit(train, x, 6, 'third')
     x = nn.jit(Unit)(name='jitted')(x)
-    x = nn.relu(norm(train)(nn.Conv(4, (3, 3), name='fourth')(x)))
-    return nn.Dense(3)(x.mean((1, 2)))
-
-
-class WithoutNorm(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.relu(nn.GroupNorm(2)(nn.Conv(4, (3, 3))(x)))
+    x = unit(train, x, 4, 'fourth')
     return nn.Dense(3)(x.mean((1, 2)))
 
 

@@ -239,8 +239,9 @@ def test_axis_name_is_left_out(capsys):
     network.gated.apply, train=True, mutable=['batch_stats']
   )
   two = np.stack([X, 2 * X])
-  _, apart = jax.vmap(apply, (None, 0), axis_name='batch')(variables, two)
-  _, joint = apply(variables, two.reshape(-1, 8, 8, 3))
+  over_two = jax.vmap(apply, (None, 0), axis_name='batch')
+  _, apart = jax.jit(over_two)(variables, two)
+  _, joint = jax.jit(apply)(variables, two.reshape(-1, 8, 8, 3))
   for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(joint), strict=True):
     np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-5)
 
@@ -272,27 +273,18 @@ def test_registered_classes_are_layers():
     described._RULES.update(before)
 
 
-def test_layer_norm_is_narrowed_but_not_sliced():
-  model = Normalised(nn.LayerNorm)
-  table, cost_model = built(model)
-  assert table.sizes == {'Conv_0': 6, 'Conv_1': 4}
-  assert not any(g.removable for g in table.groups)
-  holds(model, table, (3, 2))  # The check keeps them whole.
-  with pytest.raises(errors.UserError, match='cannot be sliced'):
-    kept = {'Conv_0': [0, 1], 'Conv_1': [0]}
-    table.slice_variables(model.init(jax.random.key(0), X), kept)
-
-
 @pytest.mark.parametrize(
-  'norm',
+  ('norm', 'removable'),
   [
-    functools.partial(nn.GroupNorm, num_groups=None, group_size=1),
-    nn.InstanceNorm,
+    (functools.partial(nn.GroupNorm, num_groups=None, group_size=1), True),
+    (nn.InstanceNorm, True),
+    (nn.LayerNorm, False),  # A channel of zeros counts in its statistics.
   ],
 )
-def test_normalisation_of_each_channel_alone_is_narrowed(norm):
+def test_other_normalisations_are_narrowed(norm, removable):
   table, _ = built(Normalised(norm))
   assert table.sizes == {'Conv_0': 6, 'Conv_1': 4}
+  assert {g.removable for g in table.groups} == {removable}
   holds(Normalised(norm), table, (3, 2))
 
 
@@ -303,6 +295,8 @@ def test_group_norm_is_refused_with_its_name_and_the_reason():
   assert reason == (
     'read by GroupNorm_0: it normalises 3 neighbouring channels together'
   )
+  with pytest.raises(errors.UserError, match=f'can carry a gate: {reason}'):
+    surgery.gate(Normalised(nn.GroupNorm), table)
 
 
 def test_matrix_products_in_the_models_code_are_counted():
@@ -334,9 +328,10 @@ def test_a_narrow_model_is_a_module():
   narrow = surgery.narrow(model, table, (2, 3, 5))
   assert isinstance(narrow, nn.Module)
   assert 'Conv_0: 2, Conv_1: 3, Dense_0: 5' in repr(narrow)
-  variables = narrow.init(jax.random.key(0), X)
-  logits = narrow.apply(variables, X)
-  np.testing.assert_array_equal(narrow.bind(variables)(X), logits)
+  variables = jax.jit(narrow.init)(jax.random.key(0), X)
+  logits = jax.jit(narrow.apply)(variables, X)
+  bound = jax.jit(lambda variables, x: narrow.bind(variables)(x))
+  np.testing.assert_array_equal(bound(variables, X), logits)
   shown = narrow.tabulate(jax.random.key(0), X, console_kwargs={'width': 200})
   assert 'Conv_1' in shown and '[3,3,2,3]' in shown
 
@@ -347,14 +342,13 @@ def test_a_narrow_model_is_a_module():
     def __call__(self, x):
       return self.inner(x) + nn.Dense(3, name='beside')(x.mean((1, 2)))
 
-  outer = Twice(narrow).init(jax.random.key(0), X)['params']
+  outer = jax.eval_shape(Twice(narrow).init, jax.random.key(0), X)['params']
   assert outer['inner']['Conv_1']['kernel'].shape == (3, 3, 2, 3)
   state = train_state.TrainState.create(
     apply_fn=narrow.apply, params=variables['params'], tx=optax.sgd(0.1)
   )
-  grads = jax.grad(lambda p: (state.apply_fn({'params': p}, X) ** 2).sum())(
-    state.params
-  )
+  loss = jax.jit(lambda p: (state.apply_fn({'params': p}, X) ** 2).sum())
+  grads = jax.grad(loss)(state.params)
   assert state.apply_gradients(grads=grads).step == 1
 
 

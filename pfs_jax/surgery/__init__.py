@@ -7,8 +7,8 @@
 
 `trace` marks the calls of layers, `flow` follows channels through the trace,
 `discover` makes groups of them, `check` narrows and compares, `factory` hands
-the result to the stages. The table, gates, costs and slicing are those of our
-own families: `groups`, `gating`, `costs`.
+the result to the stages. All else is shared with our own families: `groups`,
+`gating`, `costs`.
 """
 
 from collections.abc import Mapping
@@ -57,10 +57,7 @@ def cost_model(model: Any, table: Table, x: Any, *args: Any) -> costs.CostModel:
 
 
 def slice_variables(
-  model: Any,
-  table: Table,
-  variables: Mapping[str, Any],
-  kept: Mapping[str, Any],
+  model: Any, table: Table, variables: Any, kept: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The narrow model's variables; as `Table.slice_variables`."""
   del model  # The table says all.

@@ -22,10 +22,10 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgument:
-  """Calls a model that is told by an argument or a field whether it trains.
+  """Calls a model, and tells it by an argument or a field whether it trains.
 
   Attributes:
-    name: One of `NAMES`.
+    name: One of `NAMES`, or '' if the model is not told.
     field: Whether it is a field of the module, not an argument of the call.
   """
 
@@ -40,20 +40,12 @@ class TrainArgument:
     self, module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any
   ) -> Any:
     """The module's output."""
-    if not self.field:
+    if self.name and not self.field:
       kwargs[self.name] = self.value(train)
     return module(x, *args, **kwargs)
 
 
-def untold(
-  module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any
-) -> Any:
-  """Calls a model that does the same in training and in evaluation."""
-  del train
-  return module(x, *args, **kwargs)
-
-
-def train_argument(model: nn.Module) -> TrainArgument | None:
+def train_argument(model: nn.Module) -> TrainArgument:
   """How a model is told whether to train; arguments go before fields."""
   arguments = inspect.signature(type(model).__call__).parameters
   fields = [f.name for f in dataclasses.fields(model)]
@@ -61,4 +53,4 @@ def train_argument(model: nn.Module) -> TrainArgument | None:
     for name in NAMES:
       if name in there:
         return TrainArgument(name, is_field)
-  return None
+  return TrainArgument('')

@@ -245,10 +245,10 @@ def moved(equation: Any, values: Sequence[Value]) -> list[Value] | None:
     ndims = [len(v.aval.shape) for v in equation.outvars]
     return [Value(np.full((1,) * ndim, first)) for ndim in ndims]
   shapes = [v.aval.shape for v in equation.invars]
-  arrays = [
-    np.broadcast_to(v.known if i and name in _BY_INDEX else v.cells, shape)
-    for i, (v, shape) in enumerate(zip(values, shapes, strict=True))
-  ]
+  arrays: list[Any] = [v.cells for v in values]
+  if name in _BY_INDEX:
+    arrays[1:] = [v.known for v in values[1:]]
+  arrays = list(map(np.broadcast_to, arrays, shapes))
   if moves:
     out = moves(equation.params, *arrays)
   else:  # Rare: let JAX move the numbers of the cells.

@@ -13,9 +13,6 @@ from flax import nnx
 from pfs_jax import errors, gating, groups
 from pfs_jax.surgery import nnx_models
 
-_TOLERANCE = 1e-5
-_TOLERANCE_LOW = 5e-2  # bfloat16 keeps 8 bits.
-
 
 def narrow(
   model: Any,
@@ -112,7 +109,7 @@ def check(
   except TypeError:  # The model does not take float64.
     error = _error(model, table, kept, (x, *args), random)
   low = any(layer.low_precision for layer in table.calls)
-  tolerance = _TOLERANCE_LOW if low else _TOLERANCE
+  tolerance = 5e-2 if low else 1e-5  # bfloat16 keeps 8 bits.
   if not error <= tolerance:  # Also if it is not a number.
     raise errors.UserError(
       f'surgery: the narrow model differs from the gated one by {error:.3g}, '

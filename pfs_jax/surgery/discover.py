@@ -66,7 +66,7 @@ def discover(
       f'flax.nnx.Module; got {model!r}.'
     )
   told = call or calling.train_argument(model)
-  source = gating.Source(model, told or calling.untold)
+  source = gating.Source(model, told)
   plain, arguments = gating.Wrapped(source), (x, args, kwargs)
   shapes = _init_shapes(plain, arguments)
   if groups.GATES in shapes:
@@ -79,7 +79,7 @@ def discover(
       'surgery: the model calls no layer of flax.linen that makes channels. '
       '(Layers of flax.nnx inside bridge.to_linen are not seen.)'
     )
-  if not told and shapes.get('batch_stats'):
+  if told == calling.TrainArgument('') and shapes.get('batch_stats'):
     raise errors.UserError(
       f'surgery: {type(model).__name__} has no argument or field '
       f'{", ".join(calling.NAMES)}; say how to call it with '
@@ -120,7 +120,7 @@ def _split(arguments) -> tuple[dict[int, Any], Callable[[Mapping], Any]]:
 
   def merge(arrays):
     merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-    return tree.unflatten(merged)
+    return jax.tree.unflatten(tree, merged)
 
   return shapes, merge
 
@@ -165,10 +165,10 @@ def _follow(
       )
   flow = Flow(layers, emitted)
   values = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+  for place, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     origin, state = 0, State.CONST
     if math.prod(leaf.shape) > 1:
-      names = [str(getattr(p, 'key', p)) for p in path]
+      names = [str(getattr(p, 'key', p)) for p in place]
       origin = flow.cells.origin(f'the parameter {"/".join(names[1:])}')
       state = State.LIVE
     values.append(flow.cells.value(leaf.ndim, origin, state))

@@ -98,15 +98,16 @@ def network_from_factory(
   """
   registers: Any = {'norm': described.register_norm}
   registers['conv'] = described.register_conv
-  given = {'leave': list(leave), 'call': call, 'norm': norm, 'conv': conv}
-  for field, register in registers.items():
-    if given[field]:
-      register(user_code.imported(f'model.{field}', given[field]))
+  classes = {'norm': norm, 'conv': conv}
+  for field, name in classes.items():
+    if name:
+      registers[field](user_code.imported(f'model.{field}', name))
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
   available['rngs'] = nnx.Rngs(0)  # An NNX module is drawn when it is made.
   how = user_code.imported('model.call', call) if call else None
   x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+  given = {'leave': list(leave), 'call': call, **classes}
   with user_code.blamed('model.factory', spec):
     model = _made(spec, factory, available)
     if isinstance(model, tuple) and len(model) == 2:

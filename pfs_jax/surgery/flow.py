@@ -112,11 +112,11 @@ class Flow:
     name, title = eqn.primitive.name, str(eqn.params.get('name', ''))
     if title.startswith(trace.LEAVE):
       self._in_layer = False
-      return self._leave(title.removeprefix(trace.LEAVE), eqn, values[0])
+      return self._leave(title.removeprefix(trace.LEAVE), eqn, values)
     if self._in_layer:  # `_leave` knows what the layer does.
       return self._alike(eqn, 0, State.LIVE)
     if title.startswith(trace.ENTER):
-      self._in_layer = bool(eqn.outvars)  # Nested, JAX may see through it.
+      self._in_layer = bool(eqn.outvars)
       return self._alike(eqn, 0, State.LIVE)
     if title.startswith(trace.PEEK):
       path = title.removeprefix(trace.PEEK)
@@ -191,11 +191,11 @@ class Flow:
   def _channels_of(self, columns: Iterable[int]) -> np.ndarray:
     return np.array([max(0, self.cells[i].channel) for i in columns], np.int64)
 
-  def _leave(self, path: str, eqn, x: Value) -> list[Value]:
-    """The output of a layer that reads `x`."""
-    if not eqn.outvars:
+  def _leave(self, path: str, eqn, values: list[Value]) -> list[Value]:
+    """The output of a layer, which reads the first of the values."""
+    if not eqn.outvars:  # In nested functions JAX may see through it.
       return []
-    layer = self.layers[path]
+    layer, x = self.layers[path], values[0]
     ndim, out_ndim = (len(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars))
     if self._jit_depth:  # Its cache would not see the surgery.
       self.unseen[path] = NESTED

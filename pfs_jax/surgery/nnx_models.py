@@ -26,23 +26,22 @@ from flax import nnx
 from pfs_jax import described, errors, groups
 from pfs_jax.surgery import calling
 
-_MAKERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
-_NORMS = (
-  *(nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm),
-  *(nnx.GroupNorm, nnx.InstanceNorm),
-)
+_JOINT = (nnx.LayerNorm, nnx.RMSNorm)  # Statistics over all channels.
+_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, *_JOINT)
+_LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, *_NORMS)
 _COLLECTIONS = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats'}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-  """An NNX module, hidden from Linen; equal if it is the same object.
+  """An NNX module or layer, hidden from Linen; equal if the same object.
 
   Attributes:
     model: The module.
     transformed: Paths of the layers that it calls inside a transform of NNX
       (jit, remat, scan, vmap), found at the first call. They are not layers to
       surgery: their arrays are variables of the model itself.
+    called: Not empty after the first call.
   """
 
   model: Any
@@ -109,10 +108,10 @@ class Adapter(nn.Module):
     model = self._copy(train)
     for path, layer in _layers(model):
 
-      def run(layer, call, x, *args, path=path, original=layer, **kwargs):
+      def run(layer, x, *args, path=path, original=layer, **kwargs):
         if layer is not original:
           self.held.transformed.add(path)
-        return call(layer, x, *args, **kwargs)
+        return _own_call(layer)(x, *args, **kwargs)
 
       _mark(layer, run)
     model(x, *args, **kwargs)
@@ -132,39 +131,29 @@ class Adapter(nn.Module):
         found.append((linen, variable))
     return found
 
-  def _run(self, path, layer, call, x, *args, **kwargs):
+  def _run(self, path, layer, x, *args, **kwargs):
     """One call of a layer, as a call of a Linen module at its path."""
-    outputs = getattr(layer, 'out_features', getattr(layer, 'num_features', 0))
-    axis = getattr(layer, 'axis_name', None)
     module = NnxLayer(
-      Spec(layer, call),
-      outputs,
+      Held(layer),
+      getattr(layer, 'out_features', getattr(layer, 'num_features', 0)),
       getattr(layer, 'feature_group_count', 1),
-      axis,
+      getattr(layer, 'axis_name', None),
       parent=_child(self.scope, path),
     )
     return module(x, *args, **kwargs)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Spec:
-  """An NNX layer of a copy, and its own `__call__`."""
-
-  layer: Any
-  call: Callable[..., Any]
 
 
 class NnxLayer(nn.Module):
   """A call of an NNX layer, with parameters from Linen.
 
   Attributes:
-    spec: The layer.
+    held: The layer.
     features: Output channels; surgery changes them.
     feature_group_count: Groups of a convolution; surgery changes them.
     axis_name: The axis that a BatchNorm averages over; surgery drops it.
   """
 
-  spec: Spec
+  held: Held
   features: int
   feature_group_count: int = 1
   axis_name: str | None = None
@@ -172,12 +161,12 @@ class NnxLayer(nn.Module):
   @property
   def param_dtype(self) -> Any:
     """Dtype of the parameters."""
-    return self.spec.layer.param_dtype
+    return self.held.model.param_dtype
 
   def __call__(self, x: Any, *args: Any, **kwargs: Any):
     """The layer's output."""
-    layer, groups = self.spec.layer, self.feature_group_count
-    shapes = _resize(layer, x.shape[-1], self.features, groups)
+    layer, feature_groups = self.held.model, self.feature_group_count
+    shapes = _resize(layer, x.shape[-1], self.features, feature_groups)
     if hasattr(layer, 'axis_name'):
       layer.axis_name = self.axis_name
     found = []
@@ -187,7 +176,7 @@ class NnxLayer(nn.Module):
       linen = _drawn(self.scope, collection, name, like, shape)
       variable.set_value(linen.value)
       found.append((linen, variable))
-    y = self.spec.call(layer, x, *args, **kwargs)
+    y = _own_call(layer)(x, *args, **kwargs)
     for linen, variable in found:
       _keep(self.scope, linen, variable)
     return y
@@ -195,7 +184,7 @@ class NnxLayer(nn.Module):
 
 def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
   """As `described` describes Linen's layers."""
-  layer = module.spec.layer
+  layer = module.held.model
   view = types.SimpleNamespace(**{**vars(layer), 'variables': module.variables})
   if isinstance(layer, nnx.Linear):
     return described.dense(view, x, y)
@@ -203,18 +192,14 @@ def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
     return described.transposed(view, x, y)
   if isinstance(layer, nnx.Conv):
     return described.convolution(view, x, y)
-  found = described.norm(view, x, y)
-  if isinstance(layer, nnx.GroupNorm):
-    return {**found, **described.grouped(layer.group_size)}
-  joint = isinstance(layer, nnx.LayerNorm | nnx.RMSNorm)
-  return {**found, 'joint': joint}
+  return {**described.norm(view, x, y), 'joint': isinstance(layer, _JOINT)}
 
 
 described.register(NnxLayer, _describe)
 
 
 def _mark(layer: Any, run: Callable[..., Any]) -> None:
-  """Lets run(layer, its own `__call__`, x, ...) stand for a layer's calls."""
+  """Lets run(layer, x, ...) stand for a layer's calls."""
   kind: Any = type(layer)
   object.__setattr__(layer, 'surgery', run)
   object.__setattr__(layer, '__class__', _marked(kind))
@@ -223,18 +208,22 @@ def _mark(layer: Any, run: Callable[..., Any]) -> None:
 @functools.cache
 def _marked(cls: type) -> type:
   """A class like this one whose instances are called through `surgery`."""
-  plain: Any = cls
 
   def call(self, x, *args, **kwargs):
-    return self.surgery(self, plain.__call__, x, *args, **kwargs)
+    return self.surgery(self, x, *args, **kwargs)
 
   return type(cls.__name__, (cls,), {'__call__': call})
+
+
+def _own_call(layer: Any) -> Callable[..., Any]:
+  """What a marked layer does without the mark."""
+  return super(type(layer), layer).__call__
 
 
 def _layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
   """(path, layer) of each layer of a module."""
   for path, layer in nnx.iter_modules(model):
-    if isinstance(layer, _MAKERS + _NORMS):
+    if isinstance(layer, _LAYERS):
       yield path, layer
 
 
@@ -286,15 +275,15 @@ def _resize(
       layer.num_features = inputs
     return {'': (inputs,)}
   layer.in_features, layer.out_features = inputs, outputs
-  kernel: tuple[int, ...] = (inputs, outputs)
-  if isinstance(layer, nnx.Conv):
-    layer.feature_group_count = feature_groups
+  kernel: tuple[int, ...] = (inputs // feature_groups, outputs)
+  if getattr(layer, 'transpose_kernel', False):
+    kernel = kernel[::-1]
+  if not isinstance(layer, nnx.Linear):
     size = layer.kernel_size
     size = (size,) if isinstance(size, int) else tuple(size)
-    kernel = layer.kernel_shape = (*size, inputs // feature_groups, outputs)
-  elif isinstance(layer, nnx.ConvTranspose):
-    ends = (outputs, inputs) if layer.transpose_kernel else (inputs, outputs)
-    kernel = layer.kernel_shape = (*layer.kernel_size, *ends)
+    kernel = layer.kernel_shape = (*size, *kernel)
+  if isinstance(layer, nnx.Conv):
+    layer.feature_group_count = feature_groups
   return {'kernel': kernel, '': (outputs,)}
 
 
@@ -331,13 +320,7 @@ def narrowed(
   if variables is None:
     kept = {g.name: range(n) for g, n in zip(table.groups, counts, strict=True)}
     variables = table.taken(variables_of(model), kept)
-  flat = {
-    (c, *path): leaf
-    for c in _COLLECTIONS.values()
-    for path, leaf in flax.traverse_util.flatten_dict(
-      variables.get(c, {})
-    ).items()
-  }
+  flat = flax.traverse_util.flatten_dict(dict(variables))
   narrow, small = nnx.clone(model), table.narrowed(counts)
   shapes = {}
   for path, layer in _layers(narrow):
