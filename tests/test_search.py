@@ -101,9 +101,9 @@ def test_a_trained_classifier_sees():
 
 def test_no_gradient_of_a_weight_is_computed():
   """FLOPs of the compiled search step <= 0.70 of the full training step's."""
-  search_state = state_of('vgg16', 8)
+  search_state = state_of('resnet8', 8)
   x, y = batch(32)
-  module = models.build('vgg16', 10, 8)
+  module = models.build('resnet8', 10, 8)
   optimizer = optax.sgd(0.1, momentum=0.9)
   variables = {'params': search_state.params}
   variables['batch_stats'] = search_state.batch_stats
@@ -113,7 +113,7 @@ def test_no_gradient_of_a_weight_is_computed():
     return step.lower(state, x, y).compile().cost_analysis()['flops']
 
   ratio = flops(search.step, search_state) / flops(train.step, train_state)
-  assert 0.3 < ratio <= 0.70
+  assert 0.3 < ratio <= 0.70, ratio
 
 
 class Head(nn.Module):
@@ -217,7 +217,8 @@ def scale_sums():
   state = search.init(module, {**variables, 'gates': gates}, **settings)
   x, y = rng.normal(size=(64, 16, 16, 3)), rng.integers(0, 10, 64)
   trained = {'params': state.params, 'gates': state.gates}
-  grads, _ = jax.grad(search.loss, has_aux=True)(trained, state, x, y)
+  gradient = jax.jit(jax.grad(search.loss, has_aux=True))
+  grads, _ = gradient(trained, state, x, y)
   g = models.gates_by_layer('vgg16', state.gates)
   d = models.gates_by_layer('vgg16', grads['gates'])
   return [float(abs((g[k] * d[k]).sum()) / abs(g[k] * d[k]).sum()) for k in g]
