@@ -1,6 +1,6 @@
 """Gradients of the gates of the MobileNets at the start, for both gate sites.
 
-  python benchmarks/gate_sites.py
+  python -m benchmarks.gate_sites
 
 prints the tables of docs/gate_sites.md in about a minute on two cores: networks
 of base width 8 with new random weights, 64 of scikit-learn's digits enlarged to
@@ -10,16 +10,13 @@ of base width 8 with new random weights, 64 of scikit-learn's digits enlarged to
 import datetime
 import functools
 import os
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import optax
 from sklearn import datasets
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from pfs_jax import models  # noqa: E402
+from pfs_jax import models
 
 NAMES = ('mobilenet_v1', 'mobilenet_v2')
 # {label: (dtype, BatchNorm's epsilon)}.

@@ -1,22 +1,16 @@
 """How fast images come: decoding on a core, threads, and what a step waits.
 
-  pip install grain==0.2.18
   python -m benchmarks.input_pipeline
 
 Draws JPEG files of ImageNet's usual sizes (or takes `--source_dir`) and prints:
 images a CPU second of decode + crop + resize to 224 px, with and without the
-JPEG decoder's own halving; images a second, time to the first batch, time to
-close and memory of worker processes, for our threads, Grain's processes and a
-concurrent.futures pool of processes, all on the same batches; the share of a
-training step's time that is spent waiting. Numbers are the median of
+JPEG decoder's own halving; images a second of the decoding threads; the share
+of a training step's time that is spent waiting. Numbers are the median of
 `--repeats` interleaved runs, with the range. docs/imagenet.md has the results.
 """
 
 import argparse
-import concurrent.futures
 import io
-import itertools
-import multiprocessing
 import os
 import pathlib
 import statistics
@@ -100,89 +94,8 @@ def _no_draft(*_):
   return None
 
 
-class Whole:
-  """`loading.Batches` as a Grain data source and a function of the step."""
-
-  def __init__(self, batches):
-    self.batches = batches
-
-  def __repr__(self):
-    """Short, since Grain puts it into every error."""
-    return 'Whole()'
-
-  def __len__(self):
-    """Steps."""
-    return 1 << 30
-
-  def __getitem__(self, step):
-    """All rows of a batch."""
-    batches = self.batches
-    found = batches.piece(int(step), batches.places(int(step)), batches.rows)
-    del found['corrupt']
-    return found
-
-
-def threads(batches, count):
-  """Yields batches of `loading.Reader`."""
-  with loading.Reader(batches, count) as reader:
-    for step in itertools.count():
-      yield reader.batch(step)
-
-
-def grains(batches, processes):
-  """Yields batches of Grain's worker processes."""
-  import grain
-  from absl import flags
-
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  ds = grain.MapDataset.source(Whole(batches)).to_iter_dataset(
-    grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  )
-  options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=1)
-  iterator = iter(ds.mp_prefetch(options))
-  try:
-    while True:
-      # Copied, as shared memory must be before it is given back.
-      yield {k: np.array(v) for k, v in next(iterator).items()}
-  finally:
-    iterator.close()
-
-
-def pools(batches, processes):
-  """Yields batches of a concurrent.futures pool."""
-  whole = Whole(batches)
-  context = multiprocessing.get_context('spawn')
-  executor = concurrent.futures.ProcessPoolExecutor(processes, context)
-  try:
-    ahead = [executor.submit(whole.__getitem__, s) for s in range(3)]
-    step = 3
-    while True:
-      yield ahead.pop(0).result()
-      ahead.append(executor.submit(whole.__getitem__, step))
-      step += 1
-  finally:
-    executor.shutdown(cancel_futures=True)
-
-
-def resident(exclude):
-  """Megabytes of the child processes: their proportional share (Pss)."""
-  total = []
-  for folder in pathlib.Path('/proc').glob('[0-9]*'):
-    try:
-      stat = (folder / 'stat').read_text().rpartition(')')[2].split()
-      if int(stat[1]) != os.getpid() or int(folder.name) in exclude:
-        continue
-      for line in (folder / 'smaps_rollup').read_text().splitlines():
-        if line.startswith('Pss:'):
-          total.append(int(line.split()[1]) / 1024)
-    except OSError:
-      continue
-  return max(total, default=0.0)
-
-
-def serving(listed, batch_size, processes, repeats, steps):
-  """Prints what threads and the kinds of processes take."""
+def serving(listed, batch_size, count, repeats, steps):
+  """Prints images a second of so many decoding threads."""
   usual = np.flatnonzero(listed.labels == listed.classes.index('usual'))
   batches = loading.Batches(
     listed,
@@ -193,36 +106,19 @@ def serving(listed, batch_size, processes, repeats, steps):
     key=(1, 2),
     scale=0.25,
   )
-  found = {}
+  rates = []
   for _ in range(repeats):
-    for make in (threads, grains, pools):
+    with loading.Reader(batches, count) as reader:
+      for step in range(4):
+        reader.batch(step)
       start = time.perf_counter()
-      stream = make(batches, processes)
-      next(stream)
-      first = time.perf_counter() - start
-      for _ in range(3):
-        next(stream)
-      start = time.perf_counter()
-      for _ in range(steps):
-        next(stream)
-      rate = steps * batch_size / (time.perf_counter() - start)
-      memory = resident(())
-      start = time.perf_counter()
-      stream.close()
-      closed = time.perf_counter() - start
-      found.setdefault(make.__name__, []).append((rate, first, closed, memory))
+      for step in range(4, steps + 4):
+        reader.batch(step)
+      rates.append(steps * batch_size / (time.perf_counter() - start))
   print(
-    f'{processes} threads or processes, batches of {batch_size}, 224 px, '
-    'crop 0.25'
+    f'{count} threads, batches of {batch_size}, 224 px, crop 0.25: '
+    f'{shown(rates)} images/s'
   )
-  for name, rows in found.items():
-    columns = list(zip(*rows, strict=True))
-    for label, values in zip(
-      ('images/s', 's to the first batch', 's to close', 'MB a worker'),
-      columns,
-      strict=True,
-    ):
-      print(f'  {name:7} {label:22} {shown(values)}')
 
 
 def waiting(root, steps):

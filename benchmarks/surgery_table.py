@@ -1,20 +1,17 @@
 """What surgery finds in a list of models: the table of docs/own_model.md.
 
-  python -m benchmarks.surgery_table              prints the table
-  python -m benchmarks.surgery_table --write      puts it into the document
+  python -m benchmarks.surgery_table
 
-Each model is traced in evaluation mode on one image; MACs after are those with
-half the channels of every group, checked against the gated model (`check`) for
-the small ones. Models of packages that are not installed are left out.
+Each model is traced in evaluation mode on one image; MACs at half are those
+with half the channels of every group, checked against the gated model (`check`)
+for the small ones. Models of packages that are not installed are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import functools
 import importlib
-import pathlib
 import time
 
 import jax
@@ -22,10 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import models, surgery
-from tests import own_models
-
-DOCUMENT = pathlib.Path(__file__).parents[1] / 'docs' / 'own_model.md'
-BEGIN, END = '<!-- table: begin -->', '<!-- table: end -->'
 
 
 def by_call(module, x, train):
@@ -61,43 +54,26 @@ def builtin(name):
   return models.build(name, 10), {}
 
 
-def small(name):
-  """One of the tests."""
-  case = own_models.CASES[name]
-  return case.model, {'args': case.further, **case.options}
-
-
 def table() -> list[tuple[str, int, object]]:
   """(title, side of the images, maker) of each model."""
   rows = [
-    ('jax-resnet ResNet18', 64, functools.partial(from_jax_resnet, 'ResNet18')),
-    ('jax-resnet ResNet50', 64, functools.partial(from_jax_resnet, 'ResNet50')),
-    (
-      'jax-resnet ResNeSt50',
-      64,
-      functools.partial(from_jax_resnet, 'ResNeSt50'),
-    ),
-    (
-      'jax-resnet ResNeXt50',
-      64,
-      functools.partial(from_jax_resnet, 'ResNeXt50'),
-    ),
+    (f'jax-resnet {name}', 64, functools.partial(from_jax_resnet, name))
+    for name in ('ResNet18', 'ResNet50', 'ResNeSt50', 'ResNeXt50')
+  ]
+  rows += [
     ('jax-models ConvMixer', 32, convmixer),
     ('image-classification-jax ResNet', 32, classification),
   ]
-  rows += [
-    (f'ours: {name}', side, functools.partial(builtin, name))
-    for name, side in (
-      ('resnet56', 32),
-      ('vgg16', 32),
-      ('mobilenet_v1', 224),
-      ('mobilenet_v2', 224),
-      ('resnet50', 224),
-    )
-  ]
+  sides = {
+    'resnet56': 32,
+    'vgg16': 32,
+    'mobilenet_v1': 224,
+    'mobilenet_v2': 224,
+    'resnet50': 224,
+  }
   return rows + [
-    (f'tests: {name}', 8, functools.partial(small, name))
-    for name in own_models.CASES
+    (f'ours: {name}', side, functools.partial(builtin, name))
+    for name, side in sides.items()
   ]
 
 
@@ -115,20 +91,19 @@ def reasons(sites: surgery.Table) -> str:
 def row(title: str, side: int, make) -> str:
   """One line of the table."""
   model, options = make()
-  args = options.pop('args', ())
   x = np.random.default_rng(0).normal(size=(1, side, side, 3))
   x = jnp.asarray(x, jnp.float32)
   start = time.perf_counter()
-  sites = surgery.discover(model, x, *args, **options)
+  sites = surgery.discover(model, x, **options)
   seconds = time.perf_counter() - start
   checked, before, after = '', '-', '-'
   if sites.groups:
-    cost_model = surgery.cost_model(model, sites, x, *args)
+    cost_model = surgery.cost_model(model, sites, x)
     half = [max(1, n // 2) for n in cost_model.widths]
     before = f'{cost_model.macs(cost_model.widths):,}'
     after = f'{cost_model.macs(half):,}'
     if side <= 64:
-      error = surgery.check(model, sites, half, jax.device_get(x), args)
+      error = surgery.check(model, sites, half, jax.device_get(x))
       checked = f'{error:.0e}'
   channels = sum(sites.sizes.values())
   return (
@@ -138,28 +113,17 @@ def row(title: str, side: int, make) -> str:
 
 
 def main():
-  """Prints the table, or writes it into the document."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--write', action='store_true')
-  write = parser.parse_args().write
-  lines = [
+  """Prints the table."""
+  print(
     '| model | groups (channels) | convolutions and dense layers left alone '
-    '| MACs | MACs at half | error | seconds |',
-    '| --- | --- | --- | --- | --- | --- | --- |',
-  ]
+    '| MACs | MACs at half | error | seconds |'
+  )
+  print('| --- | --- | --- | --- | --- | --- | --- |')
   for title, side, make in table():
     try:
-      lines.append(row(title, side, make))
+      print(row(title, side, make), flush=True)
     except ModuleNotFoundError as e:
       print(f'{title}: {e}')
-      continue
-    print(lines[-1], flush=True)
-  if write:
-    text = DOCUMENT.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    body = '\n'.join(lines)
-    DOCUMENT.write_text(f'{head}{BEGIN}\n{body}\n{END}{tail}')
 
 
 if __name__ == '__main__':

@@ -16,6 +16,17 @@ import rich.table
 
 from pfs_jax import errors, peers
 
+# Packages that an extra of the wheel brings: {package: extra} (pyproject.toml).
+_EXTRAS = {
+  'array_record': 'data',
+  'importlib_resources': 'data',
+  'tensorflow_datasets': 'data',
+  'onnx': 'export',
+  'onnxruntime': 'export',
+  'safetensors': 'export',
+  'matplotlib': 'report',
+}
+
 
 def say(text: str) -> None:
   """Prints one plain line on stdout, on the first process."""
@@ -163,6 +174,12 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
       sys.exit(128 + e.signal)
     except KeyboardInterrupt:
       _fail('interrupted.', 130)
+    except ModuleNotFoundError as e:
+      extra = _EXTRAS.get((e.name or '').partition('.')[0])
+      if not extra:
+        raise
+      package = f"pip install 'pfs_jax[{extra}]'"
+      _fail(f'error: {e.name} is not installed: {package}.', 2)
     except Exception as e:
       if not peers.joined():
         raise

@@ -1,16 +1,56 @@
-"""The code in docs/own_model.md and docs/quickstart.ipynb runs as written."""
+"""The documents: their code runs as written, and the names in them exist."""
 
+import importlib.util
 import json
 import pathlib
 import re
 
 import pytest
 
-DOCUMENTS = pathlib.Path(__file__).parents[1] / 'docs'
+from pfs_jax import command, config
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+PAGES.remove(ROOT / 'CHANGELOG.md')  # It has the names of former versions.
+OF_STUDIES = ('results_dir', 'report_only')  # Fields of studies alone.
+
+
+def is_field(name):
+  section = config.default()
+  for part in name.split('.'):
+    if part not in section:
+      return name in OF_STUDIES or hasattr(config, name)
+    section = section[part]
+  return True
+
+
+def is_module(name):
+  try:
+    return importlib.util.find_spec(name) is not None
+  except ModuleNotFoundError:
+    return False
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_the_names_in_a_document_exist(page):
+  """Modes, fields, modules, files and links."""
+  text = page.read_text()
+
+  def missing(pattern, exists):
+    return [n for n in set(re.findall(pattern, text)) if not exists(n)]
+
+  files = {p.name for p in ROOT.rglob('*.py') if '.venv' not in p.parts}
+  field = r'\bconfig\.(?!py|json|md)([a-z_]+(?:\.[a-z_]+)?)'
+  assert not missing(r'--mode=(\w+)', command.MODES.__contains__)
+  assert not missing(field, is_field)
+  assert not missing(r'python -m ((?:pfs_jax|benchmarks)[\w.]*)', is_module)
+  assert not missing(r'`(?:[\w/]+/)?(\w+\.py)`', files.__contains__)
+  link = r'\]\((?!http|#)([^)#]+)'
+  assert not missing(link, lambda path: (page.parent / path).exists())
 
 
 def test_the_code_of_the_document_runs(capsys):
-  text = (DOCUMENTS / 'own_model.md').read_text()
+  text = (ROOT / 'docs' / 'own_model.md').read_text()
   blocks = re.findall(r'^```python\n(.*?)^```', text, re.M | re.S)
   assert len(blocks) == 2
   names = {'__name__': 'own_model'}
@@ -25,7 +65,7 @@ def test_the_code_of_the_document_runs(capsys):
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
-  notebook = json.loads((DOCUMENTS / 'quickstart.ipynb').read_text())
+  notebook = json.loads((ROOT / 'docs' / 'quickstart.ipynb').read_text())
   cells = [c for c in notebook['cells'] if c['cell_type'] == 'code']
   monkeypatch.chdir(tmp_path)
   names = {'__name__': 'quickstart'}

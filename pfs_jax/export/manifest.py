@@ -129,8 +129,8 @@ def version(package: str) -> str:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError as e:
     raise errors.UserError(
-      f'{package} is not installed: pip install {package}, or ask for other '
-      'formats.'
+      f"{package} is not installed: pip install 'pfs_jax[export]', or ask for "
+      'other formats.'
     ) from e
 
 

@@ -159,6 +159,8 @@ def _first_screen(
   for line in _answer(job, cuts):
     report.paragraph(line, 'answer')
   warnings = [w for r in trained for w in r.get('warnings', [])]
+  if uncounted := job.network.table.uncounted:
+    warnings.append(f'The MACs leave out: {", ".join(uncounted)}.')
   for warning in dict.fromkeys(warnings):
     report.paragraph(warning, 'warning')
   if trained:
