@@ -16,15 +16,11 @@ import rich.table
 
 from pfs_jax import errors, peers
 
-# Packages that an extra of the wheel brings: {package: extra} (pyproject.toml).
+# The packages that each extra of the wheel brings (pyproject.toml).
 _EXTRAS = {
-  'array_record': 'data',
-  'importlib_resources': 'data',
-  'tensorflow_datasets': 'data',
-  'onnx': 'export',
-  'onnxruntime': 'export',
-  'safetensors': 'export',
-  'matplotlib': 'report',
+  'data': ('array_record', 'importlib_resources', 'tensorflow_datasets'),
+  'export': ('onnx', 'onnxruntime', 'safetensors'),
+  'report': ('matplotlib',),
 }
 
 
@@ -175,11 +171,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     except KeyboardInterrupt:
       _fail('interrupted.', 130)
     except ModuleNotFoundError as e:
-      extra = _EXTRAS.get((e.name or '').partition('.')[0])
-      if not extra:
-        raise
-      package = f"pip install 'pfs_jax[{extra}]'"
-      _fail(f'error: {e.name} is not installed: {package}.', 2)
+      for extra, packages in _EXTRAS.items():
+        if (e.name or '').partition('.')[0] in packages:
+          command = f"pip install 'pfs_jax[{extra}]'"
+          _fail(f'error: {e.name} is not installed: {command}.', 2)
+      raise
     except Exception as e:
       if not peers.joined():
         raise
