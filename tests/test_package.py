@@ -78,9 +78,7 @@ def test_ranges_hold_the_pinned_versions():
 def test_what_an_extra_lacks_is_one_line(monkeypatch, capsys):
   extras = [(e, p) for e, names in console._EXTRAS.items() for p in names]
   for extra, package in extras:
-    assert package.replace('_', '-') in ' '.join(EXTRAS[extra]).replace(
-      '_', '-'
-    )
+    assert package in ' '.join(EXTRAS[extra]).replace('-', '_')
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match='2'):
       console.guarded(importlib.import_module)(package)
