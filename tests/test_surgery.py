@@ -7,13 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from flax.nnx import bridge
 
-from pfs_jax import costs, errors, models, prune, search, surgery, train
-from tests import own_models, processes
+from pfs_jax import costs, errors, models, surgery
+from tests import own_models
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 GATED = [name for name, case in own_models.CASES.items() if case.groups]
@@ -279,74 +278,6 @@ def test_equal_wrappers_compile_once():
   assert narrow != surgery.narrow(case.model, sites, (3, 5))
   assert surgery.gate(case.model, sites) == surgery.gate(case.model, again)
   assert surgery.gate(case.model, sites) != narrow
-
-
-def test_eight_devices_give_what_one_gives():
-  printed = processes.output(
-    """
-    import jax, numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from pfs_jax import search, surgery
-    from tests import own_models, test_surgery
-    model = own_models.Plain()
-    x = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
-    y = np.arange(16) % 3
-    gated = surgery.gate(model, surgery.discover(model, x[:1]))
-    state = search.init(
-      gated, test_surgery.drawn(gated, x),
-      sparsity=0.5, balance=0.5, learning_rate=0.01
-    )
-    one, metrics = search.step(state, x, y)
-    mesh = Mesh(np.array(jax.devices()), ('data',))
-    spread = NamedSharding(mesh, PartitionSpec('data'))
-    whole = NamedSharding(mesh, PartitionSpec())
-    put = jax.device_put(jax.device_get(state), whole)
-    eight, _ = search.step(put, *jax.device_put((x, y), spread))
-    for a, b in zip(jax.tree.leaves(one.batch_stats),
-                    jax.tree.leaves(eight.batch_stats)):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    print(len(jax.tree.leaves(eight.gates)[0].devices()), metrics['ce'] > 0)
-    """,
-    devices=8,
-  )
-  assert printed == '8 True'
-
-
-# The loops of the library.
-
-
-def test_searched_cut_and_trained_by_the_loops_of_the_library():
-  case, sites = found('depthwise')
-  gated = surgery.gate(case.model, sites)
-  y = jnp.array([0, 2])
-  state = search.init(
-    gated,
-    drawn(gated, X),
-    sparsity=0.5,
-    balance=0.5,
-    learning_rate=0.05,
-  )
-  weights = state.params
-  for _ in range(3):
-    state, metrics = search.step(state, X, y)
-  assert jax.tree.all(jax.tree.map(np.array_equal, weights, state.params))
-  assert 0 < metrics['mean_gate'] < 1
-  gates = gated.by_layer(state.gates)
-  model = surgery.cost_model(case.model, sites, X[:1])
-  half = model.macs(model.widths) // 2
-  structure = prune.fit(gates, model, max_macs=half)
-  narrow = surgery.narrow(case.model, sites, structure.counts, verify=True, x=X)
-  assert costs.count(narrow, X.shape[1:]) == (structure.macs, structure.params)
-  assert structure.macs <= half
-  kept = prune.kept(gates, structure)
-  surgery.slice_variables(case.model, sites, state.variables, kept)
-  trained = train.init(
-    narrow, models.init(narrow, jax.random.key(1), (8, 8, 3)), optax.sgd(0.1)
-  )
-  trained, first = train.step(trained, X, y)
-  for _ in range(5):
-    trained, last = train.step(trained, X, y)
-  assert last['loss'] < first['loss']
 
 
 def test_dropout_and_further_arguments():

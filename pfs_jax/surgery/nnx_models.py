@@ -14,7 +14,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -89,8 +89,7 @@ class Adapter(nn.Module):
     for path, layer in self._layers(model):
       _mark(layer, functools.partial(self._run, path))
     out = model(x, *args, **kwargs)
-    for linen, variable in own:
-      _keep(self.scope, linen, variable)
+    _keep(self.scope, own)
     return out
 
   def _copy(self, train: bool) -> nnx.Module:
@@ -120,16 +119,11 @@ class Adapter(nn.Module):
     """Variables outside of layers, set: pairs of Linen's and NNX's."""
     layers = self._layers(model)
     inside = {id(v) for _, layer in layers for _, v in _variables(layer)}
-    found = []
-    for path, variable in nnx.iter_graph(model):
-      collection = _collection(variable)
-      if collection and id(variable) not in inside:
-        scope = _child(self.scope, path[:-1])
-        like = variable[...]
-        linen = _drawn(scope, collection, str(path[-1]), like, like.shape)
-        variable.set_value(linen.value)
-        found.append((linen, variable))
-    return found
+    return [
+      _lent(_child(self.scope, path[:-1]), path[-1], v, v[...].shape)
+      for path, v in nnx.iter_graph(model)
+      if _collection(v) and id(v) not in inside
+    ]
 
   def _run(self, path, layer, x, *args, **kwargs):
     """One call of a layer, as a call of a Linen module at its path."""
@@ -169,16 +163,12 @@ class NnxLayer(nn.Module):
     shapes = _resize(layer, x.shape[-1], self.features, feature_groups)
     if hasattr(layer, 'axis_name'):
       layer.axis_name = self.axis_name
-    found = []
-    for name, variable in _variables(layer):
-      shape = shapes.get(name, shapes[''])
-      like, collection = variable[...], _collection(variable)
-      linen = _drawn(self.scope, collection, name, like, shape)
-      variable.set_value(linen.value)
-      found.append((linen, variable))
+    lent = [
+      _lent(self.scope, name, variable, shapes.get(name, shapes['']))
+      for name, variable in _variables(layer)
+    ]
     y = _own_call(layer)(x, *args, **kwargs)
-    for linen, variable in found:
-      _keep(self.scope, linen, variable)
+    _keep(self.scope, lent)
     return y
 
 
@@ -243,8 +233,12 @@ def _child(scope: Any, path: Sequence[Any]) -> Any:
   return scope
 
 
-def _drawn(scope: Any, collection: str, name: str, like, shape) -> Any:
-  """A Linen variable, drawn anew with this shape where it does not exist."""
+def _lent(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
+  """A Linen variable and the NNX variable that it lends its value.
+
+  It is drawn anew with this shape where it does not exist.
+  """
+  collection, like = _collection(variable), variable[...]
 
   def draw():
     if like.ndim < 2 or collection != 'params':
@@ -253,15 +247,17 @@ def _drawn(scope: Any, collection: str, name: str, like, shape) -> Any:
     drawn = jax.random.normal(scope.make_rng('params'), shape, like.dtype)
     return drawn * jnp.std(like) * math.sqrt(fans)
 
-  return scope.variable(collection, name, draw)
+  linen = scope.variable(collection, str(name), draw)
+  variable.set_value(linen.value)
+  return linen, variable
 
 
-def _keep(scope: Any, linen: Any, variable: Any) -> None:
-  """Takes a statistic that the NNX module has updated over to Linen."""
-  if linen.collection != 'params' and scope.is_mutable_collection(
-    linen.collection
-  ):
-    linen.value = variable[...]
+def _keep(scope: Any, lent: Iterable[tuple[Any, Any]]) -> None:
+  """Takes statistics that the NNX module has updated over to Linen."""
+  for linen, variable in lent:
+    kind = linen.collection
+    if kind != 'params' and scope.is_mutable_collection(kind):
+      linen.value = variable[...]
 
 
 def _resize(
