@@ -22,9 +22,10 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pfs_jax import data, errors, storage
-from pfs_jax.data import archives, prepare, specs, upstream
+from pfs_jax.data import archives, records, specs, upstream
 from tests import processes
 
 DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
@@ -32,6 +33,8 @@ KEYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 TRAIN, TEST = 60, 20
 TFDS_SETS = ('mnist', 'fashion_mnist', 'cifar10', 'cifar100')
 NOWHERE = 'http://127.0.0.1:1/'
+
+CACHED = (storage.CHECKSUMS, 'pfs_jax_uint8.npz')
 
 # Fake upstream archives. Pixel 0 of an image repeats its label and the rest is
 # noise, so that an image that lost its label shows.
@@ -45,6 +48,13 @@ def _fake_split(name, count, seed):
   labels = rng.integers(0, facts.num_classes, count, np.uint8)
   images[:, 0, 0, 0] = labels
   return images, labels
+
+
+def _fake_splits(name):
+  return {
+    'train': _fake_split(name, TRAIN, 0),
+    'test': _fake_split(name, TEST, 1),
+  }
 
 
 def _gz_idx(array):
@@ -155,17 +165,6 @@ def _assert_equal(a, b):
 # Facts.
 
 
-@pytest.mark.parametrize('name', ['digits', *TFDS_SETS])
-def test_spec_is_consistent(name):
-  facts = data.spec(name)
-  assert facts.name == name
-  assert len(set(facts.class_names)) == facts.num_classes
-  assert len(facts.mean) == len(facts.std) == facts.channels
-  assert all(0 < v < 1 for v in facts.mean + facts.std)
-  assert facts.flip == (name in ('fashion_mnist', 'cifar10', 'cifar100'))
-  assert 0 <= facts.crop_padding < facts.image_size
-
-
 def test_spec_agrees_with_tfds():
   import tensorflow_datasets as tfds
 
@@ -175,12 +174,13 @@ def test_spec_agrees_with_tfds():
     size = facts.image_size
     assert features['image'].shape == (size, size, facts.channels)
     assert features['label'].num_classes == facts.num_classes
+    assert len(set(facts.class_names)) == facts.num_classes
+    assert facts.flip == (name != 'mnist')
     if name == 'fashion_mnist':
       assert tuple(features['label'].names) == facts.class_names
   # CIFAR-100's labels are in alphabetical order (the data set's home page).
-  assert sorted(data.spec('cifar100').class_names) == list(
-    data.spec('cifar100').class_names
-  )
+  names = data.spec('cifar100').class_names
+  assert list(names) == sorted(names)
 
 
 def test_unknown_name_lists_the_known():
@@ -190,9 +190,6 @@ def test_unknown_name_lists_the_known():
     'config.data.name must be one of digits, mnist, fashion_mnist, cifar10, '
     'cifar100, imagenet2012, shapes, folder, npz; got cifar.'
   )
-
-
-def test_streamed_sets_are_no_arrays():
   with pytest.raises(errors.UserError, match='fits in memory'):
     data.load('imagenet2012')
 
@@ -262,48 +259,59 @@ def test_split_holds_the_last_back():
 # Files that the user has.
 
 
-@pytest.mark.parametrize('name', TFDS_SETS)
-def test_source_dir_is_prepared_as_tfds_does(name, fakes, tmp_path):
+def prepared_by_tfds(name, root, splits):
+  """Lets TFDS prepare {split: [(key, example)]}, without TensorFlow."""
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import registered
 
-  contents = fakes(name)
-  source = _folder(tmp_path / 'source', contents)
+  stock = tfds.builder_cls(name)
+  with registered.skip_registration():
+
+    class Prepared(stock):
+      name = stock.name
+      pkg_dir_path = stock.pkg_dir_path if 'imagenet' in name else None
+
+      def _split_generators(self, dl_manager):
+        return {split: iter(examples) for split, examples in splits.items()}
+
+  builder = Prepared(data_dir=root, file_format='array_record')
+  tfds.disable_progress_bar()
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+  )
+
+
+def _fakes_by_tfds(name, root):
+  splits = {}
+  for split, (images, labels) in _fake_splits(name).items():
+    splits[split] = []
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+      png = io.BytesIO()
+      Image.fromarray(image.squeeze()).save(png, 'png')
+      example = {'image': png.getvalue(), 'label': int(label)}
+      if 'cifar' in name:
+        example['id'] = f'{split}_{i:05d}'
+      if name == 'cifar100':
+        example['coarse_label'] = int(label) // 5
+      splits[split].append((i, example))
+  prepared_by_tfds(name, root, splits)
+
+
+@pytest.mark.parametrize('name', TFDS_SETS)
+def test_source_dir_gives_what_tfds_prepares(name, fakes, tmp_path):
+  """The same images, labels and order, from files and from TFDS."""
+  source = _folder(tmp_path / 'source', contents := fakes(name))
   os.chmod(source, 0o555)
   root = tmp_path / 'data'
   d = data.load(name, data_dir=str(root), source_dir=source)
-  assert d.train_images.dtype == np.uint8 and d.train_labels.dtype == np.int32
-  raw = {
-    'train': _fake_split(name, TRAIN, 0),
-    'test': _fake_split(name, TEST, 1),
-  }
+  raw = _fake_splits(name)
   assert _pixels(d.train_images, d.train_labels) == _pixels(*raw['train'])
   assert _pixels(d.test_images, d.test_labels) == _pixels(*raw['test'])
   np.testing.assert_array_equal(d.train_images[:, 0, 0, 0], d.train_labels)
   assert _tree(tmp_path / 'source') == sorted(contents)
-  assert [p for p in _tree(root) if '/' not in p] == [name]
-
-  # TFDS's own builder reads it, in the same order.
-  builder = tfds.builder(name, data_dir=root, file_format='array_record')
-  assert builder.is_prepared()
-  features = builder.info.features
-  if name != 'mnist':
-    assert tuple(features['label'].names) == d.spec.class_names
-  for split, (images, labels) in raw.items():
-    examples = builder.as_data_source(split)
-    assert len(examples) == len(labels)
-    for i in range(len(examples)):
-      example = examples[i]
-      np.testing.assert_array_equal(
-        example['image'], getattr(d, f'{split}_images')[i]
-      )
-      assert example['label'] == getattr(d, f'{split}_labels')[i]
-      if 'id' in example:  # Upstream's number.
-        kind, number = example['id'].decode().split('_')
-        assert kind == split
-        np.testing.assert_array_equal(example['image'], images[int(number)])
-        assert example['label'] == labels[int(number)]
-      if 'coarse_label' in example:
-        assert example['coarse_label'] == example['label'] // 5
+  assert _tree(root) == [name, *(f'{name}/{file}' for file in CACHED)]
+  _fakes_by_tfds(name, tmp_path / 'tfds')
+  _assert_equal(d, data.load(name, data_dir=str(tmp_path / 'tfds')))
 
 
 @pytest.mark.parametrize('wrong', ['missing', 'other'])
@@ -370,7 +378,6 @@ def test_debian_fashion_mnist(tmp_path):
     seconds, imported = processes.output(command, fresh=True).split()
     assert imported == imports
   assert float(seconds) < 1
-  assert _tree(tmp_path)[:2] == ['fashion_mnist', 'fashion_mnist/3.0.1']
 
 
 # Archives are read in memory: nothing that they name is ever opened.
@@ -441,7 +448,8 @@ def _server(contents, spoil=None):
       pass
 
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  thread = threading.Thread(target=server.serve_forever)
+  # Asked often whether to end: shutdown() waits for the next time.
+  thread = threading.Thread(target=server.serve_forever, args=(0.01,))
   thread.start()
   try:
     yield f'http://127.0.0.1:{server.server_port}/', asked
@@ -472,18 +480,16 @@ def _refused(name, tmp_path, **kwargs):
   return message
 
 
-@pytest.mark.parametrize('name', ['fashion_mnist', 'cifar100'])
-def test_download(name, fakes, tmp_path, capsys):
-  with _server(_fake_files(name)) as (url, asked):
-    fakes(name, url)
-    d = data.load(name, data_dir=str(tmp_path))
-  assert len(asked) == len(set(asked)) == len(upstream.expected(name))
+def test_download(fakes, tmp_path, capsys):
+  with _server(_fake_files('fashion_mnist')) as (url, asked):
+    fakes('fashion_mnist', url)
+    d = data.load('fashion_mnist', data_dir=str(tmp_path))
+  assert len(asked) == len(set(asked)) == 4
   assert _pixels(d.test_images, d.test_labels) == _pixels(
-    *_fake_split(name, TEST, 1)
+    *_fake_split('fashion_mnist', TEST, 1)
   )
   out, err = capsys.readouterr()
   assert out == '' and f'downloading {url}' in err
-  assert _tree(tmp_path)[0] == name
 
 
 def _altered(handler, content):
@@ -576,136 +582,100 @@ def prepared(fakes, tmp_path):
   source = _folder(tmp_path / 'source', fakes('cifar10'))
   root = tmp_path / 'data'
   d = data.load('cifar10', data_dir=str(root), source_dir=source)
-  return root, d
+  return root, d, root / 'cifar10' / 'pfs_jax_uint8.npz'
 
 
-def _again(root):
-  return data.load('cifar10', data_dir=str(root), download=False)
+def _again(root, source=''):
+  return data.load(
+    'cifar10', data_dir=str(root), source_dir=str(source), download=False
+  )
 
 
 def test_second_load_reads_the_cache_only(prepared, monkeypatch):
-  root, first = prepared
+  root, first, _ = prepared
   monkeypatch.setattr(storage, 'locked', None)  # No waiting either.
-  monkeypatch.setattr(prepare, '_decode_once', None)
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)  # No import.
   second = _again(root)
   _assert_equal(first, second)
   assert second.train_labels.dtype == np.int32
 
 
-def _changed(path, **changes):
-  with np.load(path) as f:
-    arrays = {**f, **changes}
-  with open(path, 'wb') as f:
-    np.savez(f, **{k: v for k, v in arrays.items() if v is not None})
-
-
 def test_a_damaged_cache_is_made_again(prepared, capsys):
   """Cut off, flipped, or well-formed with other contents: never used."""
-  root, first = prepared
-  cache = root / 'cifar10' / 'pfs_jax_uint8.npz'
-  good, rng = cache.read_bytes(), np.random.default_rng(0)
-  spoilt = [b'', good[: len(good) // 2]]
-  for place in rng.integers(0, len(good), 8).tolist():
-    spoilt.append(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
-  for changes in (
-    {'train_labels': first.train_labels[::-1]},  # In range, but wrong.
-    {'train_labels': first.train_labels.astype(np.int64)},
-    {'test_images': first.test_images[:-1]},
-    {'test_labels': None},
+  root, first, cache = prepared
+  source, notes = root.parent / 'source', cache.with_name(storage.CHECKSUMS)
+  good, noted = cache.read_bytes(), notes.read_bytes()
+  place = len(good) // 3
+  for content in (
+    b'',
+    good[: len(good) // 2],
+    good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :],
   ):
-    cache.write_bytes(good)
-    _changed(cache, **changes)
-    spoilt.append(cache.read_bytes())
-  for content in spoilt:
     cache.write_bytes(content)
-    assert content != good
-    _assert_equal(first, _again(root))
+    _assert_equal(first, _again(root, source))
     assert 'is damaged or was changed' in capsys.readouterr().err
-    assert cache.read_bytes() == good
+    assert cache.read_bytes() == good and notes.read_bytes() == noted
+  # Without its note (a crash, an older version): it must be this data set.
+  arrays = {key: getattr(first, key) for key in KEYS}
+  for changes, message in (
+    ({'train_labels': first.train_labels.astype(np.int64)}, 'train_labels is'),
+    ({'test_images': first.test_images[:-1]}, 'test_images is'),
+    ({'test_labels': np.full_like(first.test_labels, 10)}, 'not in 0..9'),
+    ({'sha256': np.array('abc')}, 'sha256 is'),
+    ({'test_labels': None}, 'test_labels is None'),
+  ):
+    other = {k: v for k, v in {**arrays, **changes}.items() if v is not None}
+    np.savez(cache, **other)
+    notes.unlink()
+    _assert_equal(first, _again(root, source))
+    assert message in capsys.readouterr().err
   _assert_equal(first, _again(root))
   assert capsys.readouterr().err == ''
-  # Without its note (a crash): what is in it must still be this data set.
-  (root / 'cifar10' / storage.CHECKSUMS).unlink()
-  _changed(cache, test_labels=np.full_like(first.test_labels, 10))
-  _assert_equal(first, _again(root))
-  assert 'labels are not in 0..9' in capsys.readouterr().err
 
 
 def test_cache_that_cannot_be_kept(prepared, monkeypatch, capsys):
-  root, first = prepared
-  (root / 'cifar10' / 'pfs_jax_uint8.npz').unlink()
+  root, first, cache = prepared
+  cache.unlink()
   before = _tree(root)
 
   def refuse(*args, **kwargs):
     raise errors.UserError('x cannot be written: Permission denied.')
 
   monkeypatch.setattr(storage, 'write_arrays', refuse)
-  _assert_equal(first, _again(root))
+  _assert_equal(first, _again(root, root.parent / 'source'))
   assert 'not kept' in capsys.readouterr().err
   assert _tree(root) == before
 
 
-def _frame(record):
-  """A TFRecord, with the checksums of tensorboardX's writer."""
-  from tensorboardX import record_writer
-
-  length = struct.pack('<Q', len(record))
-  checks = (record_writer.masked_crc32c(v) for v in (length, record))
-  first, second = (struct.pack('<I', c) for c in checks)
-  return length + first + record + second
-
-
-def test_tfrecord_prepared_by_others(prepared):
-  """TFDS's usual format, which its own reader needs TensorFlow for."""
-  root, first = prepared
-  (root / 'cifar10' / 'pfs_jax_uint8.npz').unlink()
-  folder = root / 'cifar10' / '3.0.2'
-  builder = prepare._stock_builder('cifar10', root)
-  for split in ('train', 'test'):
-    records = list(prepare._records(builder, split))
-    (old,) = folder.glob(f'*-{split}.*')
-    new = old.with_name(old.name.replace('array_record', 'tfrecord'))
-    new.write_bytes(b''.join(map(_frame, records)))
-    old.unlink()
+def test_what_tfds_prepared_and_is_damaged(fakes, tmp_path):
+  fakes('cifar10')
+  _fakes_by_tfds('cifar10', tmp_path)
+  first = _again(tmp_path)
+  folder, cache = tmp_path / 'cifar10/3.0.2', tmp_path / 'cifar10' / CACHED[1]
+  (path,) = folder.glob('*train.array_record*')
   info = folder / 'dataset_info.json'
-  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  assert prepare._stock_builder('cifar10', root).info.file_format.value == (
-    'tfrecord'
-  )
-  _assert_equal(first, _again(root))
-  (root / 'cifar10' / 'pfs_jax_uint8.npz').unlink()
-  good = new.read_bytes()
-  for place in range(0, len(good), len(good) // 23):  # Lengths, data, checks.
-    new.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
-    with pytest.raises(ValueError, match='its checksum|middle of a record'):
-      list(prepare.tfrecords(new))
-  new.write_bytes(good[:-5])
-  with pytest.raises(errors.UserError, match='middle of a record'):
-    _again(root)
-
-
-@pytest.mark.parametrize('what', ['train.array_record', 'dataset_info.json'])
-def test_damaged_prepared_data(what, prepared):
-  root, first = prepared
-  cache = root / 'cifar10' / 'pfs_jax_uint8.npz'
-  (path,) = (root / 'cifar10' / '3.0.2').glob(f'*{what}*')
-  good = path.read_bytes()
-  spoilt = [b'{}' if what.endswith('json') else b'nonsense' * 1000]
-  if what.startswith('train'):
-    for place in np.random.default_rng(1).integers(0, len(good), 12).tolist():
-      spoilt.append(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
-  for content in spoilt:
+  good, described = path.read_bytes(), info.read_bytes()
+  spoilt = [(path, b'nonsense' * 1000), (info, b'{}')]
+  for place in np.random.default_rng(1).integers(0, len(good), 6).tolist():
+    changed = good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :]
+    spoilt.append((path, changed))
+  for i, (file, content) in enumerate(spoilt):
     cache.unlink(missing_ok=True)
-    path.write_bytes(content)
+    path.write_bytes(good)
+    info.write_bytes(described)
+    file.write_bytes(content)
     try:  # array_record checks what it holds; its padding may change.
-      _assert_equal(first, _again(root))
+      _assert_equal(first, _again(tmp_path))
     except errors.UserError as e:
       message = str(e)
       assert len(message.splitlines()) <= 3
-      assert str(root / 'cifar10' / '3.0.2') in message and 'Delete' in message
+      assert str(folder) in message and 'Delete' in message
     else:
-      assert content is not spoilt[0]
+      assert i > 1
+  cache.unlink(missing_ok=True)
+  info.write_bytes(described.replace(b'array_record', b'tfrecord'))
+  with pytest.raises(errors.UserError, match='as array_record; got tfrecord'):
+    _again(tmp_path)
 
 
 @pytest.mark.parametrize('bad', ['file', 'file/below', 'gs://bucket/data'])
@@ -713,40 +683,17 @@ def test_data_dir_that_cannot_be(bad, fakes, tmp_path):
   source = _folder(tmp_path / 'source', fakes('cifar10'))
   (tmp_path / 'file').write_text('')
   path = bad if '://' in bad else str(tmp_path / bad)
-  with pytest.raises(errors.UserError, match=r'config\.data\.data_dir') as e:
+  with pytest.raises(errors.UserError, match='cannot be used|must be a local'):
     data.load('cifar10', data_dir=path, source_dir=source)
-  assert path in str(e.value)
 
 
 def test_default_data_dir(monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', '/some/where')
-  assert prepare._root('') == pathlib.Path('/some/where')
+  assert records.directory('') == pathlib.Path('/some/where')
   monkeypatch.delenv('TFDS_DATA_DIR')
   home = pathlib.Path.home()
-  assert prepare._root('') == home / 'tensorflow_datasets'
-  assert prepare._root('~/x') == home / 'x'
-
-
-def test_failure_while_preparing_leaves_nothing(fakes, tmp_path, monkeypatch):
-  source = _folder(tmp_path / 'source', fakes('cifar10'))
-  root = tmp_path / 'data'
-  left = root / '.pfs_jax_cifar10_abc' / 'cifar10'  # Of a killed process.
-  left.mkdir(parents=True)
-
-  def full(*args):
-    raise OSError(28, 'No space left on device')
-
-  with monkeypatch.context() as m:
-    m.setattr(prepare.os, 'rename', full)
-    with pytest.raises(errors.UserError, match='No space left'):
-      data.load('cifar10', data_dir=str(root), source_dir=source)
-  assert set(_tree(root)) <= {'cifar10'}
-  # Without locks, a second process may find the place taken: it is content.
-  contents = _fake_files('cifar10')
-  for _ in range(2):
-    prepare._prepare(data.spec('cifar10'), root, contents)
-  assert [p for p in _tree(root) if '/' not in p] == ['cifar10']
-  assert len(_again(root).train_labels) == TRAIN
+  assert records.directory('') == home / 'tensorflow_datasets'
+  assert records.directory('~/x') == home / 'x'
 
 
 def test_two_processes_at_once(fakes, tmp_path):
@@ -756,7 +703,13 @@ def test_two_processes_at_once(fakes, tmp_path):
   code = textwrap.dedent("""
     import hashlib, pathlib, sys
     from pfs_jax import console, data
+    from pfs_jax.data import prepare
     from tests import test_data
+    made = prepare._made
+    def counted(*args):
+      print('made', file=sys.stderr)
+      return made(*args)
+    prepare._made = counted
     note = console.note
     def noted(text):
       note(text)
@@ -779,4 +732,4 @@ def test_two_processes_at_once(fakes, tmp_path):
   assert [d.returncode for d in done] == [0, 0], done
   assert done[0].stdout == done[1].stdout
   # The second one found the cache made.
-  assert sum(d.stderr.count('preparing') for d in done) == 1
+  assert sum(d.stderr.count('made') for d in done) == 1

@@ -42,14 +42,15 @@ def _batch(source, step):
 
 
 def _labels(source, step):
-  return _batch(source, step)[1].tolist()
+  """Which images a batch holds; `test_images_keep_their_labels` draws them."""
+  return np.asarray(source.chunk(step, 1)[0])[0].tolist()
 
 
 # The order.
 
 
-@pytest.mark.parametrize('n, batch_size', [(23, 5), (20, 20), (1, 1)])
-def test_an_epoch_repeats_no_image(n, batch_size):
+def test_an_epoch_repeats_no_image():
+  n, batch_size = 23, 5
   source = _source(n, batch_size)
   assert source.steps_per_epoch == n // batch_size
   for epoch in range(3):
@@ -60,26 +61,18 @@ def test_an_epoch_repeats_no_image(n, batch_size):
     assert set(seen) <= set(range(n))
 
 
-def test_epochs_are_in_different_orders():
-  source = _source(20, 20)
-  orders = {tuple(_labels(source, epoch)) for epoch in range(4)}
-  assert len(orders) == 4
-  assert tuple(range(20)) not in orders  # Shuffled at all.
-
-
-def test_what_remains_differs_between_epochs():
+def test_epochs_differ_in_order_and_in_what_remains():
   source = _source(23, 20)
-  left_out = {
-    frozenset(range(23)) - frozenset(_labels(source, epoch))
-    for epoch in range(4)
-  }
-  assert len(left_out) > 1
+  orders = [tuple(_labels(source, epoch)) for epoch in range(4)]
+  assert len(set(orders)) == 4
+  assert all(list(order) != sorted(order) for order in orders)
+  assert len({frozenset(order) for order in orders}) > 1
 
 
 def test_a_batch_depends_on_key_and_step_alone():
   walked, jumped = _source(seed=3), _source(seed=3)
-  there = [_batch(walked, step) for step in range(11)]
-  for step in (10, 0, 7, 4):  # Back and forth over the epochs.
+  there = [_batch(walked, step) for step in range(8)]
+  for step in (7, 0, 4):  # Back and forth over the epochs.
     for a, b in zip(there[step], _batch(jumped, step), strict=True):
       np.testing.assert_array_equal(a, b)
 
@@ -117,12 +110,6 @@ def test_a_batch_size_out_of_range_is_refused(batch_size):
 
 
 # Augmentation.
-
-
-def test_no_padding_and_no_flip_is_the_identity():
-  images = _images(5)
-  found = pipeline.crop_and_flip(images, jax.random.key(0), 0, False)
-  np.testing.assert_array_equal(found, images)
 
 
 @pytest.mark.parametrize('flip', [False, True])
@@ -172,13 +159,8 @@ def test_normalise_is_the_formula_by_channel():
   found = pipeline.normalise(jnp.asarray(images), mean, std, jnp.float32)
   expected = (images / 255.0 - np.array(mean)) / np.array(std)
   np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
-
-
-def test_normalised_images_are_at_least_float32():
-  images = jnp.asarray(_images(1))
-  for dtype in (jnp.bfloat16, jnp.float32):
-    found = pipeline.normalise(images, (0.0,), (1.0,), dtype)
-    assert found.dtype == jnp.float32
+  low = pipeline.normalise(jnp.asarray(images), mean, std, jnp.bfloat16)
+  assert low.dtype == found.dtype == jnp.float32
 
 
 def test_the_border_is_raw_zero():
@@ -186,7 +168,8 @@ def test_the_border_is_raw_zero():
   # border of raw zeros is (0 - mean) / std, not 0.
   white = jnp.full((50, 4, 4, 1), 255, jnp.uint8)
   augmentation = pipeline.Augmentation((0.5,), (0.25,), padding=2)
-  found = np.unique(augmentation.train(white, jax.random.key(0)))
+  train_ = jax.jit(augmentation.train)
+  found = np.unique(train_(white, jax.random.key(0)))
   np.testing.assert_allclose(found, [-2.0, 2.0])
 
 
@@ -206,9 +189,8 @@ def _running_sum(state, x, y):
   return state, {'state': state}
 
 
-@pytest.mark.parametrize('first', [0, 3])  # 3: over the border of an epoch.
-def test_three_steps_a_call_are_three_calls(first):
-  source = _source(23, 5)
+def test_three_steps_a_call_are_three_calls():
+  source, first = _source(23, 5), 3  # Over the border of an epoch.
   call = train.compiled_call(_running_sum, source.draw)
   one_by_one = jnp.zeros(())
   values = []
@@ -264,7 +246,7 @@ def _check_once(n, batch_size):
   return shapes
 
 
-SIZES = [(23, 5), (20, 5), (3, 8), (1, 1), (9, 500)]
+SIZES = [(23, 5), (20, 5), (3, 8), (1, 1)]
 
 
 @pytest.mark.parametrize('n, batch_size', SIZES)

@@ -13,15 +13,7 @@ from pfs_jax.data import specs
 from pfs_jax.data.arrays import Dataset, load, split
 from pfs_jax.data.specs import Spec, spec
 
-__all__ = [
-  'Dataset',
-  'Spec',
-  'configured',
-  'load',
-  'open_set',
-  'spec',
-  'split',
-]
+__all__ = ['Dataset', 'Spec', 'configured', 'load', 'open_set', 'spec', 'split']
 
 
 def configured(fields: Any) -> Spec:
@@ -48,15 +40,13 @@ def open_set(config: Any, workdir: pathlib.Path) -> Any:
     workdir: Where files that are made on the way may be kept.
 
   Returns:
-    `pipeline.Arrays` or `streamed.Streamed`, which have the same methods.
+    `opened.Arrays` or `opened.Streamed`, which have the same methods.
 
   Raises:
     errors.UserError: The data are missing or not what they should be.
   """
-  if configured(config.data).in_memory:
-    from pfs_jax.data import pipeline
+  from pfs_jax.data import opened
 
-    return pipeline.Arrays(config, workdir)
-  from pfs_jax.data import streamed
-
-  return streamed.Streamed(config, workdir)
+  in_memory = configured(config.data).in_memory
+  kind = opened.Arrays if in_memory else opened.Streamed
+  return kind(config, workdir)

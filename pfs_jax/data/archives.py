@@ -11,7 +11,6 @@ import gzip
 import io
 import struct
 import tarfile
-from typing import Any
 
 import numpy as np
 
@@ -19,25 +18,22 @@ from pfs_jax import errors
 
 MAX_BYTES = 1 << 28  # Of one unpacked file; the largest archive has 184 MB.
 
-Examples = dict[str, list[dict[str, Any]]]
+# {'train': (images, labels), 'test': (images, labels)}.
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def parse(name: str, files: dict[str, bytes]) -> Examples:
-  """The examples of a data set as TFDS knows them, each image as an array.
+def parse(name: str, files: dict[str, bytes]) -> Splits:
+  """Images (uint8 [N, H, W, C]) and labels (int32 [N]) in upstream's order.
 
   Args:
     name: mnist, fashion_mnist, cifar10 or cifar100.
     files: File name to content, see `upstream`.
 
-  Returns:
-    {'train': examples, 'test': examples}; an example is {'image': uint8
-    [H, W] or [H, W, 3], 'label': int, ...}, in upstream's order.
-
   Raises:
     errors.UserError: An archive lacks something, or is not what it should be.
   """
   try:
-    return _mnist(files) if 'mnist' in name else _cifar(files)
+    splits = _mnist(files) if 'mnist' in name else _cifar(files)
   except (
     *(ValueError, KeyError, EOFError, OSError),
     *(struct.error, tarfile.TarError),
@@ -45,18 +41,17 @@ def parse(name: str, files: dict[str, bytes]) -> Examples:
     raise errors.UserError(
       f'{name}: {", ".join(files)} cannot be unpacked ({e}).'
     ) from e
+  return {k: (x, y.astype(np.int32)) for k, (x, y) in splits.items()}
 
 
-def _mnist(files: dict[str, bytes]) -> Examples:
-  splits = {}
-  for split, prefix in (('train', 'train'), ('test', 't10k')):
-    images = idx(files[f'{prefix}-images-idx3-ubyte.gz'])
-    labels = idx(files[f'{prefix}-labels-idx1-ubyte.gz'])
-    splits[split] = [
-      {'image': image, 'label': int(label)}
-      for image, label in zip(images, labels, strict=True)
-    ]
-  return splits
+def _mnist(files: dict[str, bytes]) -> Splits:
+  return {
+    split: (
+      idx(files[f'{prefix}-images-idx3-ubyte.gz'])[..., None],
+      idx(files[f'{prefix}-labels-idx1-ubyte.gz']),
+    )
+    for split, prefix in (('train', 'train'), ('test', 't10k'))
+  }
 
 
 def idx(content: bytes) -> np.ndarray:
@@ -81,45 +76,32 @@ def _unpacked(content: bytes) -> bytes:
   return content
 
 
-def _cifar(files: dict[str, bytes]) -> Examples:
+def _cifar(files: dict[str, bytes]) -> Splits:
   """The binary archive of CIFAR-10 or CIFAR-100.
 
-  A record is its labels, one byte each (CIFAR-100: coarse, fine), then 3072
-  bytes [channel, row, column].
+  A record is its labels, one byte each (CIFAR-100: coarse, then fine), then
+  3072 bytes [channel, row, column].
   """
   ((name, content),) = files.items()
-  keys: tuple[str, ...]
   if name.startswith('cifar-100'):
-    prefix, keys = 'cifar-100-binary/', ('coarse_label', 'label')
+    prefix, labels = 'cifar-100-binary/', 2
     wanted = {'train': ['train.bin'], 'test': ['test.bin']}
   else:
-    prefix, keys = 'cifar-10-batches-bin/', ('label',)
+    prefix, labels = 'cifar-10-batches-bin/', 1
     batches = [f'data_batch_{i}.bin' for i in range(1, 6)]
     wanted = {'train': batches, 'test': ['test_batch.bin']}
   found = members(content, prefix, sum(wanted.values(), []))
   splits = {}
   for split, names in wanted.items():
     data = np.frombuffer(b''.join(found[n] for n in names), np.uint8)
-    data = data.reshape(-1, len(keys) + 3072)
-    images = data[:, len(keys) :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    splits[split] = [
-      {
-        'id': f'{split}_{i:05d}',
-        'image': image,
-        **{key: int(v) for key, v in zip(keys, labels, strict=False)},
-      }
-      for i, (image, labels) in enumerate(zip(images, data, strict=True))
-    ]
+    data = data.reshape(-1, labels + 3072)
+    images = data[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    splits[split] = images, data[:, labels - 1]
   return splits
 
 
 def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
-  """Reads named regular files of a .tar.gz, in memory.
-
-  Args:
-    content: The archive.
-    prefix: The folder that the files are in, such as 'cifar-100-binary/'.
-    names: Their names in it, the keys of the result.
+  """{name: content} of regular files in the folder `prefix` of a .tar.gz.
 
   Raises:
     ValueError: One of them is not there, is no regular file, comes twice or is

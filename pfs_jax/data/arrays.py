@@ -60,7 +60,7 @@ def load(
   download: bool = True,
   train_examples: int = 0,
 ) -> Dataset:
-  """Loads a data set; TFDS prepares all but `digits` at the first use.
+  """Loads a data set; all but `digits` are prepared at the first use.
 
   The order of the examples is the same on every machine: scikit-learn's for
   digits, else that of TFDS's prepared split (by a hash of the upstream index).
@@ -71,7 +71,7 @@ def load(
 
   Args:
     name: digits, mnist, fashion_mnist, cifar10 or cifar100.
-    data_dir: Where TFDS prepares and finds data; '' is its own default,
+    data_dir: Where data are kept and TFDS's are found; '' is TFDS's default,
       $TFDS_DATA_DIR or ~/tensorflow_datasets.
     source_dir: A directory with upstream's files, used in place of the network
       when `data_dir` has nothing yet. It may be read-only.
@@ -100,9 +100,8 @@ def load(
 def _digits(facts: specs.Spec) -> dict[str, np.ndarray]:
   """scikit-learn's 8x8 digits, 0..16 scaled to 0..255 (half to even).
 
-  The images are sorted by class, keeping their order inside a class, and 297
-  evenly spaced places are the test set: the same on every machine, and the
-  share of each class is right to within one image.
+  Sorted by class, 297 evenly spaced images are the test set: the same on every
+  machine, with each class's share to within one image.
   """
   from sklearn import datasets
 

@@ -1,19 +1,14 @@
-"""Colour augmentation and batches of streamed images, in the compiled step."""
+"""Colour augmentation of images of 0..1, in the compiled step."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pfs_jax.data import pipeline
-
 # Eigenvalues and eigenvectors (columns) of the covariance of ImageNet's RGB in
 # 0..1, published with AlexNet's code and used since.
-_EIGENVALUES = (0.2175, 0.0188, 0.0045)
-_EIGENVECTORS = (
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = (
   (-0.5675, 0.7192, 0.4009),
   (-0.5808, -0.0045, -0.8140),
   (-0.5836, -0.6948, 0.4203),
@@ -43,8 +38,7 @@ def jitter(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
   )
   brightness, contrast, saturation = factors
   x = x * brightness
-  grey = _grey(x)
-  mean = grey.mean(axis=(1, 2), keepdims=True)
+  mean = _grey(x).mean(axis=(1, 2), keepdims=True)
   x = mean + contrast * (x - mean)
   grey = _grey(x)
   return jnp.clip(grey + saturation * (x - grey), 0, 1)
@@ -68,48 +62,6 @@ def lighting(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
     strength: Standard deviation of a_k.
   """
   a = strength * jax.random.normal(key, (x.shape[0], 3), x.dtype)
-  values = jnp.asarray(_EIGENVALUES, x.dtype).reshape(1, 3)
-  colour = (a * values) @ jnp.asarray(_EIGENVECTORS, x.dtype).T
+  values = jnp.asarray(EIGENVALUES, x.dtype).reshape(1, 3)
+  colour = (a * values) @ jnp.asarray(EIGENVECTORS, x.dtype).T
   return x + colour[:, None, None, :]
-
-
-@dataclasses.dataclass(frozen=True)
-class ColourAugmentation(pipeline.Augmentation):
-  """Flip, then colour jitter, then lighting, then normalisation.
-
-  Attributes:
-    colour_jitter: Strength of brightness, contrast and saturation; 0: none.
-    lighting: Strength of PCA lighting; 0: none.
-  """
-
-  colour_jitter: float = 0.0
-  lighting: float = 0.0
-
-  def train(self, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Augmented and normalised training images."""
-    flip_key, jitter_key, lighting_key = jax.random.split(key, 3)
-    images = pipeline.crop_and_flip(images, flip_key, self.padding, self.flip)
-    if not (self.colour_jitter or self.lighting):
-      return self.test(images)
-    x = images.astype(jnp.promote_types(self.dtype, jnp.float32)) / 255
-    if self.colour_jitter:
-      x = jitter(x, jitter_key, self.colour_jitter)
-    if self.lighting:
-      x = lighting(x, lighting_key, self.lighting)
-    return pipeline.standardise(x, self.mean, self.std)
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamDraw:
-  """One batch (x normalised, y) of a stream, inside the compiled program.
-
-  Equal by value, so that a second source does not compile the step again.
-  """
-
-  augmentation: ColourAugmentation
-
-  def __call__(self, resident: Any, item: Any) -> tuple[jax.Array, jax.Array]:
-    """The batch of one step; `resident` is empty."""
-    pixels, labels, (step, key) = item
-    key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-    return self.augmentation.train(pixels, key), labels

@@ -1,12 +1,4 @@
-"""One image file to uint8 pixels, on the host. Imports no JAX.
-
->>> import io
->>> file = io.BytesIO()
->>> Image.new('RGB', (60, 40), (200, 60, 90)).save(file, 'png')
->>> pixels = decode(file.getvalue(), 16)
->>> pixels.shape, pixels[0, 0].tolist()
-((16, 16, 3), [200, 60, 90])
-"""
+"""One image file to uint8 pixels, on the host. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -25,19 +17,11 @@ _ORIENTATION = 0x0112  # The EXIF tag.
 def crop_box(
   rng: np.random.Generator, width: int, height: int, scale: float
 ) -> tuple[int, int, int, int]:
-  """A random crop of `scale`..1 of the area, sides 3:4 to 4:3.
+  """A random crop (left, top, right, bottom) in whole pixels.
 
-  Draws up to ten boxes (area uniform, ratio log-uniform, place uniform) until
-  one fits; after that, takes the largest centred box within the ratios.
-
-  Args:
-    rng: Draws the box.
-    width: Of the image, in pixels.
-    height: Of the image, in pixels.
-    scale: Least share of the area, 0..1.
-
-  Returns:
-    (left, top, right, bottom), whole pixels.
+  Draws up to ten boxes (share of the area uniform in `scale`..1, ratio
+  log-uniform in 3:4 to 4:3, place uniform) until one fits; after that, takes
+  the largest centred box within the ratios.
   """
   for _ in range(10):
     area = rng.uniform(scale, 1.0) * width * height
@@ -69,6 +53,12 @@ def decode(
   become RGB, CMYK is converted, 16-bit grey is scaled to 8 bits, alpha is
   dropped, and EXIF's orientation is followed.
 
+  >>> file = io.BytesIO()
+  >>> Image.new('RGB', (60, 40), (200, 60, 90)).save(file, 'png')
+  >>> pixels = decode(file.getvalue(), 16)
+  >>> pixels.shape, pixels[0, 0].tolist()
+  ((16, 16, 3), [200, 60, 90])
+
   Args:
     content: The file.
     size: Height and width of the result.
@@ -88,20 +78,27 @@ def decode(
       more pixels than Pillow's limit against decompression bombs.
   """
   image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
-  turned = image.getexif().get(_ORIENTATION, 1) != 1
-  if turned:  # Rare.
+  if image.getexif().get(_ORIENTATION, 1) != 1:  # Rare.
     image = ImageOps.exif_transpose(image)
   width, height = image.size
+  box: tuple[float, float, float, float]
   if rng is None or not scale:
-    left, top, right, bottom = _centre(width, height, keep)
+    side = min(width, height) * keep
+    left, top = (width - side) / 2, (height - side) / 2
+    box = left, top, left + side, top + side
   else:
-    left, top, right, bottom = crop_box(rng, width, height, scale)
-  if not turned:
-    _halve(image, min(right - left, bottom - top) / size)
-  image = _eight_bits(image).convert('L' if channels == 1 else 'RGB')
+    box = crop_box(rng, width, height, scale)
+  shrink = min(box[2] - box[0], box[3] - box[1]) / size
+  if image.format == 'JPEG' and shrink >= 2:
+    # The decoder halves, while the crop stays larger than the result.
+    image.draft(None, (int(width / shrink), int(height / shrink)))
+  if image.mode.startswith('I'):  # 16-bit grey, which Pillow would clip.
+    values = np.rint(np.asarray(image).astype(np.float64) / 257)
+    image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+  image = image.convert('L' if channels == 1 else 'RGB')
   x, y = image.width / width, image.height / height
-  right, bottom = min(right * x, image.width), min(bottom * y, image.height)
-  box = (left * x, top * y, right, bottom)
+  right, bottom = min(box[2] * x, image.width), min(box[3] * y, image.height)
+  box = (box[0] * x, box[1] * y, right, bottom)
   image = image.resize((size, size), Image.Resampling.BILINEAR, box)
   return np.asarray(image).reshape(size, size, channels)
 
@@ -109,26 +106,3 @@ def decode(
 def size(content: bytes) -> tuple[int, int]:
   """(width, height) of an image, without decoding its pixels."""
   return Image.open(io.BytesIO(content), formats=FORMATS).size
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-  """16-bit grey to 8-bit, which Pillow would clip instead of scale."""
-  if not image.mode.startswith('I'):
-    return image
-  values = np.asarray(image).astype(np.float64) / 257
-  return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
-
-
-def _centre(
-  width: int, height: int, keep: float
-) -> tuple[float, float, float, float]:
-  side = min(width, height) * keep
-  left, top = (width - side) / 2, (height - side) / 2
-  return left, top, left + side, top + side
-
-
-def _halve(image: Image.Image, shrink: float) -> None:
-  """Lets a JPEG decoder halve, while the crop stays larger than the result."""
-  if image.format == 'JPEG' and shrink >= 2:
-    width, height = image.size
-    image.draft(None, (int(width / shrink), int(height / shrink)))

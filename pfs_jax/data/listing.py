@@ -1,4 +1,4 @@
-"""Which image files there are, and which of them are held out. No JAX.
+"""Which image files a folder holds, and which of them are held out. No JAX.
 
 A folder may come from anywhere. Only regular files inside it are read: a link
 that leads out of it, a pipe or a device is refused.
@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import threading
-from typing import Any
 
 import numpy as np
 
@@ -64,9 +62,8 @@ class Folder:
 def scan(root: pathlib.Path) -> Folder:
   """Lists a folder of class folders; reads no image.
 
-  Args:
-    root: Holds a folder for each class with files named *.JPEG, *.jpg or *.png
-      in any case. Names that start with a dot are passed over.
+  Images are named *.jpeg, *.jpg or *.png in any case. Names that start with a
+  dot are passed over.
 
   Raises:
     errors.UserError: The folder cannot be read, a class has no image, or a link
@@ -75,8 +72,7 @@ def scan(root: pathlib.Path) -> Folder:
   must = 'config.data.source_dir must hold'
   try:
     inside = os.path.realpath(root)
-    folders = [e.name for e in _entries(root, inside) if e.is_dir()]
-    classes = sorted(folders)
+    classes = sorted(e.name for e in _entries(root, inside) if e.is_dir())
     found = [_file_names(root / name, inside) for name in classes]
   except OSError as e:
     raise errors.UserError(
@@ -110,17 +106,16 @@ def scan_pair(root: pathlib.Path, *splits: str) -> tuple[Folder, Folder]:
 
 
 def _file_names(folder: pathlib.Path, inside: str) -> list[str]:
-  files = [
-    entry
-    for entry in _entries(folder, inside)
-    if entry.name.lower().endswith(SUFFIXES)
-  ]
-  for entry in files:
+  names = []
+  for entry in _entries(folder, inside):
+    if not entry.name.lower().endswith(SUFFIXES):
+      continue
     if not entry.is_file():
       raise errors.UserError(
         f'config.data.source_dir must hold regular files; {entry.path} is none.'
       )
-  return sorted(entry.name for entry in files)
+    names.append(entry.name)
+  return sorted(names)
 
 
 def _entries(folder: pathlib.Path, inside: str) -> list[os.DirEntry]:
@@ -139,96 +134,19 @@ def _entries(folder: pathlib.Path, inside: str) -> list[os.DirEntry]:
   return entries
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-  """One split of a data set that TFDS has prepared as array_record.
-
-  Attributes:
-    name: Data set.
-    data_dir: TFDS's directory; absolute.
-    split: 'train' or 'validation'.
-    count: Number of images.
-  """
-
-  name: str
-  data_dir: str
-  split: str
-  count: int
-
-  def __len__(self) -> int:
-    return self.count
-
-  def where(self, i: int) -> str:
-    """Data set, split, place and file name of image i."""
-    file = os.fsdecode(self._examples([int(i)])[0]['file_name'])
-    return f'{file} ({self.name} {self.split}[{i}] in {self.data_dir})'
-
-  def read(self, i: int) -> tuple[bytes, int]:
-    """(file content, label) of image i."""
-    (example,) = self._examples([int(i)])
-    return example['image'], int(example['label'])
-
-  def names_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
-    """File names (bytes [N]) and labels (int32 [N]); reads every record."""
-    names, labels = [], []
-    for start in range(0, self.count, 100):
-      stop = min(start + 100, self.count)
-      for example in self._examples(list(range(start, stop))):
-        names.append(os.fsencode(example['file_name']))
-        labels.append(int(example['label']))
-    return np.array(names), np.array(labels, np.int32)
-
-  def _examples(self, indices: list[int]) -> list[dict[str, Any]]:
-    source, features, decoders = _open_records(self)
-    return [
-      features.deserialize_example_np(record, decoders=decoders)
-      for record in source.__getitems__(indices)
-    ]
-
-
-_READERS: dict[Records, tuple] = {}
-_OPENING = threading.Lock()
-
-
-def _open_records(records: Records) -> tuple:
-  """(data source, features, decoders), opened once and used by all threads."""
-  with _OPENING:
-    if records not in _READERS:
-      import tensorflow_datasets as tfds
-
-      builder = tfds.builder(
-        records.name, data_dir=records.data_dir, file_format='array_record'
-      )
-      source = builder.as_data_source(
-        records.split,
-        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-      )
-      decoders = {'image': tfds.decode.SkipDecoding()}
-      _READERS[records] = (source, builder.info.features, decoders)
-    return _READERS[records]
-
-
 def held_out(
   names: np.ndarray, labels: np.ndarray, per_class: int | np.ndarray
 ) -> np.ndarray:
   """Which images are held out: a rule on file names alone.
 
-  In each class, the `per_class` images whose file names (bytes, without
-  folders) have the least SHA-256. So the split does not depend on the order of
-  the files, on a seed, or on whether ImageNet comes as a folder or from TFDS,
-  which keeps the names.
+  In each class, the `per_class` images (one number, or one for each class)
+  whose file names (bytes, without folders) have the least SHA-256. So the split
+  does not depend on the order of the files, on a seed, or on whether ImageNet
+  comes as a folder or from TFDS, which keeps the names.
 
   >>> names = np.array([b'a.png', b'b.png', b'c.png', b'd.png'])
   >>> held_out(names, np.array([0, 0, 1, 1]), 1)
   array([False,  True,  True, False])
-
-  Args:
-    names: bytes [N].
-    labels: int [N]; every class has an image.
-    per_class: Images held out in each class; one number, or one for each class.
-
-  Returns:
-    bool [N].
 
   Raises:
     errors.UserError: A class has no more images than it should give.

@@ -20,13 +20,14 @@ from typing import Any, Self
 import numpy as np
 
 from pfs_jax import console, errors
-from pfs_jax.data import decoding, listing
+from pfs_jax.data import decoding, listing, records
 
 _PIECE = 16  # Images decoded by one thread at a time.
 _AHEAD = 4  # Batches in the making, or made and not yet asked for.
 _TRIES = 100  # Images in a row that may be corrupt before a batch gives up.
+ARRAYS = ('pixels', 'labels', 'weights')
 
-Images = listing.Folder | listing.Records
+Images = listing.Folder | records.Records
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Batches:
   None): every image once, in order.
 
   Attributes:
-    images: `listing.Folder` or `listing.Records`.
+    images: Where the files are read.
     chosen: int [N], the images of it that belong to this set.
     batch_size: Images in a global batch.
     rows: int [B], the rows of the global batch that this process decodes.
@@ -82,25 +83,16 @@ class Batches:
       places = step * self.batch_size + self.rows
       return np.where(places < n, places, -1)
     epoch, position = divmod(step, self.steps_per_epoch)
-    return self._order(epoch)[position * self.batch_size + self.rows]
-
-  def _order(self, epoch: int) -> np.ndarray:
-    assert self.key is not None, 'an evaluation has no order'
-    if self.__dict__.get('_epoch') != epoch:  # A memory, not a state.
+    memory = self.__dict__
+    if memory.get('_epoch') != epoch:
       rng = np.random.default_rng([*self.key, 0, epoch])
-      self.__dict__['_permutation'] = rng.permutation(len(self.chosen))
-      self.__dict__['_epoch'] = epoch
-    return self.__dict__['_permutation']
+      memory['_epoch'], memory['_order'] = epoch, rng.permutation(n)
+    return memory['_order'][position * self.batch_size + self.rows]
 
   def piece(
     self, step: int, places: np.ndarray, rows: np.ndarray
   ) -> dict[str, Any]:
-    """Decodes some rows of one batch.
-
-    Args:
-      step: Which batch.
-      places: int [n], from `places(step)`.
-      rows: int [n], the rows of the global batch that these are.
+    """Decodes some `rows` of one batch, whose `places(step)` are given.
 
     Returns:
       pixels: uint8 [n, size, size, 3]; zeros where there is no image.
@@ -126,12 +118,8 @@ class Batches:
           break
         except Exception as e:  # Pillow raises many kinds.
           corrupt.append((image, reason(e)))
-    return {
-      'pixels': pixels,
-      'labels': labels,
-      'weights': weights,
-      'corrupt': corrupt,
-    }
+    arrays = dict(zip(ARRAYS, (pixels, labels, weights), strict=True))
+    return {**arrays, 'corrupt': corrupt}
 
   def _candidates(self, place: int) -> list[int]:
     """The image at a place, then those that may replace it."""
@@ -159,14 +147,14 @@ class Reader:
     named: Places of corrupt images that were named on stderr; grows.
 
   Attributes:
+    batches: As given.
     seconds_waited: How long `batch` has waited for threads.
   """
 
   def __init__(
     self, batches: Batches, workers: int, named: set[int] | None = None
   ):
-    self.seconds_waited = 0.0
-    self._batches = batches
+    self.batches, self.seconds_waited = batches, 0.0
     self._named = set() if named is None else named
     self._threads = workers if workers > 0 else len(os.sched_getaffinity(0))
     self._pool: futures.ThreadPoolExecutor | None = None
@@ -178,10 +166,6 @@ class Reader:
     return self
 
   def __exit__(self, *_: object) -> None:
-    """Ends the threads."""
-    self.close()
-
-  def close(self) -> None:
     """Ends the threads; the next batch would start new ones."""
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
@@ -196,21 +180,18 @@ class Reader:
         there are too many of them to fill a batch.
     """
     if self._pool is None or step != self._next:
-      self.close()
+      self.__exit__()
       # Odd EXIF and the like: the pixels count.
       warnings.filterwarnings('ignore', module=r'PIL\.')
       self._pool = futures.ThreadPoolExecutor(self._threads, 'decode')
     for ahead in range(step + len(self._ahead), step + _AHEAD):
-      if ahead < len(self._batches):
+      if ahead < len(self.batches):
         self._ahead.append(self._submitted(self._pool, ahead))
     self._next = step + 1
     begin = time.perf_counter()
     pieces = [future.result() for future in self._ahead.popleft()]
     self.seconds_waited += time.perf_counter() - begin
-    joined = {
-      name: np.concatenate([piece[name] for piece in pieces])
-      for name in ('pixels', 'labels', 'weights')
-    }
+    joined = {k: np.concatenate([piece[k] for piece in pieces]) for k in ARRAYS}
     corrupt = [found for piece in pieces for found in piece['corrupt']]
     self._name(corrupt, joined['weights'])
     return {**joined, 'corrupt': corrupt}
@@ -219,9 +200,9 @@ class Reader:
     self, pool: futures.ThreadPoolExecutor, step: int
   ) -> list[futures.Future]:
     """The pieces of a batch, handed to the threads."""
-    places, rows = self._batches.places(step), self._batches.rows
+    places, rows = self.batches.places(step), self.batches.rows
     parts = [slice(i, i + _PIECE) for i in range(0, len(rows), _PIECE)]
-    piece = self._batches.piece
+    piece = self.batches.piece
     return [pool.submit(piece, step, places[p], rows[p]) for p in parts]
 
   def _name(
@@ -229,8 +210,8 @@ class Reader:
   ) -> None:
     """Names corrupt images, each once, or raises an error."""
     for i, why in corrupt:
-      where = self._batches.images.where(i)
-      if not self._batches.skip:
+      where = self.batches.images.where(i)
+      if not self.batches.skip:
         raise errors.UserError(
           f'{where} cannot be decoded ({why}).\n'
           "Replace it, or leave such files out: config.data.corrupt='skip'."
@@ -239,7 +220,7 @@ class Reader:
         self._named.add(i)
         n = len(self._named)
         console.note(f'skipped, cannot be decoded: {where} ({n} so far)')
-    if self._batches.key is not None and not weights.all():
+    if self.batches.key is not None and not weights.all():
       raise errors.UserError(
         f'{len(self._named)} images cannot be decoded, too many in a row to '
         f'fill a batch; the last is {where}.'

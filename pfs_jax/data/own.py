@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from pfs_jax.data import arrays, decoding, listing, loading, specs
 
 MAX_BYTES = 4 << 30  # Of all arrays; larger folders can be streamed.
 _NAMES = ('images', 'labels', 'test_images', 'test_labels')
-# ImageNet's mean and deviation, customary for photographs.
-_MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def configured(fields: Any) -> specs.Spec:
@@ -31,14 +29,9 @@ def configured(fields: Any) -> specs.Spec:
 
 
 def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
-  """Reads the data and binds a workdir to them.
+  """Reads the data of `config.data`, training images in a fixed random order.
 
-  Args:
-    fields: `config.data`.
-    workdir: Keeps the SHA-256 of the arrays, in data/identity.json.
-
-  Returns:
-    The `Dataset`, its training images in a fixed random order.
+  The workdir keeps the SHA-256 of the arrays, in data/identity.json.
 
   Raises:
     errors.UserError: The data are missing or not what they should be, or the
@@ -76,28 +69,6 @@ def _claim(workdir: pathlib.Path, found: arrays.Dataset) -> None:
       'with: an image, a label or a class differs.\n'
       'Put the former data back, or give another --workdir.'
     )
-
-
-def _spec(
-  name: str,
-  shape: tuple[int, ...],
-  class_names: tuple[str, ...],
-  counts: tuple[int, int],
-  moments: tuple[tuple[float, ...], ...],
-) -> specs.Spec:
-  return specs.Spec(
-    name=name,
-    image_size=shape[0],
-    channels=shape[-1],
-    num_classes=len(class_names),
-    mean=moments[0],
-    std=moments[1],
-    flip=True,  # config.data.flip=False turns it off.
-    crop_padding=shape[0] // 8,  # As for CIFAR: 4 of 32 pixels.
-    class_names=class_names,
-    train_examples=counts[0],
-    test_examples=counts[1],
-  )
 
 
 # Arrays.
@@ -163,8 +134,24 @@ def _checked(
     f'the arrays must be {", ".join(_NAMES)} and, if wanted, class_names',
     ', '.join(map(str, found)) or 'none',
   )
-  images, labels = _pair(found, '', require)
-  test_images, test_labels = _pair(found, 'test_', require)
+  pairs = []
+  for split in ('', 'test_'):
+    images = np.asarray(found[f'{split}images'])
+    labels = np.asarray(found[f'{split}labels'])
+    require(
+      images.dtype == np.uint8 and images.ndim in (3, 4) and images.size,
+      f'{split}images must be uint8 [N, H, W] or [N, H, W, C], 0..255',
+      f'{images.dtype} {images.shape}',
+    )
+    is_square = images.shape[1] == images.shape[2]
+    require(is_square, f'{split}images must be squares', images.shape)
+    require(
+      labels.dtype.kind in 'iu' and labels.shape == images.shape[:1],
+      f'{split}labels must be {len(images)} integers, one for each image',
+      f'{labels.dtype} {labels.shape}',
+    )
+    pairs.append((images.reshape(*images.shape[:3], -1), labels))
+  (images, labels), (test_images, test_labels) = pairs
   shape, test_shape = images.shape[1:], test_images.shape[1:]
   rule = f'test_images must be {list(shape)} as images are'
   require(test_shape == shape, rule, list(test_shape))
@@ -184,35 +171,17 @@ def _checked(
   texts = tuple(map(str, np.asarray(found.get('class_names', range(classes)))))
   require(len(texts) == classes, f'class_names must be {classes}', len(texts))
   counts = len(labels), len(test_labels)
+  spec = specs.described(name, shape[0], texts, counts, _moments(images))
   return arrays.Dataset(
     *(images, labels.astype(np.int32)),
     *(test_images, test_labels.astype(np.int32)),
-    _spec(name, shape, texts, counts, _moments(images)),
+    spec,
   )
 
 
-def _pair(
-  found: Mapping[str, Any], split: str, require: Callable[..., None]
-) -> arrays.Pair:
-  """(images [N, S, S, C], labels [N]) of one split, of the right types."""
-  images = np.asarray(found[f'{split}images'])
-  labels = np.asarray(found[f'{split}labels'])
-  require(
-    images.dtype == np.uint8 and images.ndim in (3, 4) and images.size,
-    f'{split}images must be uint8 [N, H, W] or [N, H, W, C], 0..255',
-    f'{images.dtype} {images.shape}',
-  )
-  is_square = images.shape[1] == images.shape[2]
-  require(is_square, f'{split}images must be squares', images.shape)
-  require(
-    labels.dtype.kind in 'iu' and labels.shape == images.shape[:1],
-    f'{split}labels must be {len(images)} integers, one for each image',
-    f'{labels.dtype} {labels.shape}',
-  )
-  return images.reshape(*images.shape[:3], -1), labels
-
-
-def _moments(images: np.ndarray) -> tuple[tuple[float, ...], ...]:
+def _moments(
+  images: np.ndarray,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and deviation of each channel of pixels in 0..1, to 4 digits."""
   values, found = np.arange(256) / 255, []
   for channel in np.moveaxis(images, -1, 0):
@@ -241,16 +210,17 @@ def _folder(fields: Any) -> tuple[specs.Spec, listing.Folder, listing.Folder]:
       f'config.data.num_classes must be 0 or {len(classes)}, the number of '
       f'class folders in {train.root}; got {fields.num_classes}.'
     )
-  n = len(train) + len(test)
-  if n * size**2 * 3 > MAX_BYTES:
+  counts = len(train), len(test)
+  need = sum(counts) * size**2 * 3
+  if need > MAX_BYTES:
     raise errors.UserError(
-      f'{n} images of config.data.image_size={size} must take at most '
-      f'{MAX_BYTES:,} bytes in memory; got {n * size**2 * 3:,}.\n'
+      f'{sum(counts)} images of config.data.image_size={size} must take at '
+      f'most {MAX_BYTES:,} bytes in memory; got {need:,}.\n'
       'config.data.name=imagenet2012 streams large folders: see '
       'docs/imagenet.md.'
     )
-  counts = len(train), len(test)
-  spec = _spec('folder', (size, size, 3), classes, counts, _MOMENTS)
+  moments = specs.IMAGENET_MOMENTS  # Customary for photographs.
+  spec = specs.described('folder', size, classes, counts, moments)
   return spec, train, test
 
 
@@ -288,12 +258,12 @@ def _first_size(train: listing.Folder) -> int:
 
 def _decoded(images: listing.Folder, size: int, fields: Any) -> arrays.Pair:
   """(pixels, labels) of all images, without those that are skipped."""
-  chosen, rows = np.arange(len(images)), np.arange(min(len(images), 64))
-  skip = fields.corrupt == 'skip'
+  n = len(images)
+  rows, skip = np.arange(min(n, 64)), fields.corrupt == 'skip'
   batches = loading.Batches(
-    images, chosen, len(rows), rows, size, skip=skip, keep=1.0
+    images, np.arange(n), len(rows), rows, size, skip=skip, keep=1.0
   )
-  pixels = np.empty((len(images), size, size, 3), np.uint8)
+  pixels = np.empty((n, size, size, 3), np.uint8)
   labels: list[int] = []
   with loading.Reader(batches, fields.workers) as reader:
     for step in range(len(batches)):

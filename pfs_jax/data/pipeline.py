@@ -1,7 +1,7 @@
 """Batches as a pure function of (key, step), drawn on the device.
 
 The images of a small set lie on the device as one uint8 array. The order of an
-epoch is a permutation from (key, epoch); crop and flip come from (key, step).
+epoch is a permutation from (key, epoch); augmentation comes from (key, step).
 So the state of the pipeline is the step alone: a run that continues sees
 exactly the batches of one that was never interrupted, on any number of devices.
 """
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from pfs_jax import config, devices, errors
-from pfs_jax.data import arrays, own, specs
+from pfs_jax import devices, errors
+from pfs_jax.data import colour
 
 
 def normalise(
@@ -33,13 +31,10 @@ def normalise(
   2.0
   """
   dtype = jnp.promote_types(dtype, jnp.float32)
-  return standardise(images.astype(dtype) / 255, mean, std)
+  return _standardised(images.astype(dtype) / 255, mean, std)
 
 
-def standardise(
-  x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
-) -> jax.Array:
-  """float [..., C] of 0..1 -> (x - mean) / std."""
+def _standardised(x: jax.Array, mean, std) -> jax.Array:
   shape = (1,) * (x.ndim - 1) + (-1,)
   shift, scale = (jnp.asarray(v, x.dtype).reshape(shape) for v in (mean, std))
   return (x - shift) / scale
@@ -79,28 +74,6 @@ def crop_and_flip(
   return images
 
 
-def check_batch(field: str, batch_size: int, images: int) -> None:
-  """Refuses a batch that is too large or does not split over the devices."""
-  devices.check_batch(field, batch_size)
-  if not 1 <= batch_size <= images:
-    raise errors.UserError(
-      f'config.{field} must be in [1, {images}], the number of training '
-      f'images; got {batch_size}.'
-    )
-
-
-def keys_of_steps(key: jax.Array, step: int, k: int) -> tuple[jax.Array, Any]:
-  """(steps uint32 [k], key data [k, 2]), from which a draw makes its keys."""
-  steps = np.arange(step, step + k, dtype=np.uint32)
-  data = jax.random.key_data(key)
-  return devices.replicate((steps, np.broadcast_to(data, (k, *data.shape))))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _permutation(key: jax.Array, n: int) -> jax.Array:
-  return jax.random.permutation(key, n)
-
-
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
   """What is done to training images; hashable, so static under jit.
@@ -111,6 +84,8 @@ class Augmentation:
     padding: Zeros around the image before the random crop; 0 for no crop.
     flip: Whether half of the images, at random, are flipped left-right.
     dtype: Dtype of the normalised images.
+    colour_jitter: Strength of brightness, contrast and saturation; 0: none.
+    lighting: Strength of PCA lighting, which follows jitter; 0: none.
   """
 
   mean: tuple[float, ...]
@@ -118,11 +93,21 @@ class Augmentation:
   padding: int = 0
   flip: bool = False
   dtype: Any = jnp.float32
+  colour_jitter: float = 0.0
+  lighting: float = 0.0
 
   def train(self, images: jax.Array, key: jax.Array) -> jax.Array:
     """Augmented and normalised training images."""
     images = crop_and_flip(images, key, self.padding, self.flip)
-    return self.test(images)
+    if not (self.colour_jitter or self.lighting):
+      return self.test(images)
+    jitter_key, lighting_key = jax.random.split(jax.random.fold_in(key, 1))
+    x = images.astype(jnp.promote_types(self.dtype, jnp.float32)) / 255
+    if self.colour_jitter:
+      x = colour.jitter(x, jitter_key, self.colour_jitter)
+    if self.lighting:
+      x = colour.lighting(x, lighting_key, self.lighting)
+    return _standardised(x, self.mean, self.std)
 
   def test(self, images: jax.Array) -> jax.Array:
     """Normalised images, nothing random."""
@@ -130,8 +115,8 @@ class Augmentation:
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayDraw:
-  """One batch of an `ArraySource`, inside the compiled program.
+class Draw:
+  """One batch of a source, inside the compiled program.
 
   Equal by value, so that a second source does not compile the step again.
   """
@@ -139,11 +124,40 @@ class ArrayDraw:
   augmentation: Augmentation
 
   def __call__(self, resident: Any, item: Any) -> tuple[jax.Array, jax.Array]:
-    """(x normalised, y) of one step."""
-    images, labels = resident
-    indices, (step, key) = item
+    """(x normalised, y) of one step.
+
+    Args:
+      resident: (images, labels) on the device, or () where they are streamed.
+      item: Indices, or images and labels; then (step, key data).
+    """
+    *batch, (step, key) = item
+    if resident:
+      batch = [array[batch[0]] for array in resident]
+    images, labels = batch
     key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-    return self.augmentation.train(images[indices], key), labels[indices]
+    return self.augmentation.train(images, key), labels
+
+
+def keys_of_steps(key: jax.Array, step: int, k: int) -> tuple[jax.Array, Any]:
+  """(steps uint32 [k], key data [k, 2]), from which a draw makes its keys."""
+  steps = np.arange(step, step + k, dtype=np.uint32)
+  data = jax.random.key_data(key)
+  return devices.replicate((steps, np.broadcast_to(data, (k, *data.shape))))
+
+
+def check_batch(field: str, batch_size: int, images: int) -> None:
+  """Refuses a batch that is too large or does not split over the devices."""
+  devices.check_batch(field, batch_size)
+  if not 1 <= batch_size <= images:
+    raise errors.UserError(
+      f'config.{field} must be in [1, {images}], the number of training '
+      f'images; got {batch_size}.'
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _permutation(key: jax.Array, n: int) -> jax.Array:
+  return jax.random.permutation(key, n)
 
 
 class ArraySource:
@@ -156,6 +170,7 @@ class ArraySource:
     resident: (images, labels), uint8 and int32, on every device.
     steps_per_epoch: Whole batches in an epoch; what remains of the permutation
       is left out; these are other images in each epoch.
+    draw: See `Draw`.
   """
 
   def __init__(
@@ -170,12 +185,12 @@ class ArraySource:
     check_batch('batch_size', batch_size, len(images))
     self.resident = devices.replicate((images, labels.astype(np.int32)))
     self.steps_per_epoch = len(images) // batch_size
-    self.draw = ArrayDraw(augmentation)
+    self.draw = Draw(augmentation)
     self._batch_size, self._n = batch_size, len(images)
     self._order_key, self._augment_key = jax.random.split(key)
     self._epoch, self._order = -1, np.empty(0, int)
 
-  def __enter__(self) -> ArraySource:
+  def __enter__(self) -> Self:
     """Returns the source."""
     return self
 
@@ -217,104 +232,19 @@ class ArrayEvaluation:
     self.size = len(images)
     n = jax.device_count()
     self._batch_size = -(-min(batch_size, len(images)) // n) * n
-    self._images, self._labels = images, labels.astype(np.int32)
+    weights = np.ones(len(images), np.float32)
+    self._arrays = (images, labels.astype(np.int32), weights)
 
   def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
     """Yields (images, labels, weights) on the devices."""
     for start in range(0, self.size, self._batch_size):
-      x = self._images[start : start + self._batch_size]
-      y = self._labels[start : start + self._batch_size]
-      short = self._batch_size - len(x)
-      weight = np.pad(np.ones(len(x), np.float32), (0, short))
-      x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
-      yield devices.split_batch((x, np.pad(y, (0, short)), weight))
-
-
-class Arrays:
-  """A data set in memory under one config; see `data.open_set`.
-
-  Attributes:
-    spec: Its facts.
-  """
-
-  def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
-    self._config = c
-    fields = c.data
-    if specs.is_own(fields):
-      self._dataset = own.load(fields, workdir)
-    else:
-      specs.configured(fields)  # Refuses what the set cannot have.
-      self._dataset = arrays.load(
-        fields.name,
-        data_dir=fields.data_dir,
-        source_dir=fields.source_dir,
-        download=fields.download,
-        train_examples=fields.train_examples,
-      )
-    self.spec = self._dataset.spec
-    for field in ('crop_scale', 'colour_jitter', 'lighting'):
-      for stage in ('search', 'train'):
-        if c[stage][field]:
-          raise errors.UserError(
-            f'config.{stage}.{field} must be 0 for {self.spec.name}, which is '
-            f'not streamed; got {c[stage][field]:g}.'
+      short = max(0, start + self._batch_size - self.size)
+      yield devices.split_batch(
+        tuple(
+          np.pad(
+            array[start : start + self._batch_size],
+            [(0, short)] + [(0, 0)] * (array.ndim - 1),
           )
-
-  def _split(self) -> tuple[arrays.Pair, arrays.Pair]:
-    d = self._dataset
-    return arrays.split(
-      d.train_images, d.train_labels, self._config.data.validation_examples
-    )
-
-  def _augmentation(self) -> Augmentation:
-    augment = self._config.data.augment
-    return Augmentation(
-      mean=self.spec.mean,
-      std=self.spec.std,
-      padding=self.spec.crop_padding if augment else 0,
-      flip=self.spec.flip and self._config.data.flip and augment,
-      dtype=config.DTYPES[self._config.dtype],
-    )
-
-  def train_source(self, stage: str, hold_out: bool) -> ArraySource:
-    """Training batches of a stage ('search' or 'train').
-
-    Args:
-      stage: The section of the config with the recipe.
-      hold_out: Whether the validation images are left out.
-
-    Raises:
-      errors.UserError: The batch is larger than the training set.
-    """
-    examples = (self._dataset.train_images, self._dataset.train_labels)
-    if hold_out:
-      examples, _ = self._split()
-    batch_size = self._config[stage].batch_size
-    check_batch(f'{stage}.batch_size', batch_size, len(examples[0]))
-    return ArraySource(
-      *examples,
-      batch_size=batch_size,
-      key=config.key(self._config.seed, f'{stage} data'),
-      augmentation=self._augmentation(),
-    )
-
-  def validation(self) -> ArrayEvaluation | None:
-    """The images held out from training, or None."""
-    _, held_out = self._split()
-    return self._evaluation(*held_out) if len(held_out[0]) else None
-
-  def test(self) -> ArrayEvaluation:
-    """The test images."""
-    return self._evaluation(
-      self._dataset.test_images, self._dataset.test_labels
-    )
-
-  def _evaluation(
-    self, images: np.ndarray, labels: np.ndarray
-  ) -> ArrayEvaluation:
-    return ArrayEvaluation(
-      images,
-      labels,
-      batch_size=self._config.data.eval_batch_size,
-      augmentation=self._augmentation(),
-    )
+          for array in self._arrays
+        )
+      )

@@ -6,8 +6,8 @@ class folders, of several sizes, which a small network learns in a minute.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-import shutil
 import tempfile
 
 import numpy as np
@@ -21,50 +21,31 @@ _COLOURS = {'blue': (60, 90, 230), 'red': (230, 70, 60)}
 def make_folder(root: pathlib.Path, spec: specs.Spec) -> pathlib.Path:
   """Writes train/<class>/*.JPEG and val/<class>/*.JPEG, whole or not at all.
 
-  Args:
-    root: Where; left as it is if it exists.
-    spec: Numbers of images, classes ('<colour>_<shape>') and the size; images
-      are 1 to 1.5 times as wide and high, each side on its own.
-
-  Returns:
-    `root`.
+  A folder that exists is left as it is. Images are 1 to 1.5 times as wide and
+  as high as `spec` says, each side on its own. Returns `root`.
   """
   if root.exists():
     return root
   root.parent.mkdir(parents=True, exist_ok=True)
+  counts = {'train': spec.train_examples, 'val': spec.test_examples}
   with tempfile.TemporaryDirectory(prefix='.shapes_', dir=root.parent) as work:
     made = pathlib.Path(work) / 'made'
-    for split, count in (
-      ('train', spec.train_examples),
-      ('val', spec.test_examples),
-    ):
-      _make_split(made / split, spec, split, count // spec.num_classes)
-    try:
+    for split, count in counts.items():
+      for label, name in enumerate(spec.class_names):
+        folder = made / split / name
+        folder.mkdir(parents=True)
+        for i in range(count // spec.num_classes):
+          rng = np.random.default_rng([split == 'train', label, i])
+          image = draw(rng, name, spec.image_size)
+          image.save(folder / f'{name}_{i:04d}.JPEG', quality=90)
+    # Another process may have been first; the files are the same.
+    with contextlib.suppress(OSError):
       made.rename(root)
-    except OSError:  # Another process was first; the files are the same.
-      shutil.rmtree(made)
   return root
 
 
-def _make_split(
-  folder: pathlib.Path, spec: specs.Spec, split: str, per_class: int
-) -> None:
-  for label, name in enumerate(spec.class_names):
-    (folder / name).mkdir(parents=True)
-    for i in range(per_class):
-      rng = np.random.default_rng([split == 'train', label, i])
-      image = draw(rng, name, spec.image_size)
-      image.save(folder / name / f'{name}_{i:04d}.JPEG', quality=90)
-
-
 def draw(rng: np.random.Generator, name: str, size: int) -> Image.Image:
-  """One image of a class: a shape somewhere on a noisy, tinted ground.
-
-  Args:
-    rng: Draws place, size and colours.
-    name: '<colour>_<shape>'.
-    size: The image is 1 to 1.5 times as wide, and as high, in pixels.
-  """
+  """One image of '<colour>_<shape>' somewhere on a noisy, tinted ground."""
   colour, shape = name.split('_')
   width, height = rng.integers(size, size * 3 // 2 + 1, 2).tolist()
   ground = rng.integers(60, 190, 3) + rng.normal(0, 12, (height, width, 3))
@@ -84,6 +65,7 @@ def draw(rng: np.random.Generator, name: str, size: int) -> Image.Image:
     pen.rectangle(box, fill=fill)
   else:
     bottom = y + radius
-    corners = [(x, y - radius), (x - radius, bottom), (x + radius, bottom)]
-    pen.polygon(corners, fill=fill)
+    pen.polygon(
+      [(x, y - radius), (x - radius, bottom), (x + radius, bottom)], fill=fill
+    )
   return image

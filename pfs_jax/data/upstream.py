@@ -8,7 +8,6 @@ there are, how long they are, and their sha256.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import http.client
 import pathlib
 import threading
@@ -16,7 +15,7 @@ import urllib.error
 import urllib.request
 from concurrent import futures
 
-from pfs_jax import console, errors
+from pfs_jax import console, errors, storage
 
 CONNECT_SECONDS = 10.0
 _STALL_SECONDS = 10.0  # The longest silence in the middle of a download.
@@ -67,19 +66,17 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
   wanted = expected(name)
   contents = {}
   for file in wanted:
-    path = root / file.name
     try:
-      content = path.read_bytes()
+      content = (root / file.name).read_bytes()
     except OSError as e:
-      names = ', '.join(f.name for f in wanted)
       raise errors.UserError(
         f'config.data.source_dir must hold the files of {name}; '
         f'cannot read {file.name} in {root} ({e.strerror}).\n'
-        f'Expected there: {names}.'
+        f'Expected there: {", ".join(f.name for f in wanted)}.'
       ) from e
     if name == 'fashion_mnist':
       content = _upstream_header(file, content)
-    found = hashlib.sha256(content).hexdigest()
+    found = storage.sha256(content)
     if found != file.sha256:
       raise errors.UserError(
         f'config.data.source_dir must hold upstream files; '
@@ -141,7 +138,7 @@ def _get(file: File) -> bytes:
     raise Unreachable(
       f'{file.url}: ended after {len(content)} of {file.size} bytes'
     )
-  if hashlib.sha256(content).hexdigest() != file.sha256:
+  if storage.sha256(bytes(content)) != file.sha256:
     raise Unreachable(f'{file.url}: not the expected file (sha256 differs)')
   return bytes(content)
 
