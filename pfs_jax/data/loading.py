@@ -1,7 +1,8 @@
-"""Batches of image files: which images, decoded by threads ahead of time.
+"""Batches of a stream of image files, decoded by threads ahead of time.
 
-A batch is a pure function of (key, step): which images, and how each is
-cropped. It does not depend on the number of threads. Pillow releases Python's
+The host decodes, crops and resizes in threads and sends uint8; flip, colour and
+normalisation are part of the compiled step. A batch is a pure function of (key,
+step), on any number of threads, devices and processes. Pillow releases Python's
 global lock while it decodes and resizes, so threads are as fast as processes
 here (measured: docs/imagenet.md).
 """
@@ -13,14 +14,17 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any, Self
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
-from pfs_jax import console, errors
-from pfs_jax.data import decoding, listing, records
+from pfs_jax import console, devices, errors
+from pfs_jax.data import decoding, listing, pipeline, records
 
 _PIECE = 16  # Images decoded by one thread at a time.
 _AHEAD = 4  # Batches in the making, or made and not yet asked for.
@@ -225,3 +229,94 @@ class Reader:
         f'{len(self._named)} images cannot be decoded, too many in a row to '
         f'fill a batch; the last is {where}.'
       )
+
+
+# Over the devices of all processes.
+
+
+def local_rows(n: int) -> np.ndarray:
+  """The rows of a global batch of n that lie on this process's devices."""
+  sharding = NamedSharding(devices.mesh(), PartitionSpec('data'))
+  slices = sharding.addressable_devices_indices_map((n,)).values()
+  rows = np.arange(n)
+  return np.unique(np.concatenate([rows[i] for i in slices]))
+
+
+def _global(local: np.ndarray, axis: int, n: int) -> jax.Array:
+  """One array over all devices from every process's rows along `axis`."""
+  spec = PartitionSpec(*[None] * axis, 'data')
+  shape = (*local.shape[:axis], n, *local.shape[axis + 1 :])
+  return jax.make_array_from_process_local_data(
+    NamedSharding(devices.mesh(), spec), local, shape
+  )
+
+
+class StreamSource(Reader):
+  """Training batches from threads; the interface of `pipeline.ArraySource`.
+
+  `key` is that of the augmentation in the compiled step.
+  """
+
+  def __init__(
+    self,
+    *reader: Any,
+    key: jax.Array,
+    augmentation: pipeline.Augmentation,
+  ):
+    super().__init__(*reader)
+    self.resident = ()  # No data stay on the device.
+    self.steps_per_epoch = self.batches.steps_per_epoch
+    self.draw = pipeline.Draw(augmentation)
+    self._key = key
+
+  def chunk(self, step: int, k: int) -> Any:
+    """What `draw` needs for steps step .. step + k - 1, leading axis k.
+
+    Raises:
+      errors.UserError: A file cannot be decoded and is not to be skipped.
+    """
+    local = [self.batch(i) for i in range(step, step + k)]
+
+    def joined(name: str) -> jax.Array:
+      parts = [batch[name] for batch in local]
+      stacked = parts[0][None] if k == 1 else np.stack(parts)
+      return _global(stacked, 1, self.batches.batch_size)
+
+    keys = pipeline.keys_of_steps(self._key, step, k)
+    return joined('pixels'), joined('labels'), keys
+
+
+class StreamEvaluation:
+  """Evaluation batches that hold every image exactly once.
+
+  Iterating gives (x, y, weight) as `pipeline.ArrayEvaluation` does; weight 0
+  also stands for images that were skipped.
+
+  Attributes:
+    augmentation: Its `test` normalises.
+    size: Number of images; after a pass, of those that could be decoded.
+  """
+
+  def __init__(
+    self,
+    batches: Batches,
+    *reader: Any,
+    augmentation: pipeline.Augmentation,
+  ):
+    self.augmentation = augmentation
+    self.size = len(batches.chosen)
+    self._arguments = batches, *reader
+
+  def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
+    """Yields (images, labels, weights) on the devices."""
+    skipped = 0
+    with Reader(*self._arguments) as reader:
+      batches = reader.batches
+      for step in range(len(batches)):
+        batch = reader.batch(step)
+        skipped += len(batch['corrupt'])
+        arrays = (batch[name] for name in ARRAYS)
+        yield tuple(_global(a, 0, batches.batch_size) for a in arrays)
+    if jax.process_count() > 1:
+      skipped = multihost_utils.process_allgather(np.int32(skipped)).sum()
+    self.size = len(batches.chosen) - int(skipped)

@@ -22,7 +22,6 @@ from pfs_jax.data import (
   records,
   shapes,
   specs,
-  streamed,
 )
 
 
@@ -40,7 +39,7 @@ class Opened(abc.ABC):
   _test: Any
 
   def train_source(self, stage: str, hold_out: bool) -> Any:
-    """Training batches: `pipeline.ArraySource` or `streamed.StreamSource`.
+    """Training batches: `pipeline.ArraySource` or `loading.StreamSource`.
 
     Args:
       stage: 'search' or 'train', the section of the config with the recipe.
@@ -174,7 +173,7 @@ class Streamed(Opened):
       images,
       np.arange(len(images)) if chosen is None else chosen,
       size,
-      streamed.local_rows(size),
+      loading.local_rows(size),
       self.spec.image_size,
       skip=self._config.data.corrupt == 'skip',
     )
@@ -188,7 +187,7 @@ class Streamed(Opened):
       key=tuple(jax.random.key_data(host_key).tolist()),
       scale=scale if c.data.augment else 0.0,
     )
-    return streamed.StreamSource(
+    return loading.StreamSource(
       *(batches, c.data.workers, self._named[0]),
       key=device_key,
       augmentation=self._augmentation(stage),
@@ -198,7 +197,7 @@ class Streamed(Opened):
     c, n = self._config, jax.device_count()
     count = len(images) if chosen is None else len(chosen)
     size = -(-min(c.data.eval_batch_size, count) // n) * n
-    return streamed.StreamEvaluation(
+    return loading.StreamEvaluation(
       self._batches(images, chosen, size),
       *(c.data.workers, self._named[images is self._test]),
       augmentation=self._augmentation(),

@@ -138,7 +138,7 @@ def tfds_order(split: str, count: int) -> list[int]:
   its index.
 
   >>> tfds_order('test', 5)
-  [0, 1, 2, 3, 4]
+  [1, 4, 3, 2, 0]
   """
   digest = functools.partial(hashlib.md5, usedforsecurity=False)
   keys = [digest(f'{split}{i}'.encode()).digest() for i in range(count)]

@@ -121,7 +121,11 @@ _SHAPES = [
   for colour in ('blue', 'red')
   for shape in ('circle', 'ring', 'square', 'triangle')
 ]
-_STREAMED = {'in_memory': False, 'crop_padding': 0, 'crop_scale': 0.25}
+_STREAMED: dict[str, Any] = {
+  'in_memory': False,
+  'crop_padding': 0,
+  'crop_scale': 0.25,
+}
 
 # Digits of 8x8 pixels stay readable when shifted by one pixel, those of 28x28
 # by two. `shapes` draws a set that is streamed, small enough for two cores.
