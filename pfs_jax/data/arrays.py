@@ -124,12 +124,7 @@ def _digits(facts: specs.Spec) -> dict[str, np.ndarray]:
 def split(
   images: np.ndarray, labels: np.ndarray, holdout: int
 ) -> tuple[Pair, Pair]:
-  """Holds the LAST `holdout` examples back for validation.
-
-  Args:
-    images: [N, ...].
-    labels: [N].
-    holdout: 0..N-1; 0 gives an empty validation set.
+  """Holds the LAST `holdout` (0..N-1) of N examples back for validation.
 
   Returns:
     (images, labels) to train on, (images, labels) to validate on; views.

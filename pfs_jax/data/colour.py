@@ -27,10 +27,7 @@ def jitter(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
   >>> bool((jitter(grey, jax.random.key(0), 0.0) == grey).all())
   True
 
-  Args:
-    x: [N, H, W, 3], 0..1, as the result.
-    key: A PRNG key.
-    strength: 0..1.
+  Images, before and after, are [N, H, W, 3] of 0..1; `strength` is in 0..1.
   """
   low = max(0.0, 1 - strength)
   factors = jax.random.uniform(
@@ -52,14 +49,10 @@ def _grey(x: jax.Array) -> jax.Array:
 def lighting(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
   """AlexNet's PCA lighting: adds a random colour to each image.
 
-  The colour is sum_k a_k * eigenvalue_k * eigenvector_k, a_k from
-  N(0, strength), on the scale of pixels in 0..1. (The published code adds the
-  same number to pixels in 0..255, where it is next to nothing.)
-
-  Args:
-    x: [N, H, W, 3], 0..1; the result may leave this range.
-    key: A PRNG key.
-    strength: Standard deviation of a_k.
+  The colour is sum_k a_k * eigenvalue_k * eigenvector_k, where a_k is normal
+  with deviation `strength`. Pixels are in 0..1, but the result may leave it.
+  (The published code adds the same number to pixels in 0..255, where it is next
+  to nothing.)
   """
   a = strength * jax.random.normal(key, (x.shape[0], 3), x.dtype)
   values = jnp.asarray(EIGENVALUES, x.dtype).reshape(1, 3)

@@ -146,13 +146,11 @@ class Reader:
   """Batches by step, decoded ahead by threads; a context manager.
 
   Args:
-    batches: What to decode.
+    batches: What to decode; an attribute too.
     workers: Threads that decode; 0 and -1 are one for each core.
     named: Places of corrupt images that were named on stderr; grows.
 
-  Attributes:
-    batches: As given.
-    seconds_waited: How long `batch` has waited for threads.
+  The attribute `seconds_waited` says how long `batch` has waited for threads.
   """
 
   def __init__(

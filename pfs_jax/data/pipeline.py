@@ -43,16 +43,10 @@ def _standardised(x: jax.Array, mean, std) -> jax.Array:
 def crop_and_flip(
   images: jax.Array, key: jax.Array, padding: int, flip: bool
 ) -> jax.Array:
-  """Random crop of the zero-padded images; a left-right flip of half of them.
+  """Random crop of padded images; a left-right flip of half of them.
 
-  Args:
-    images: [N, H, W, C] uint8. Raw zeros are padded, before normalising.
-    key: A typed PRNG key.
-    padding: Zeros on each side, 0 for no crop.
-    flip: Whether to flip.
-
-  Returns:
-    [N, H, W, C], as `images`.
+  Images, before and after, are uint8 [N, H, W, C]. `padding` is the number of
+  raw zeros on each side, added before normalising; 0 is no crop.
   """
   n, height, width, _ = images.shape
   crop_key, flip_key = jax.random.split(key)
@@ -126,9 +120,9 @@ class Draw:
   def __call__(self, resident: Any, item: Any) -> tuple[jax.Array, jax.Array]:
     """(x normalised, y) of one step.
 
-    Args:
-      resident: (images, labels) on the device, or () where they are streamed.
-      item: Indices, or images and labels; then (step, key data).
+    `resident` is (images, labels) on the device, and `item` holds indices into
+    them; or `resident` is (), and `item` holds images and labels. In both cases
+    (step, key data) comes last in `item`.
     """
     *batch, (step, key) = item
     if resident:
