@@ -139,6 +139,13 @@ def test_the_gate_stands_where_it_acts():
   assert sites.groups[0].norms == ('bn1',)
 
 
+def test_layers_in_loops_count_as_often_as_they_run():
+  _, sites = found('layered')
+  plain = 3 * 4 + 4 * 5 + 4 * 6 + 4 * 4
+  nested = 2 * 4 * 4 + 2 * 5 * 4 + 6 * 4  # In scan, vmap and jit.
+  assert sites.cost_model().macs((4,)) == (plain + nested) * 9 * 64 + 4 * 3
+
+
 def test_concatenated_channels_are_gated_at_each_later_norm():
   _, sites = found('dense')
   by_name = {g.name: g for g in sites.groups}
@@ -329,6 +336,7 @@ def test_our_families_come_out_as_built_in(name):
   sites = surgery.discover(models.build(name, 10, 4), x, leave=leave)
   ours = models.table(name, 10, 16, width=4)
   assert list(sites.sizes.values()) == list(ours.sizes.values())
+  assert 'mixed by cond' not in str(sites)  # Forms for several platforms.
   assert list(sites.gated) == list(ours.gated)
   for path, units in ours.gated.items():
     np.testing.assert_array_equal(sites.gated[path], units)

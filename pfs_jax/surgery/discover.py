@@ -179,7 +179,7 @@ def _follow(
   for value in flow.run(program, values):
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
   images = next(iter(arrays.values())).shape[0]
-  more, uncounted = trace.rest(program, layers, images)
+  more, uncounted = trace.rest(program, calls, images)
   leaves = jax.tree.leaves(shapes.get('params'))
   unknown = sum(a.size for a in leaves) - sum(c.params() for c in calls)
   if unknown:

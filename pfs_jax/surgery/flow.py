@@ -125,6 +125,9 @@ class Flow:
       return values[: len(eqn.outvars)]
     if name in jaxprs.CALLS:
       return self._call(eqn, values, where)
+    if name == 'cond' and eqn.params.get('branches_platforms'):
+      # Of the forms of one computation for several platforms, the default.
+      return self.run(eqn.params['branches'][-1], values[1:], where)
     if (known := self._known(eqn, values)) is not None:
       return known
     if name == 'iota':

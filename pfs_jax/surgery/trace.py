@@ -11,14 +11,14 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.extend import core
 
-from pfs_jax import costs, described
+from pfs_jax import costs, described, groups
 
 # Names of equations: a layer begins, a layer ends, a layer that is looked into.
 ENTER, LEAVE, PEEK = 'pfs_enter:', 'pfs_leave:', 'pfs_peek:'
@@ -86,22 +86,25 @@ def fixed_cost(path: str, macs: int = 0, params: int = 0) -> costs.Layer:
 
 
 def rest(
-  program: Any, layers: Mapping[str, costs.Layer], images: int
+  program: Any, calls: Sequence[costs.Layer], images: int
 ) -> tuple[list[costs.Layer], tuple[str, ...]]:
-  """What a marked program computes beside one call of each layer call.
+  """What a marked program computes beside one run of each layer call.
 
   Args:
     program: The jaxpr, from `trace`.
-    layers: {path: layer} of the layers that are marked in it.
+    calls: The layer calls, from `trace`.
     images: Images in the batch.
 
   Returns:
     Records of operations with fixed MACs, by their places, and the names of
     those that cannot be counted.
   """
+  layers = groups.first_calls(calls)
   unknown: dict[str, None] = {}
   macs = _count(program, layers, images, 1, '', unknown)
-  found = [fixed_cost(path, n // images) for path, n in macs.items() if n]
+  for call in calls:
+    macs[f'{call.path} (repeated)'] -= call.macs() * images
+  found = [fixed_cost(path, n // images) for path, n in macs.items() if n > 0]
   return found, tuple(unknown)
 
 
@@ -118,8 +121,10 @@ def _count(
     elif title.startswith(LEAVE):
       inside -= 1
       layer = layers[title.removeprefix(LEAVE)]
-      more = times * _copies(equation, layer, images) - 1
-      macs[f'{layer.path} (repeated)'] += more * layer.macs() * images
+      # More than one call has, where several layers are one under nn.vmap.
+      size = sum(math.prod(v.aval.shape) for v in equation.outvars)
+      one = math.prod(layer.output_size) * layer.outputs
+      macs[f'{layer.path} (repeated)'] += times * layer.macs() * size // one
     elif inside:
       continue  # `costs` counts the layer.
     elif name == 'dot_general':
@@ -151,12 +156,6 @@ def _programs(equation) -> list[Any]:
     for part in (value if isinstance(value, tuple | list) else [value])
     if isinstance(part, core.Jaxpr | core.ClosedJaxpr)
   ]
-
-
-def _copies(equation, layer: costs.Layer, images: int) -> int:
-  """How many layers stand in one, under nn.vmap."""
-  size = sum(math.prod(v.aval.shape) for v in equation.outvars)
-  return max(1, size // (images * math.prod(layer.output_size) * layer.outputs))
 
 
 def _dot(equation) -> int:
