@@ -124,8 +124,6 @@ class MnistCnn(nnx.Module):
 
 
 class Unit(nnx.Module):
-  """A convolution and a normalisation."""
-
   def __init__(self, inputs, outputs, rngs, norm=nnx.BatchNorm, **options):
     self.conv = nnx.Conv(inputs, outputs, (3, 3), rngs=rngs)
     self.norm = norm(outputs, rngs=rngs, **options)
@@ -135,8 +133,6 @@ class Unit(nnx.Module):
 
 
 class Upward(nnx.Module):
-  """A transposed convolution between two others."""
-
   def __init__(self, *, rngs, transpose_kernel=False):
     self.first, self.last = Unit(3, 6, rngs), Unit(4, 5, rngs)
     self.up = nnx.ConvTranspose(
@@ -381,8 +377,3 @@ def test_a_factory_may_return_an_nnx_module():
   kernel = drawn['params']['blocks']['0']['conv2']['kernel']
   assert kernel.shape == (3, 3, 2, 6)
   assert kernel.std() == pytest.approx(1 / np.sqrt(18), rel=0.3)  # LeCun.
-
-
-def test_a_class_is_no_instance():
-  with pytest.raises(errors.UserError, match='must be an instance of'):
-    surgery.discover(ResNet, X)

@@ -425,8 +425,9 @@ def test_a_narrow_model_can_live_in_nnx():
 
 
 def test_what_discover_needs():
-  with pytest.raises(errors.UserError, match='instance of flax.linen.Module'):
-    surgery.discover(own_models.Plain, X)
+  for kind in (own_models.Plain, NnxNet):
+    with pytest.raises(errors.UserError, match='instance of flax.linen.Module'):
+      surgery.discover(kind, X)
 
   class Silent(nn.Module):
     @nn.compact

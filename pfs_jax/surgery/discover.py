@@ -19,8 +19,6 @@ from pfs_jax.surgery import calling, nnx_models, trace
 from pfs_jax.surgery.cells import State
 from pfs_jax.surgery.flow import NESTED, Flow
 
-_SEED = 0  # Decides which channels the trial narrowing keeps.
-
 
 def discover(
   model: Any,
@@ -362,7 +360,7 @@ def _objection(source, arguments, found: _Found, chosen) -> str:
   """What goes wrong when the chosen groups are narrowed, '' if nothing."""
   if not chosen:
     return ''
-  flow, random = found.flow, np.random.default_rng(_SEED)
+  flow, random = found.flow, np.random.default_rng(0)
   kept = np.ones(len(flow.channels.owners), bool)
   for made in chosen:
     roots = np.array(found.classes[made])
