@@ -65,8 +65,7 @@ class Progress:
     self, label: str, total: int, done: int = 0, unit: str = 'steps'
   ):
     self._label, self._total, self._first = label, total, done
-    self._unit = 'MB' if unit == 'bytes' else 'steps'
-    self._size = 1e6 if unit == 'bytes' else 1.0
+    self._bytes = unit == 'bytes'
     self._start = self._said = time.perf_counter()
     self._started = False
     self._shown = sys.stderr.isatty() and jax.process_index() == 0
@@ -78,9 +77,8 @@ class Progress:
       transient=True,
       disable=not self._shown,
     )
-    self._task = self._bar.add_task(
-      label, total=total, completed=done, status=''
-    )
+    about: dict[str, Any] = {'total': total, 'completed': done, 'status': ''}
+    self._task = self._bar.add_task(label, **about)
 
   def __enter__(self) -> Progress:
     """Starts the bar."""
@@ -93,14 +91,14 @@ class Progress:
 
   def _status(self, done: int) -> str:
     """'20/100  2.0 steps/s' or '3.1/29.5 MB  1.2 MB/s  22 s left'."""
-    digits = 0 if self._unit == 'steps' else 1
-    of = '/'.join(f'{n / self._size:.{digits}f}' for n in (done, self._total))
-    text = of if self._unit == 'steps' else f'{of} {self._unit}'
+    text = f'{done}/{self._total}'
+    if self._bytes:
+      text = f'{done / 1e6:.1f}/{self._total / 1e6:.1f} MB'
     if done <= self._first:
       return text
     rate = (done - self._first) / max(time.perf_counter() - self._start, 1e-9)
-    left = duration((self._total - done) / rate)
-    return f'{text}  {rate / self._size:.1f} {self._unit}/s  {left} left'
+    speed = f'{rate / 1e6:.1f} MB/s' if self._bytes else f'{rate:.1f} steps/s'
+    return f'{text}  {speed}  {duration((self._total - done) / rate)} left'
 
   def update(self, done: int) -> None:
     """Says that so many steps or bytes are done."""
@@ -109,7 +107,7 @@ class Progress:
       self._started = True
       self._start, self._first = now, done
     self._bar.update(self._task, completed=done, status=self._status(done))
-    if not self._shown and self._unit == 'MB' and now - self._said >= 10:
+    if not self._shown and self._bytes and now - self._said >= 10:
       self._said = now
       note(f'{self._label} {self._status(done)}')
 
@@ -129,9 +127,9 @@ def table(
   """Prints a table: the first column to the left, numbers to the right."""
   if jax.process_index() != 0:
     return
-  shown = rich.table.Table()
-  for i, column in enumerate(columns):
-    shown.add_column(column, justify='left' if i == 0 else 'right')
+  shown = rich.table.Table(columns[0])
+  for column in columns[1:]:
+    shown.add_column(column, justify='right')
   for row in rows:
     shown.add_row(*row)
   width = None if sys.stdout.isatty() else 100
@@ -208,8 +206,8 @@ def _last_line(e: Exception) -> str:
   """The message of an exception of a flag, without a traceback it may quote."""
   text = str(e.args[0]) if len(e.args) == 1 else str(e)
   text = text.strip() or type(e).__name__
-  lines = [line.strip() for line in text.replace('\\n', '\n').splitlines()]
-  lines = [line for line in lines if line]
+  stripped = map(str.strip, text.replace('\\n', '\n').splitlines())
+  lines = list(filter(None, stripped))
   if isinstance(e, OSError):  # 'Failed loading config file', paths, reasons.
     return f'the config file cannot be loaded: {lines[-1]}'
   if 'Traceback (most recent call last):' in lines:

@@ -28,7 +28,6 @@ from pfs_jax.report import figures, page, run_logs, run_page
 from pfs_jax.stages import cutting
 from pfs_jax.studies import plan, results, statistics
 from pfs_jax.studies import tables as study_tables
-from tests import processes
 
 # Runs.
 
@@ -165,10 +164,20 @@ def check_page(workdir, names, stem='report'):
 SEARCH_PICTURES = ['network', 'gates', 'search']
 
 
-def test_report_of_a_run(tmp_path):
-  job = trained(tmp_path)
-  report.write(job.config, tmp_path)
-  outline = check_page(tmp_path, [*SEARCH_PICTURES, 'training'])
+@pytest.fixture(scope='module')
+def of_run(tmp_path_factory):
+  """(job, folder of its report): one of two budgets is trained."""
+  folder = tmp_path_factory.mktemp('run')
+  job = trained(folder / 'run')
+  before = {p: p.stat().st_mtime_ns for p in job.workdir.rglob('*')}
+  report.write(job.config, job.workdir, folder / 'out')
+  # A workdir that cannot be written is reported elsewhere.
+  assert before == {p: p.stat().st_mtime_ns for p in job.workdir.rglob('*')}
+  return job, folder / 'out'
+
+
+def test_report_of_a_run(of_run):
+  outline = check_page(of_run[1], [*SEARCH_PICTURES, 'training'])
   first_screen = outline.text.partition('Channels of each layer')[0]
   for said in (
     'vgg16 on digits, 2 budgets, seed 0',
@@ -182,72 +191,82 @@ def test_report_of_a_run(tmp_path):
     assert said in outline.text, said
 
 
-def test_all_budgets_stand_in_one_table_the_widest_first(tmp_path):
-  job = trained(tmp_path)
-  report.write(job.config, tmp_path)
-  text = (tmp_path / 'report.html').read_text()
-  (table,) = re.findall(
-    r'(?s)<table id="table-channels-kept">.*?</table>', text
-  )
-  columns = re.findall('<th scope="col".*?>(.*?)</th>', table)
+def cells_of(text, table):
+  """The texts of the cells of a table, row by row."""
+  (found,) = re.findall(rf'(?s)<table id="table-{table}">.*?</table>', text)
+  rows = re.findall('(?s)<tr>(.*?)</tr>', found)
+  return [re.findall('<t[hd].*?>(.*?)</t[hd]', row) for row in rows]
+
+
+def test_all_budgets_stand_in_one_table_the_widest_first(of_run):
+  job, out = of_run
+  text = (out / 'report.html').read_text()
+  (columns, *rows), model = cells_of(text, 'channels-kept'), job.network
   assert columns == [
     *('layer', 'searched', 'reference', 'keep0.5', 'keep0.3', 'mean gate')
   ]
-  model, rows = job.network.cost_model, table.count('<th scope="row">')
-  assert rows == len(model.layers)
+  assert len(rows) == len(model.cost_model.layers)
   for name, column in (('keep0.5', 3), ('keep0.3', 4)):
     counts = storage.read_json(job.folder(name) / 'structure.json')['counts']
-    cells = [
-      re.findall('<t[hd].*?>(.*?)</t', row) for row in table.split('<tr')
-    ]
-    shown = [int(row[column].split()[0]) for row in cells[2:]]
+    shown = [int(row[column].split()[0]) for row in rows]
     assert shown == list(counts.values())
+  first = ', '.join(f'{a} {b}' for a, b in zip(columns, rows[0], strict=True))
+  alt = Outline(text).images[0]['alt']
+  assert first.removeprefix('layer ').replace(', ', ': ', 1) in alt
 
 
-def test_several_trained_budgets_are_drawn_in_one_chart(tmp_path):
-  job = trained(tmp_path, budgets=2)
-  report.write(job.config, tmp_path)
-  outline = check_page(tmp_path, ['macs', *SEARCH_PICTURES, 'training'])
-  alt = outline.images[0]['alt']
-  for what in ('MACs', 'parameters'):
-    assert re.search(rf'over {what}, narrow networks: 80 at .*, 80 at', alt)
-    assert f'over {what}, reference: 85 at 100' in alt
+def test_the_shares_of_gates(of_run):
+  """Each row of the table adds up to all gates; 'kept' has those kept."""
+  job, out = of_run
+  rows = cells_of((out / 'report.html').read_text(), 'gates-in')[1:]
+  names = [*(f'step {n}' for n in (10, 20, 30)), 'kept', 'dropped']
+  assert [row[0] for row in rows] == names
+  for row in rows:
+    assert sum(map(float, row[3:])) == pytest.approx(100, abs=0.4)
+  kept = storage.read_json(job.workdir / 'kept.json').values()
+  assert int(rows[3][1]) == sum(map(len, kept))
+  gates = storage.read_arrays(job.workdir / 'search' / 'gates.npz').values()
+  zero = 100 * np.mean(np.concatenate(list(gates)) == 0)
+  assert float(rows[2][3]) == pytest.approx(zero, abs=0.06)
 
 
-def test_a_single_point_is_no_curve(tmp_path):
-  job = trained(tmp_path, steps=(10,))
-  report.write(job.config, tmp_path)
-  outline = check_page(tmp_path, SEARCH_PICTURES)
-  assert 'keep0.3, training' in outline.text
-  log(tmp_path / 'train', [{'step': s, 'loss': 2 / s} for s in (10, 20)])
-  report.write(job.config, tmp_path)
-  outline = check_page(tmp_path, [*SEARCH_PICTURES, 'training'])
-  assert 'reference' not in outline.images[-1]['alt']
+def test_the_same_folder_gives_the_same_bytes(of_run, tmp_path):
+  job, out = of_run
+  report.write(tiny(), job.workdir, tmp_path)
+  for path in (p for p in out.rglob('*') if p.is_file()):
+    assert (tmp_path / path.relative_to(out)).read_bytes() == path.read_bytes()
 
 
-def test_what_else_a_training_leaves_is_shown(tmp_path):
+def test_all_that_a_run_may_leave_is_shown(tmp_path):
+  """Two trained budgets, latency, warnings, mistakes, an export, a probe."""
   job = trained(
     tmp_path,
+    budgets=2,
     class_names=['cat', 'dog'],
     latency={'batch': 8, 'narrow_ms': 1.25, 'reference_ms': 4.5},
     warnings=['The search stayed at chance.'],
   )
   mistakes = {'labels': [0, 1], 'predicted': [1, 0]}
   images = np.zeros((2, 4, 4, 3), np.uint8)
-  path = job.folder('keep0.3') / 'train' / 'mistakes.npz'
+  path = job.folder('keep0.5') / 'train' / 'mistakes.npz'
   storage.write_arrays(path, {'images': images, **mistakes})
   bundle = job.folder('keep0.3') / 'export'
   bundle.mkdir()
   (bundle / 'model.onnx').write_bytes(bytes(2_340_000))
+  choices(job)
   report.write(job.config, tmp_path)
-  outline = check_page(tmp_path, [*SEARCH_PICTURES, 'training', 'mistakes'])
-  assert outline.images[-1]['alt'].endswith('cat,, not dog; dog,, not cat.')
+  chosen = ['probe', 'tournament', 'candidates']
+  names = ['macs', 'network', *chosen, 'gates', 'search', 'training']
+  outline = check_page(tmp_path, [*names, 'mistakes'])
+  alts = dict(zip([*names, 'mistakes'], outline.images, strict=True))
+  assert 'keep0.3: test accuracy 80.00%' in alts['macs']['alt']
+  assert '1: true class cat, network says dog' in alts['mistakes']['alt']
   for said in ('at chance', 'ms for 8', '1.25', '4.5', 'model.onnx', '2.34 MB'):
     assert said in outline.text, said
 
 
-def test_a_probe_and_a_tournament_are_shown(tmp_path):
-  job = searched(tmp_path)
+def choices(job):
+  """Writes a probe and a tournament."""
   layers, n = list(job.network.cost_model.layers), 13
   probe = {
     'layers': layers,
@@ -261,22 +280,14 @@ def test_a_probe_and_a_tournament_are_shown(tmp_path):
   tournament = {'layers': layers, 'rounds': rounds, 'counts': counts}
   for name, content in (('probe', probe), ('tournament', tournament)):
     words = {'columns': ['a', 'b'], 'rows': [[name, '1']], 'sentence': EVIL}
-    storage.write_json(tmp_path / f'{name}.json', content | words)
-  report.write(job.config, tmp_path)
-  names = ['network', 'probe', 'tournament', 'candidates', 'gates', 'search']
-  outline = check_page(tmp_path, names)
-  alts = [image['alt'] for image in outline.images]
-  assert f'{layers[0]}: 0.20 (0.10 to 0.30, n = 2)' in alts[1]
-  assert 'tilt1: 0.5 at 1, 0.5 at 2' in alts[2]
+    storage.write_json(job.workdir / f'{name}.json', content | words)
 
 
-def test_same_folder_gives_the_same_bytes(tmp_path):
-  job = trained(tmp_path)
+def test_a_single_point_is_no_curve(tmp_path):
+  job = trained(tmp_path, steps=(10,))
   report.write(job.config, tmp_path)
-  paths = [tmp_path / 'report.html', *(tmp_path / 'report').iterdir()]
-  before = {p: p.read_bytes() for p in paths}
-  report.write(tiny(), tmp_path)
-  assert all(p.read_bytes() == data for p, data in before.items())
+  outline = check_page(tmp_path, SEARCH_PICTURES)
+  assert 'keep0.3, training' in outline.text
 
 
 def test_a_search_alone_and_a_search_under_way(tmp_path):
@@ -304,14 +315,6 @@ def test_structure_from_elsewhere_is_enough(tmp_path):
   )
 
 
-def test_a_workdir_that_cannot_be_written_is_reported_elsewhere(tmp_path):
-  job, out = trained(tmp_path / 'run'), tmp_path / 'out'
-  before = {p: p.stat().st_mtime_ns for p in job.workdir.rglob('*')}
-  report.write(job.config, job.workdir, out)
-  check_page(out, [*SEARCH_PICTURES, 'training'])
-  assert before == {p: p.stat().st_mtime_ns for p in job.workdir.rglob('*')}
-
-
 def test_empty_workdir_is_refused_and_left_alone(tmp_path):
   with pytest.raises(errors.UserError, match='holds no run yet'):
     report.write(tiny(), tmp_path / 'none')
@@ -319,10 +322,9 @@ def test_empty_workdir_is_refused_and_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize('field', ['seed', 'search.epochs', 'train.epochs'])
-def test_work_of_another_config_is_refused(tmp_path, field):
-  trained(tmp_path)
+def test_work_of_another_config_is_refused(of_run, tmp_path, field):
   with pytest.raises(errors.UserError, match=f'config.{field} '):
-    report.write(tiny(**{field: 7}), tmp_path)
+    report.write(tiny(**{field: 7}), of_run[0].workdir, tmp_path)
 
 
 @pytest.mark.parametrize('accuracy, n', [(0.8, 300), (0.0, 50), (1.0, 7)])
@@ -411,32 +413,33 @@ def reported(workdir, study, names, left_out=0):
   return check_page(workdir, names, f'report-{study.study}')
 
 
-def test_report_of_a_study(tmp_path):
-  (tmp_path / 'report-headline').mkdir()
-  (tmp_path / 'report-headline' / 'varied.png').write_text('an earlier one')
-  outline = reported(tmp_path, study_of(), STUDY_PICTURES)
-  assert '12 of 12 cells are finished. The table compares' in outline.text
-  rows = re.findall(
-    '(?s)<tr>(.*?)</tr>', (tmp_path / 'report-headline.html').read_text()
-  )
-  cells = [re.findall('<t[hd].*?>(.*?)</t', row) for row in rows[:5]]
-  assert cells[1:] == [
-    ['1. searched', *SEARCHED, '50.0%', '60'],
-    ['2. uniform', '3', '81.00', '1.00', '', '', '', '50.0%', '60'],
-    ['3. random', *RANDOM, '50.0%', '60'],
-    ['4. full', *FULL, '100.0%', '60'],
-  ]
-  assert '1 x abacus' in outline.text and 'abc123' in outline.text
-  similar = next(i['alt'] for i in outline.images if 'correlate' in i['alt'])
-  assert 'uniform' not in similar  # Its shares differ by rounding alone.
+@pytest.fixture(scope='module')
+def of_studies(tmp_path_factory):
+  """A folder with the reports of two studies, 'headline' and 'two'."""
+  folder = tmp_path_factory.mktemp('studies')
+  (folder / 'report-headline').mkdir()
+  (folder / 'report-headline' / 'varied.png').write_text('an earlier one')
+  for study in (study_of(), study_of(study='two')):
+    reported(folder, study, STUDY_PICTURES)
+  return folder
 
 
-def test_reports_of_two_studies_share_a_folder(tmp_path):
-  for name in ('one', 'two'):
-    reported(tmp_path, study_of(study=name), STUDY_PICTURES)
-  for name in ('one', 'two'):
-    outline = check_page(tmp_path, STUDY_PICTURES, f'report-{name}')
+def test_report_of_a_study(of_studies):
+  for name in ('headline', 'two'):
+    outline = check_page(of_studies, STUDY_PICTURES, f'report-{name}')
     assert f'Study {name}' in outline.text
+    assert '12 of 12 cells are finished. The table compares' in outline.text
+    text = (of_studies / f'report-{name}.html').read_text()
+    assert cells_of(text, 'test-accuracy-in')[1:] == [
+      ['1. searched', *SEARCHED, '50.0%', '60'],
+      ['2. uniform', '3', '81.00', '1.00', '', '', '', '50.0%', '60'],
+      ['3. random', *RANDOM, '50.0%', '60'],
+      ['4. full', *FULL, '100.0%', '60'],
+    ]
+    assert '1 x abacus' in outline.text and 'abc123' in outline.text
+    alts = [image['alt'] for image in outline.images]
+    assert '1. searched: n 3, mean 83.00, sd 1.73' in alts[0]
+    assert 'uniform' not in alts[-1]  # Its shares differ by rounding alone.
 
 
 def test_cells_that_are_in_no_results_file_count(tmp_path):
@@ -465,7 +468,6 @@ def test_study_over_a_field(tmp_path):
   names = ['accuracy', 'differences', 'varied', 'shares', 'similarity']
   outline = reported(tmp_path, study, names)
   assert 'Test accuracy over budget.keep' in outline.text
-  assert any('83 at 0.4, 83 at 0.5' in image['alt'] for image in outline.images)
 
 
 def test_study_without_a_cell_is_refused(tmp_path):
@@ -492,7 +494,7 @@ def test_verdicts(numbers, said):
 
 def test_lines_differ_in_more_than_colour():
   lines = [figures.Line(str(i), [0, 1], [i, i]) for i in range(6)]
-  drawn, _ = figures.curves.__wrapped__({'loss': lines}, 'step')
+  drawn = figures.curves({'loss': lines}, 'step')
   shapes = [(x.get_linestyle(), x.get_marker()) for x in drawn.axes[0].lines]
   assert len({str(s) for s in shapes if s[1] in tuple('osD^vP')}) == 6
 
@@ -537,21 +539,7 @@ def test_text_from_files_and_configs_is_escaped(tmp_path):
   assert 'script' not in Outline(shown.html()).tags
 
 
-# The command line, and a browser.
-
-
-def test_command_line(tmp_path):
-  done = processes.run(
-    [
-      'main.py',
-      '--config=configs/digits.py',
-      '--mode=report',
-      f'--workdir={tmp_path / "none"}',
-    ]
-  )
-  assert done.returncode == 2
-  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
-  assert 'holds no run yet' in done.stderr
+# A browser.
 
 
 HARNESS = """<!DOCTYPE html><title>pending</title><body>
@@ -603,14 +591,14 @@ def browse(url, profile):
 
 
 @pytest.mark.slow  # Chromium takes about 10 seconds.
-def test_opens_in_a_browser_at_both_widths(tmp_path):
+def test_opens_in_a_browser_at_both_widths(of_studies, tmp_path):
   """No console errors, all pictures there, nothing wider than the window.
 
   No text runs as a script, and a table says that it scrolls where it does.
   """
   job = trained(tmp_path / 'run', budgets=2)
   report.write(job.config, job.workdir)
-  reported(tmp_path / 'study', study_of(), STUDY_PICTURES)
+  shutil.copytree(of_studies, tmp_path / 'study')
   evil(tmp_path)
   files = ['run/report.html', 'study/report-headline.html', 'evil/report.html']
   pages = [(file, width) for file in files for width in (1280, 390)]

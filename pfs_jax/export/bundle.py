@@ -17,7 +17,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,11 +24,10 @@ import jax
 import numpy as np
 
 from pfs_jax import data, errors, storage
-from pfs_jax.export import card, manifest, weights
-from pfs_jax.export.manifest import BATCH_SIZES, FORMATS, TOLERANCES, normalised
+from pfs_jax.export import manifest, weights
+from pfs_jax.export.manifest import BATCH_SIZES, FORMATS, TOLERANCES
 from pfs_jax.structures import Structure
 
-_SEED = 0
 _TIMEOUT = 1800  # Seconds until the fresh process is given up.
 _LARGEST = 2**34  # Bytes of a file that is read.
 
@@ -84,42 +82,38 @@ def save(
   variables = jax.tree.map(np.asarray, jax.device_get(dict(variables)))
   batches = _batches(shape, spec)
   wanted = [_logits(module, variables, x, spec.num_classes) for x in batches]
-  with _beside(target) as folder:
+  if 'safetensors' in formats:
+    weights.build(structure, factory)  # Refuses here, not in the reader.
+  with _replacing(target) as folder:
     storage.write_text(folder / weights.STRUCTURE, structure.to_json() + '\n')
-    text = card.text(structure, spec, measured or {})
-    storage.write_text(folder / manifest.CARD, text)
-    facts = card.metadata(structure, spec)
-    if 'safetensors' in formats:
-      weights.build(structure, factory)  # Refuses here, not in the reader.
+    card = manifest.card(structure, spec, measured or {})
+    storage.write_text(folder / manifest.CARD, card)
+    facts = manifest.facts(structure, spec)
     for name in formats:
       FORMATS[name].write(folder, module, variables, shape, facts)
     made = manifest.of(folder, structure, spec, formats)
     storage.write_json(folder / manifest.FILE, made)
-    found = _in_fresh_process(folder, batches, factory)
+    found = _read_back(folder, batches, factory)
     for name in formats:
-      error = max(map(_difference, found[name], wanted))
-      _check_error(name, error)
-      made['formats'][name]['max_error'] = error
+      made['formats'][name]['max_error'] = _error(name, found[name], wanted)
     storage.write_json(folder / manifest.FILE, made)
-    _put(folder, target)
   return made
 
 
 def _check_formats(formats: Sequence[str]) -> None:
+  unknown = set(formats) - set(FORMATS)
+  if unknown or not formats:
+    raise errors.UserError(
+      f'formats must be some of {", ".join(FORMATS)}; got {list(formats)}.'
+    )
   for name in formats:
-    if name not in FORMATS:
-      raise errors.UserError(
-        f'formats must be some of {", ".join(FORMATS)}; got {name!r}.'
-      )
     for package in FORMATS[name].PACKAGES:
       manifest.version(package)
-  if not formats or len(set(formats)) != len(formats):
-    raise errors.UserError(
-      f'formats must be one or more, each once; got {list(formats)}.'
-    )
 
 
-def _check_target(target: pathlib.Path, structure, overwrite: bool) -> None:
+def _check_target(
+  target: pathlib.Path, structure: Structure, overwrite: bool
+) -> None:
   """Refuses to replace what is not an export, or not one of this structure."""
   if not target.exists() or (target.is_dir() and not os.listdir(target)):
     return
@@ -127,25 +121,22 @@ def _check_target(target: pathlib.Path, structure, overwrite: bool) -> None:
     raise errors.UserError(
       f'{target} exists and holds no export: give another directory.'
     )
-  if overwrite:
-    return
-  try:
+  there = None
+  with contextlib.suppress(errors.UserError):
     there = manifest.read(target)['structure']
-  except errors.UserError:
-    there = None
-  if there != manifest.described(structure):
+  if not overwrite and there != manifest.described(structure):
     raise errors.UserError(
       f'{target} holds the export of another structure: delete it, or give '
       'another directory.'
     )
 
 
-def _batches(shape, spec: data.Spec) -> list[np.ndarray]:
+def _batches(shape: Sequence[int], spec: data.Spec) -> list[np.ndarray]:
   """Random images, normalised."""
-  random = np.random.default_rng(_SEED)
+  random = np.random.default_rng(0)
   sizes = [(n, *shape) for n in BATCH_SIZES]
   pixels = [random.integers(0, 256, size, np.uint8) for size in sizes]
-  return [normalised(x, spec.mean, spec.std) for x in pixels]
+  return [manifest.normalised(x, spec.mean, spec.std) for x in pixels]
 
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
@@ -167,87 +158,74 @@ def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
   return logits
 
 
-def _in_fresh_process(folder: pathlib.Path, batches, factory: str):
+def _read_back(
+  folder: pathlib.Path, batches: Sequence[np.ndarray], factory: str
+) -> dict[str, list[np.ndarray]]:
   """{format: [logits of each batch]} as another process reads the export.
 
   On the CPU: it is everywhere, and a TPU belongs to one process at a time.
   """
-  with tempfile.TemporaryDirectory() as scratch:
-    asked, answered = (pathlib.Path(scratch) / n for n in ('x.npz', 'y.npz'))
-    storage.write_arrays(asked, {str(i): x for i, x in enumerate(batches)})
-    program = (sys.executable, '-m', 'pfs_jax.export.check')
-    done = subprocess.run(
-      [*program, folder, asked, answered, factory],
-      env={
-        **os.environ,
-        'JAX_PLATFORMS': 'cpu',
-        'PYTHONPATH': os.pathsep.join(_import_path()),
-      },
-      capture_output=True,
-      text=True,
-      timeout=_TIMEOUT,
-    )
-    if done.returncode:
-      lines = done.stderr.strip().splitlines() or ['it said nothing']
-      raise errors.UserError(
-        f'the export cannot be read back: {lines[-1].removeprefix("error: ")}'
-      )
-    arrays = storage.read_arrays(answered)
-    return {
-      name: [arrays[f'{name}/{i}'] for i in range(len(batches))]
-      for name in manifest.read(folder)['formats']
-    }
-
-
-def _import_path() -> list[str]:
-  """Where this process imports from, this package first."""
-  package = str(pathlib.Path(__file__).parents[2])
-  return [package, *(os.path.abspath(p) for p in sys.path if p != package)]
-
-
-def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
-  if found.shape != wanted.shape:
-    return float('inf')
-  largest = max(float(np.abs(wanted).max()), 1e-38)
-  return float(np.abs(found - wanted).max()) / largest
-
-
-def _check_error(name: str, error: float) -> None:
-  if not error <= TOLERANCES[name]:  # Not even a NaN passes.
+  asked, answered = (folder.with_name(name) for name in ('x.npz', 'y.npz'))
+  storage.write_arrays(asked, {str(i): x for i, x in enumerate(batches)})
+  program = (sys.executable, '-m', 'pfs_jax.export.check')
+  path = [
+    str(pathlib.Path(__file__).parents[2]),
+    *map(os.path.abspath, sys.path),
+  ]
+  environment = {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(path)}
+  done = subprocess.run(
+    [*program, folder, asked, answered, factory],
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
+    timeout=_TIMEOUT,
+  )
+  if done.returncode:
+    lines = done.stderr.strip().splitlines() or ['it said nothing']
     raise errors.UserError(
-      f'{name}: the logits read back differ from those of the checkpoint by '
-      f'{error:.2g} of the largest; allowed are {TOLERANCES[name]:g}. Nothing '
-      'was written.'
+      f'the export cannot be read back: {lines[-1].removeprefix("error: ")}'
     )
+  arrays = storage.read_arrays(answered)
+  return {
+    name: [arrays[f'{name}/{i}'] for i in range(len(batches))]
+    for name in manifest.read(folder)['formats']
+  }
+
+
+def _error(
+  name: str, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
+) -> float:
+  """The largest difference of a logit over the largest logit of its batch."""
+  error = 0.0
+  for x, y in zip(found, wanted, strict=True):
+    same = x.shape == y.shape
+    largest = max(float(np.abs(y).max()), 1e-38)
+    difference = float(np.abs(x - y).max()) / largest if same else np.inf
+    if not difference <= TOLERANCES[name]:  # Not even a NaN passes.
+      raise errors.UserError(
+        f'{name}: the logits read back differ from those of the checkpoint by '
+        f'{difference:.2g} of the largest; allowed are {TOLERANCES[name]:g}. '
+        'Nothing was written.'
+      )
+    error = max(error, difference)
+  return error
 
 
 @contextlib.contextmanager
-def _beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new folder beside the target that is gone at the end, if still there."""
+def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder that becomes the target if no error occurs."""
+  scratch = target.with_name(f'.{target.name}.{os.getpid()}')
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
-  except OSError as e:
-    storage.refuse_write(target, e, 0)
-  try:
-    yield pathlib.Path(folder)
+    shutil.rmtree(scratch, ignore_errors=True)  # Of a process that was killed.
+    (scratch / 'new').mkdir(parents=True)
+    yield scratch / 'new'
+    if target.exists():
+      os.replace(target, scratch / 'former')
+    os.replace(scratch / 'new', target)
   except OSError as e:  # A full disk.
     storage.refuse_write(target, e, 0)
   finally:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put(folder: pathlib.Path, target: pathlib.Path) -> None:
-  """Gives a folder the target's name; a former export goes away."""
-  umask = os.umask(0)
-  os.umask(umask)
-  folder.chmod(0o777 & ~umask)  # mkdtemp's own are the owner's alone.
-  if target.exists():
-    with _beside(target) as former:
-      os.replace(target, former / 'former')
-      os.replace(folder, target)
-  else:
-    os.replace(folder, target)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 # Reading.
@@ -304,7 +282,7 @@ def load(
 
   Raises:
     errors.UserError: It is no export, has not this format, or a file is not
-      what was written.
+      what was written or is that of another structure.
   """
   folder = pathlib.Path(directory)
   found = manifest.read(folder)
@@ -324,9 +302,18 @@ def load(
         f'{folder / file} is damaged or was changed: its SHA-256 is not that '
         f'in {manifest.FILE}. Export again.'
       )
-  shape = tuple(found['input']['shape'][1:])
   with _blamed(str(folder / room.FILE)):
-    function = room.read(folder, shape, factory)
+    shape = tuple(found['input']['shape'][1:])
+    function, network = room.read(folder, shape, factory)
+  text = storage.read_text(folder / weights.STRUCTURE)
+  structure = manifest.described(Structure.from_json(text, folder))
+  names = {weights.STRUCTURE: manifest.network_name(structure)}
+  for file, name in {**names, room.FILE: network}.items():
+    if name != manifest.network_name(found['structure']):
+      raise errors.UserError(
+        f'{folder / file} is not of the structure in {manifest.FILE}: it is '
+        'that of another network. Export again.'
+      )
   return Exported(format, found, function)
 
 

@@ -33,25 +33,16 @@ class Graph:
   def __init__(self):
     self.nodes: list[Node] = []
     self.constants: dict[str, np.ndarray] = {}
-    self._made: dict[str, Node] = {}
-    self._numbers: dict[str, int] = {}
-    self._batch = ''
-
-  def _name(self, stem: str) -> str:
-    number = self._numbers.get(stem, 0)
-    self._numbers[stem] = number + 1
-    return f'{stem}_{number}'
 
   def add(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
     """Appends an operator; returns the name of its output."""
-    node = Node(op, list(inputs), self._name(op.lower()), attributes)
-    self.nodes.append(node)
-    self._made[node.output] = node
-    return node.output
+    output = f'{op.lower()}_{len(self.nodes)}'
+    self.nodes.append(Node(op, list(inputs), output, attributes))
+    return output
 
   def constant(self, value: Any) -> str:
     """The name of a new constant."""
-    name = self._name('constant')
+    name = f'constant_{len(self.constants)}'
     self.constants[name] = np.asarray(value)
     return name
 
@@ -59,74 +50,62 @@ class Graph:
     """The name of a new vector of int64: axes, shapes."""
     return self.constant(np.array(values, np.int64))
 
-  def batch(self) -> str:
-    """The batch size of the input, a vector of length one."""
-    if not self._batch:
-      shape = self.add('Shape', [INPUT])
-      self._batch = self.add('Gather', [shape, self.integers([0])], axis=0)
-    return self._batch
-
   def maker(self, name: str) -> Node | None:
     """The node whose output this is."""
-    return self._made.get(name)
+    return next((n for n in self.nodes if n.output == name), None)
 
   def finish(self, result: str) -> None:
     """Names the result, folds what can be folded and drops what is unused."""
-    if result not in self._made:  # The input itself.
+    if self.maker(result) is None:  # The input itself.
       result = self.add('Identity', [result])
-    self._made[result].output = OUTPUT
     for node in self.nodes:
+      node.output = OUTPUT if node.output == result else node.output
       node.inputs = [OUTPUT if i == result else i for i in node.inputs]
-    self._fold()
-    self._drop_unused()
+    for node in list(self.nodes):
+      if node.op in ('Conv', 'Gemm') and node.inputs[1] in self.constants:
+        self._fold_into(node)
+    needed = {OUTPUT}
+    for node in reversed(self.nodes):
+      needed.update(node.inputs if node.output in needed else ())
+    self.nodes = [n for n in self.nodes if n.output in needed]
+    self.constants = {k: v for k, v in self.constants.items() if k in needed}
 
-  def _fold(self) -> None:
+  def _fold_into(self, node: Node) -> None:
     """Folds constant factors and terms behind a Conv or Gemm into its weights.
 
     In evaluation mode that is all of BatchNorm, and the bias. Done in float64,
     rounded once.
     """
-    users: dict[str, list[Node]] = {OUTPUT: [Node('end', [], '', {})]}
-    for node in self.nodes:
-      for name in node.inputs:
-        users.setdefault(name, []).append(node)
-    for node in list(self.nodes):
-      if node.op in ('Conv', 'Gemm') and node.inputs[1] in self.constants:
-        self._fold_into(node, users)
-
-  def _fold_into(self, node: Node, users: dict[str, list[Node]]) -> None:
     kernel = self.constants[node.inputs[1]]
     axis = 0 if node.op == 'Conv' else 1
-    dtype, channels = kernel.dtype, kernel.shape[axis]
     weights = np.moveaxis(kernel.astype(np.float64), axis, -1)
-    bias = np.zeros(channels)
+    bias = np.zeros(kernel.shape[axis])
     folded = False
-    while len(users.get(node.output, ())) == 1:
-      (user,) = users[node.output]
-      step = self._affine(user, node.output, channels, kernel.ndim)
-      if step is None:
+    while node.output != OUTPUT:
+      names = [(n, name) for n in self.nodes for name in n.inputs]
+      users = [n for n, name in names if name == node.output]
+      step = self._affine(users[0], node.output, kernel) if users else None
+      if len(users) != 1 or step is None:
         break
       factor, term = step
       weights, bias = weights * factor, bias * factor + term
-      self.nodes.remove(user)
-      node.output, folded = user.output, True
-      self._made[node.output] = node
+      self.nodes.remove(users[0])
+      node.output, folded = users[0].output, True
     if folded:
-      weights = np.moveaxis(weights, -1, axis).astype(dtype)
-      named = [self.constant(x) for x in (weights, bias.astype(dtype))]
+      new = [np.moveaxis(weights, -1, axis), bias]
+      named = [self.constant(x.astype(kernel.dtype)) for x in new]
       node.inputs = [node.inputs[0], *named]
 
-  def _affine(self, node: Node, x: str, channels: int, rank: int):
+  def _affine(self, node: Node, x: str, kernel: np.ndarray):
     """(factor, term), scalars or [channels], if node is factor * x + term."""
     if node.op not in ('Add', 'Sub', 'Mul', 'Div'):
       return None
     left = node.inputs[0] == x
     other = self.constants.get(node.inputs[1 if left else 0])
-    if other is None or other.ndim not in (0, rank):
+    if other is None or other.ndim not in (0, kernel.ndim):
       return None
-    if other.size != 1 and other.shape[1] != other.size:
-      return None
-    if other.size not in (1, channels):
+    channels = kernel.shape[0 if kernel.ndim > 2 else 1]
+    if other.size != 1 and not other.size == other.shape[1] == channels:
       return None
     c = other.astype(np.float64).reshape(-1)
     if node.op == 'Mul':
@@ -136,15 +115,6 @@ class Graph:
     if node.op == 'Add':
       return 1.0, c
     return (1.0, -c) if left else (-1.0, c)
-
-  def _drop_unused(self) -> None:
-    needed, kept = {OUTPUT}, []
-    for node in reversed(self.nodes):
-      if node.output in needed:
-        needed.update(node.inputs)
-        kept.append(node)
-    self.nodes = kept[::-1]
-    self.constants = {k: v for k, v in self.constants.items() if k in needed}
 
   def write(
     self,
@@ -169,18 +139,16 @@ class Graph:
         name, onnx.TensorProto.FLOAT, ['N', *sizes]
       )
 
-    graph = helper.make_graph(
-      [
-        helper.make_node(n.op, n.inputs, [n.output], n.output, **n.attributes)
-        for n in self.nodes
-      ],
-      'pfs_jax',
-      [value(INPUT, *shape)],
-      [value(OUTPUT, classes)],
-      [numpy_helper.from_array(v, k) for k, v in self.constants.items()],
-    )
+    nodes = [
+      helper.make_node(n.op, n.inputs, [n.output], n.output, **n.attributes)
+      for n in self.nodes
+    ]
+    constants = [
+      numpy_helper.from_array(v, k) for k, v in self.constants.items()
+    ]
+    ends = [value(INPUT, *shape)], [value(OUTPUT, classes)]
     model = helper.make_model(
-      graph,
+      helper.make_graph(nodes, 'pfs_jax', *ends, constants),
       producer_name='pfs_jax',
       ir_version=IR_VERSION,
       opset_imports=[helper.make_opsetid('', OPSET)],

@@ -1,4 +1,4 @@
-"""manifest.json: what is in an exported folder, and what made it."""
+"""What an export says of itself: manifest.json, metadata, a model card."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import msgspec
 import numpy as np
 
-from pfs_jax import data, errors, runs, storage
+from pfs_jax import data, errors, runs, storage, tables
 from pfs_jax.export import onnx, stablehlo, weights
 from pfs_jax.structures import Structure
 
-SCHEMA = 'pfs_jax.export/1'
+SCHEMA = 'pfs_jax.export/2'
 FILE, CARD = 'manifest.json', 'README.md'
 # In the order in which a reader tries them.
 FORMATS: dict[str, Any] = {
@@ -85,8 +85,9 @@ def of(
   formats: Sequence[str],
 ) -> Manifest:
   """The manifest of a folder in which the files of all formats are."""
-  packages = sorted({p for f in formats for p in FORMATS[f].PACKAGES})
-  files = [weights.STRUCTURE, CARD, *(FORMATS[f].FILE for f in formats)]
+  rooms = {name: FORMATS[name] for name in formats}
+  packages = sorted({p for room in rooms.values() for p in room.PACKAGES})
+  files = [weights.STRUCTURE, CARD, *(room.FILE for room in rooms.values())]
   made: Any = {
     'schema': SCHEMA,
     'input': {
@@ -103,7 +104,16 @@ def of(
     'data': spec.name,
     'class_names': list(spec.class_names),
     'structure': described(structure),
-    'formats': {name: _format(folder, name) for name in formats},
+    'formats': {
+      name: {
+        'file': room.FILE,
+        'bytes': (folder / room.FILE).stat().st_size,
+        'platforms': list(room.PLATFORMS),
+        'tolerance': TOLERANCES[name],
+        'max_error': None,
+      }
+      for name, room in rooms.items()
+    },
     'files': {f: storage.sha256((folder / f).read_bytes()) for f in files},
     'checked': {'platform': 'cpu', 'batch_sizes': list(BATCH_SIZES)},
     'versions': {**runs.versions(), **{p: version(p) for p in packages}},
@@ -113,14 +123,19 @@ def of(
 
 def described(structure: Structure) -> dict[str, Any]:
   """What a manifest says of a structure."""
-  counts = dict(zip(structure.layers, structure.counts, strict=True))
   found = {
     'model': dict(structure.model),
-    'counts': counts,
+    'counts': dict(zip(structure.layers, structure.counts, strict=True)),
     'macs': structure.macs,
     'params': structure.params,
   }
   return cast(dict[str, Any], json.loads(json.dumps(found)))  # As it is read.
+
+
+def network_name(description: Mapping[str, Any]) -> str:
+  """A name of what `described` gives, which each file of a network carries."""
+  text = json.dumps(description, sort_keys=True)
+  return f'pfs_jax_{storage.sha256(text.encode())[:16]}'
 
 
 def version(package: str) -> str:
@@ -134,23 +149,14 @@ def version(package: str) -> str:
     ) from e
 
 
-def _format(folder: pathlib.Path, name: str) -> Format:
-  file = FORMATS[name].FILE
-  return {
-    'file': file,
-    'bytes': (folder / file).stat().st_size,
-    'platforms': list(FORMATS[name].PLATFORMS),
-    'tolerance': TOLERANCES[name],
-    'max_error': None,
-  }
-
-
 def read(directory: str | os.PathLike[str]) -> Manifest:
   """manifest.json of an export; raises UserError where it is none."""
   path = pathlib.Path(directory) / FILE
   schema = storage.read_json(path, dict[str, Any]).get('schema')
   if schema != SCHEMA:
-    raise errors.UserError(f'{path}: schema must be {SCHEMA}; got {schema!r}.')
+    raise errors.UserError(
+      f'{path}: schema must be {SCHEMA}; got {schema!r}. Export again.'
+    )
   found = cast(Manifest, storage.read_json(path, Manifest))
   channels, classes = found['input']['shape'][3], found['output']['shape'][1]
   lengths = (len(found['input']['mean']), len(found['input']['std']))
@@ -170,3 +176,52 @@ def normalised(pixels: np.ndarray, mean: Any, std: Any) -> np.ndarray:
   """
   mean, std = (np.reshape(np.float32(v), (1, 1, 1, -1)) for v in (mean, std))
   return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def facts(structure: Structure, spec: data.Spec) -> dict[str, str]:
+  """The metadata of ONNX and safetensors files; lists are JSON."""
+  return {
+    'network': network_name(described(structure)),
+    'data': spec.name,
+    'class_names': json.dumps(list(spec.class_names)),
+    'mean': json.dumps(list(spec.mean)),
+    'std': json.dumps(list(spec.std)),
+    'structure': json.dumps(json.loads(structure.to_json())),
+  }
+
+
+def card(
+  structure: Structure, spec: data.Spec, measured: Mapping[str, str]
+) -> str:
+  """The model card in Markdown; `measured` is what else is known, in words."""
+  name = structure.model.get('name') or structure.model.get('factory')
+  size, colour = spec.image_size, 'grey' if spec.channels == 1 else 'RGB'
+  shape = f'float32 [N, {size}, {size}, {spec.channels}], {colour}'
+  rows = [
+    ['data', spec.name],
+    ['input', shape],
+    ['normalisation', f'(pixels / 255 - {list(spec.mean)}) / {list(spec.std)}'],
+    ['output', f'logits of {spec.num_classes} classes'],
+    ['MACs of one image', f'{structure.macs:,}'],
+    ['parameters', f'{structure.params:,}'],
+    *map(list, measured.items()),
+  ]
+  counts = zip(structure.layers, map(str, structure.counts), strict=True)
+  classes = enumerate(spec.class_names)
+  parts = [
+    f'# {name or "A network"}, pruned, for {spec.name}',
+    f'An image classifier of {size} x {size} images. Its channel counts were '
+    'found by a search over gates on random weights ("Pruning from Scratch", '
+    'AAAI 2020); its weights were then trained from scratch. It can name only '
+    'the classes below, and only on images like those that it was trained on.',
+    tables.markdown('', ['', 'value'], rows),
+    '## Use\n\n```sh\npython -m pfs_jax.predict . image.png\n```',
+    'manifest.json says how each file was checked. Without this code: '
+    '`jax.export.deserialize` reads model.stablehlo, any ONNX runtime reads '
+    'model.onnx.',
+    tables.markdown('Channels', ['layer', 'kept'], list(map(list, counts))),
+    tables.markdown(
+      'Classes', ['label', 'class'], [[str(i), name] for i, name in classes]
+    ),
+  ]
+  return '\n\n'.join(parts) + '\n'

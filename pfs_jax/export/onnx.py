@@ -3,7 +3,7 @@
 The forward pass is traced with a symbolic batch size, calls in it are inlined,
 what depends on no image is computed here and now, and each operator that is
 left becomes one of ONNX. So this knows no family: any module can be written
-whose operators are in `operators`; another operator is refused by its name.
+whose operators are in `operators.TABLE`; another one is refused by its name.
 """
 
 from __future__ import annotations
@@ -17,13 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import errors, jaxprs
-from pfs_jax.export import graph as graphs
 from pfs_jax.export import operators, stablehlo
+from pfs_jax.export.graph import INPUT, Graph
 from pfs_jax.export.operators import Refused, Tensor
 
 FILE = 'model.onnx'
 PLATFORMS = ('any ONNX runtime with opset 17',)
 PACKAGES = ('onnx', 'onnxruntime')
+# Computed by NumPy where no image is involved: JAX would compile each shape.
+_NUMPY: dict[str, Callable[..., Any]] = {
+  'add': np.add,
+  'sub': np.subtract,
+  'mul': np.multiply,
+  'max': np.maximum,
+  'min': np.minimum,
+  'sqrt': np.sqrt,
+  'rsqrt': lambda x: 1 / np.sqrt(x),
+  'convert_element_type': lambda x: x,
+}
 
 
 def write(
@@ -48,9 +59,8 @@ def write(
   variables = jax.tree.map(np.asarray, variables)
   images = stablehlo.images(shape)
   traced = jax.make_jaxpr(lambda x: module.apply(variables, x))(images)
-  graph = graphs.Graph()
-  start = Tensor(graphs.INPUT, (0, 1, 2, 3))
-  results = _walk(graph, traced, [start])
+  graph = Graph()
+  results = _walk(graph, traced, [Tensor(INPUT, (0, 1, 2, 3))])
   if len(results) != 1 or not isinstance(results[0], Tensor):
     raise errors.UserError(
       'the model must return one array, the logits, to be written as ONNX.'
@@ -62,10 +72,11 @@ def write(
 
 def read(
   folder: pathlib.Path, shape: tuple[int, ...], factory: str = ''
-) -> Callable[[np.ndarray], np.ndarray]:
-  """The graph in onnxruntime, on the CPU; it needs no factory.
+) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+  """(the graph in onnxruntime on the CPU, the name of its network).
 
   It is read from memory, so that it cannot ask for files outside of the folder.
+  It needs no factory.
   """
   import onnxruntime
 
@@ -73,10 +84,11 @@ def read(
   session = onnxruntime.InferenceSession(
     (folder / FILE).read_bytes(), providers=['CPUExecutionProvider']
   )
-  return lambda x: session.run(None, {graphs.INPUT: x})[0]
+  facts = session.get_modelmeta().custom_metadata_map
+  return lambda x: session.run(None, {INPUT: x})[0], facts.get('network', '')
 
 
-def _walk(graph: graphs.Graph, program: Any, arguments: Sequence[Any]):
+def _walk(graph: Graph, program: Any, arguments: Sequence[Any]) -> list[Any]:
   """Writes the equations of a jaxpr; values are Tensors or NumPy arrays."""
 
   def results(equation, inputs):
@@ -94,64 +106,54 @@ def _walk(graph: graphs.Graph, program: Any, arguments: Sequence[Any]):
 
 def _refusal(equation, why: str) -> errors.UserError:
   name, where = equation.primitive.name, str(equation.source_info.name_stack)
-  known = {*operators.HANDLERS, *operators.ELEMENTWISE, *jaxprs.CALLS}
+  known = sorted({*operators.TABLE, *jaxprs.CALLS})
   place = f' in {where}' if where else ''
   return errors.UserError(
     f'ONNX: the operator {name}{place} cannot be written{why}. Leave onnx out '
-    f'of the formats.\nKnown: {", ".join(sorted(known))}.'
+    f'of the formats.\nKnown: {", ".join(known)}.'
   )
 
 
-def _write(graph: graphs.Graph, equation, inputs) -> Sequence[Any]:
+def _write(graph: Graph, equation, inputs) -> Sequence[Any]:
   """The results of one equation."""
-  name = equation.primitive.name
+  name, params = equation.primitive.name, equation.params
   if name == 'platform_index':  # The branch of accelerators is not for CPUs.
-    if None not in equation.params['platforms']:
-      raise Refused(' without a branch for all platforms')
-    return [np.int32(equation.params['platforms'].index(None))]
+    operators.refuse(
+      None not in params['platforms'], 'without a branch for all platforms'
+    )
+    return [np.int32(params['platforms'].index(None))]
   if name == 'cond' and not isinstance(inputs[0], Tensor):
-    branches = equation.params['branches']
-    chosen = branches[int(np.clip(inputs[0], 0, len(branches) - 1))]
+    last = len(params['branches']) - 1
+    chosen = params['branches'][int(np.clip(inputs[0], 0, last))]
     return _walk(graph, chosen, inputs[1:])
   inner = jaxprs.called(equation)
   if inner is not None:
     return _walk(graph, inner, inputs)
-  if not any(isinstance(x, Tensor) for x in inputs) and _is_static(equation):
+  sizes = [size for v in equation.outvars for size in v.aval.shape]
+  static = all(isinstance(size, int) for size in sizes)
+  if static and not any(isinstance(x, Tensor) for x in inputs):
     return _computed(equation, inputs)
-  if name in operators.ELEMENTWISE:
-    how = operators.ELEMENTWISE[name]
-    return [operators.elementwise(graph, how, inputs)]
-  if name == 'gather':
-    raise Refused(' (indexing such as x[:, ::2]; jax.lax.slice can)')
-  if name not in operators.HANDLERS:
-    raise Refused('')
-  return [operators.HANDLERS[name](graph, equation, *inputs)]
-
-
-def _is_static(equation) -> bool:
-  return all(
-    isinstance(size, int) for v in equation.outvars for size in v.aval.shape
-  )
+  indexed = '(indexing such as x[:, ::2]; jax.lax.slice can)'
+  operators.refuse(name == 'gather', indexed)
+  if name not in operators.TABLE:
+    raise Refused
+  return [operators.TABLE[name](graph, equation, *inputs)]
 
 
 def _computed(equation, inputs) -> list[np.ndarray]:
-  """The results of an equation without images, computed now.
-
-  With NumPy where that is simple: JAX would compile for each shape.
-  """
+  """The results of an equation without images, computed now."""
   name, aval = equation.primitive.name, equation.outvars[0].aval
-  if name in operators.NUMPY:
-    return [np.asarray(operators.NUMPY[name](*inputs), aval.dtype)]
+  if name in _NUMPY:
+    return [np.asarray(_NUMPY[name](*inputs), aval.dtype)]
   if name == 'reshape':
     return [np.reshape(inputs[0], aval.shape)]
   if name == 'broadcast_in_dim':
     placed = operators.placed_shape(inputs[0].shape, equation)
     return [np.broadcast_to(np.reshape(inputs[0], placed), aval.shape)]
+  arrays = map(jnp.asarray, inputs)
   try:
-    found = equation.primitive.bind(
-      *map(jnp.asarray, inputs), **equation.params
-    )
+    found = equation.primitive.bind(*arrays, **equation.params)
   except NotImplementedError as e:  # It depends on the batch size.
-    raise Refused('') from e
+    raise Refused from e
   found = found if equation.primitive.multiple_results else [found]
   return [np.asarray(x) for x in found]

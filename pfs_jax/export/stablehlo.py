@@ -36,17 +36,23 @@ def write(
   shape: tuple[int, int, int],
   facts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes the program of `module.apply(variables, x)`; it takes no facts."""
-  del facts
-  program = jax.jit(lambda x: module.apply(variables, x))
-  exported = jax.export.export(program, platforms=PLATFORMS)(images(shape))
-  (folder / FILE).write_bytes(exported.serialize())
+  """Writes the program of `module.apply(variables, x)`.
+
+  It has no place for facts but the name of its function, which is 'network'.
+  """
+
+  def program(x):
+    return module.apply(variables, x)
+
+  program.__name__ = (facts or {}).get('network', 'program')
+  exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)
+  (folder / FILE).write_bytes(exported(images(shape)).serialize())
 
 
 def read(
   folder: pathlib.Path, shape: tuple[int, ...], factory: str = ''
-) -> Callable[[np.ndarray], np.ndarray]:
-  """The function in the file; it needs no factory.
+) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+  """(the function in the file, the name of its network); needs no factory.
 
   Raises:
     errors.UserError: It calls anything outside of StableHLO: such a call could
@@ -60,4 +66,4 @@ def read(
     raise errors.UserError(f'{FILE} calls {", ".join(foreign)}: not allowed.')
   if [a.shape[1:] for a in exported.in_avals] != [shape]:
     raise errors.UserError(f'{FILE} is of other images than {list(shape)}.')
-  return jax.jit(exported.call)
+  return jax.jit(exported.call), exported.fun_name

@@ -37,29 +37,22 @@ def write(
 
 def read(
   folder: pathlib.Path, shape: tuple[int, ...], factory: str = ''
-) -> Callable[[np.ndarray], np.ndarray]:
-  """The network that the structure describes, with these variables.
+) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+  """(the network that the structure describes, its name in the file).
 
   Raises:
     errors.UserError: The arrays are not those of this network.
   """
-  import safetensors.flax
+  import safetensors
 
-  structure = Structure.from_json(storage.read_text(folder / STRUCTURE))
-  module = build(structure, factory)
+  text = storage.read_text(folder / STRUCTURE)
+  module = build(Structure.from_json(text), factory)
   image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-  expected = jax.eval_shape(module.init, jax.random.key(0), image)
-  arrays = safetensors.flax.load_file(folder / FILE)
-  variables = flax.traverse_util.unflatten_dict(arrays, sep='/')
-  _check_arrays(arrays, flax.traverse_util.flatten_dict(expected, sep='/'))
-  apply = jax.jit(lambda variables, x: module.apply(variables, x))
-  return lambda x: apply(variables, x)
-
-
-def _check_arrays(
-  arrays: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
-  """Refuses arrays that are not those of the network."""
+  init = jax.eval_shape(module.init, jax.random.key(0), image)
+  expected = flax.traverse_util.flatten_dict(dict(init), sep='/')
+  with safetensors.safe_open(folder / FILE, 'flax') as file:
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = file.metadata() or {}
   for name in sorted({*arrays, *expected}):
     found, wanted = (
       list(tree[name].shape) if name in tree else None
@@ -70,6 +63,9 @@ def _check_arrays(
         f'{FILE}: {name} has the shape {found}; the network of {STRUCTURE} has '
         f'{wanted}.'
       )
+  variables = flax.traverse_util.unflatten_dict(arrays, sep='/')
+  apply = jax.jit(lambda variables, x: module.apply(variables, x))
+  return lambda x: apply(variables, x), facts.get('network', '')
 
 
 def build(structure: Structure, factory: str = '') -> Any:

@@ -4,8 +4,8 @@
               report-<study>.html   report-<study>/
 
 Nothing is trained, no data set is read, and the same folder gives the same
-bytes. `figures` draws, `page` writes HTML, `run_page` and `study_page` say what
-the files hold.
+bytes. `figures` draws, `page` fills page.html; `run_page`, `run_logs` and
+`study_page` say what the files hold.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def write(
     errors.UserError: If the workdir holds nothing, or another config's work.
   """
   # matplotlib takes a second to import: only where it is used.
-  if 'study' in c:
-    from pfs_jax.report import study_page
+  from pfs_jax.report import figures, run_page, study_page
 
-    stem, (html, pictures) = f'report-{c.study}', study_page.build(c, workdir)
-  else:
-    from pfs_jax.report import run_page
-
-    stem, (html, pictures) = 'report', run_page.build(stages.Job(c, workdir))
+  stem = f'report-{c.study}' if 'study' in c else 'report'
+  with figures.style():
+    if 'study' in c:
+      report = study_page.build(c, workdir)
+    else:
+      report = run_page.build(stages.Job(c, workdir))
   if not storage.is_first_process():
     return
   page, folder = (out or workdir) / f'{stem}.html', (out or workdir) / stem
   for old in folder.glob('*'):  # Pictures of an earlier report.
     if old.suffix in ('.svg', '.png'):
       old.unlink()
-  for picture in pictures:
-    storage.write_bytes(folder / f'{picture.name}.svg', picture.svg)
-  storage.write_text(page, html)
+  for name, svg in report.pictures.items():
+    storage.write_bytes(folder / f'{name}.svg', svg)
+  storage.write_text(page, report.html())
   console.say(
-    f'{page} is written; its {len(pictures)} pictures are in {folder}.'
+    f'{page} is written; its {len(report.pictures)} pictures are in {folder}.'
   )

@@ -2,17 +2,17 @@
 
 A reader can tell the parts of each picture apart without colour: by marker,
 hatch, line style or label. Pictures are narrow enough (4.8 inches) to be read
-on a phone. The same numbers give the same bytes.
+on a phone. The same numbers give the same bytes. All is drawn inside `style`.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -44,29 +44,10 @@ _COLOURS = (_BLUE, '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 _MARKERS = 'osD^vPX*<>hp'
 _LINES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _HATCHES = ('////', '....', 'xxxx')
-_BINS = np.linspace(0, 1, 26)
 _DIAMONDS = {  # {filled: how an interval is drawn}.
   True: {'color': _BLUE, 'markersize': 5.5},
   False: {'color': _GREY, 'markersize': 5.5, 'markerfacecolor': 'white'},
 }
-
-
-class Picture(NamedTuple):
-  """A finished picture.
-
-  Attributes:
-    name: The stem of its file.
-    caption: What it shows.
-    alt: The caption, and its main numbers in words.
-    svg: The content of its file.
-    size: (width, height) in pixels of the page.
-  """
-
-  name: str
-  caption: str
-  alt: str
-  svg: bytes
-  size: tuple[int, int]
 
 
 class Line(NamedTuple):
@@ -95,47 +76,32 @@ class Interval(NamedTuple):
   filled: bool = True
 
 
-Drawn = tuple[mpl_figure.Figure, str]
-P = ParamSpec('P')
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+  """The context in which pictures are drawn and written."""
+  with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    # Letters that the font lacks are boxes; the tables have the names.
+    warnings.filterwarnings('ignore', 'Glyph')
+    yield
 
 
-def _picture(
-  draw: Callable[P, Drawn],
-) -> Callable[Concatenate[str, str, P], Picture]:
-  """Turns a function that draws (figure, words) into one that gives a Picture.
-
-  That has two more first arguments: the name of the picture and its caption.
-  """
-
-  @functools.wraps(draw)
-  def make(
-    name: str, caption: str, /, *args: P.args, **options: P.kwargs
-  ) -> Picture:
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-      # Letters that the font lacks are boxes; the tables have the names.
-      warnings.filterwarnings('ignore', 'Glyph')
-      drawn, said = draw(*args, **options)
-      alt, svg = f'{caption} {said}.', io.BytesIO()
-      about = {'Date': None, 'Title': name, 'Description': alt}
-      drawn.savefig(svg, format='svg', metadata=about)
-    width, height = (round(96 * inches) for inches in drawn.get_size_inches())
-    clean = re.sub(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]', b'', svg.getvalue())
-    return Picture(name, caption, alt, clean, (width, height))
-
-  return make
+def svg(drawn: mpl_figure.Figure, title: str, description: str) -> bytes:
+  """The content of a picture's file."""
+  content = io.BytesIO()
+  about = {'Date': None, 'Title': title, 'Description': description}
+  drawn.savefig(content, format='svg', metadata=about)
+  return re.sub(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]', b'', content.getvalue())
 
 
-def _drawing(height: float) -> tuple[mpl_figure.Figure, Any]:
-  """An empty figure of so many inches, and its axes."""
+def _drawing(height: float, rows: int = 1, columns: int = 1) -> Any:
+  """An empty figure of so many inches, and its grid of axes."""
   drawn = mpl_figure.Figure((_WIDTH, height), layout='constrained')
-  return drawn, drawn.subplots()
+  return drawn, drawn.subplots(rows, columns, sharex=True, squeeze=False)
 
 
-def _ladder(
-  labels: Sequence[str],
-) -> tuple[mpl_figure.Figure, Any, np.ndarray]:
-  """A figure with a horizontal row for each label, and the rows' places."""
-  drawn, axes = _drawing(1.1 + 0.23 * len(labels))
+def _ladder(labels: Sequence[str]) -> Any:
+  """A figure with a row for each label, its axes, and the rows' places."""
+  drawn, ((axes,),) = _drawing(1.1 + 0.23 * len(labels))
   places = np.arange(len(labels))
   labels = [_short(label, 50) for label in labels]
   axes.set_yticks(places, labels, fontsize=8 if len(labels) <= 24 else 7)
@@ -145,37 +111,24 @@ def _ladder(
   return drawn, axes, places
 
 
-def _legend(drawn: mpl_figure.Figure) -> None:
-  drawn.legend(loc='outside upper left', ncols=3)
-
-
 def _short(text: str, most: int) -> str:
   """A text cut to so many characters, so that it leaves room for the rest."""
   return text if len(text) <= most else f'{text[: most - 1]}…'
 
 
-def _number(title: str) -> str:
-  """'3' of '3. searched'; a title without a number as it is."""
-  return title.partition('. ')[0]
-
-
-# Structures and gates.
-
-
-@_picture
 def network(
   layers: Sequence[str],
   searched: Sequence[int],
   reference: Sequence[int],
   kept: Mapping[str, Sequence[int]],
-) -> Drawn:
+) -> mpl_figure.Figure:
   """The network from top to bottom: the width of each layer before and after.
 
   Args:
     layers: Names of the layers that were cut, in forward order.
     searched: Their channels before the cut.
     reference: Their channels in the reference network.
-    kept: {budget or candidate: channels after the cut}, the widest first.
+    kept: {budget: channels after the cut}, the widest first.
   """
   drawn, axes, y = _ladder(layers)
   blues = matplotlib.colormaps['Blues'](np.linspace(0.2, 0.6, len(kept)))
@@ -185,12 +138,10 @@ def network(
     axes.barh(y, widths, 0.8, left=-widths / 2, **style)
 
   bars(searched, color='white', edgecolor=_GREY, label='searched')
-  said = []
   for i, (name, counts) in enumerate(kept.items()):
     hatch = _HATCHES[i] if len(kept) <= len(_HATCHES) else None
     style = {'color': blues[i], 'edgecolor': _BLUE, 'hatch': hatch}
     bars(counts, label=_short(name, 18), **style)
-    said.append(f'{name}: {sum(counts)} of {sum(searched)} channels')
   if list(reference) != list(searched):
     ends = np.concatenate([reference, np.negative(reference)]) / 2
     style = {'marker': '|', 'linewidths': 2, 'label': 'reference'}
@@ -205,38 +156,17 @@ def network(
   axes.set(xlim=(-half, 1.6 * half), xticks=[])
   axes.spines[:].set_visible(False)
   axes.set_xlabel('channels of each layer, before → after')
-  _legend(drawn)
-  return drawn, '; '.join(said)
+  drawn.legend(loc='outside upper left', ncols=3)
+  return drawn
 
 
-@_picture
-def histograms(rows: Sequence[tuple[str, np.ndarray]]) -> Drawn:
-  """Histograms of gates below each other, one for each (label, gates)."""
-  drawn, axes = _drawing(0.8 + 0.5 * len(rows))
-  said = []
-  for i, (label, values) in enumerate(rows):
-    share, _ = np.histogram(np.clip(values, 0, 1), _BINS)
-    height, base = 0.85 * share / max(share.max(), 1), -float(i)
-    axes.stairs(base + height, _BINS, baseline=base, fill=True, color='#c6dbef')
-    axes.stairs(base + height, _BINS, baseline=base, color=_BLUE)
-    numbers = f'mean {values.mean():.2f}, {np.mean(values == 0):.0%} at 0'
-    axes.text(1.02, base + 0.1, f'{label}\n{numbers}', fontsize=8)
-    said.append(f'{label}: {numbers}')
-  axes.set_yticks([])
-  axes.grid(visible=False, axis='y')
-  axes.spines['left'].set_visible(False)
-  axes.set(xlabel='gate', xlim=(0, 1), ylim=(-len(rows) + 0.9, 1))
-  return drawn, '; '.join(said)
-
-
-@_picture
 def heat(
   rows: Sequence[str],
   columns: Sequence[str],
   values: np.ndarray,
   label: str,
   digits: int = 0,
-) -> Drawn:
+) -> mpl_figure.Figure:
   """Numbers on cells from light (the least, or 0) to dark (the most).
 
   Args:
@@ -246,7 +176,7 @@ def heat(
     label: What the columns are.
     digits: Decimals that are shown.
   """
-  drawn, axes = _drawing(1.1 + 0.2 * len(rows))
+  drawn, ((axes,),) = _drawing(1.1 + 0.2 * len(rows))
   axes.grid(visible=False)
   axes.spines[:].set_visible(False)
   colours = matplotlib.colormaps['Blues'].with_extremes(bad='#eeeeee')
@@ -262,43 +192,28 @@ def heat(
     text = '–' if np.isnan(value) else f'{value:.{digits}f}'
     text = text.replace('0.', '.')
     axes.text(j, i, text, path_effects=around, **style)
-  axes.set_yticks(range(len(rows)), map(_number, rows), fontsize=7.5)
-  axes.set_xticks(range(len(columns)), map(_number, columns))
+  numbers = [
+    [title.partition('. ')[0] for title in titles] for titles in (rows, columns)
+  ]
+  axes.set_yticks(range(len(rows)), numbers[0], fontsize=7.5)
+  axes.set_xticks(range(len(columns)), numbers[1])
   axes.xaxis.tick_top()
   axes.xaxis.set_label_position('top')
   axes.set_xlabel(label)
-  said = []
-  for title, column in zip(columns, values.T, strict=True):
-    if not np.isnan(column).all():
-      least, most = int(np.nanargmin(column)), int(np.nanargmax(column))
-      said.append(
-        f'{title}: {rows[least]} least ({column[least]:.{digits}f}), '
-        f'{rows[most]} most ({column[most]:.{digits}f})'
-      )
-  return drawn, '; '.join(said)
+  return drawn
 
 
-# Numbers.
-
-
-@_picture
 def curves(
   panels: Mapping[str, Sequence[Line]], xlabel: str, last: bool = False
-) -> Drawn:
+) -> mpl_figure.Figure:
   """Lines over one axis, in panels below each other: {axis label: lines}.
 
   With `last`, the legend of a panel has the last value of each line.
-
-  >>> lines = [Line('training', [1, 2], [2.3, 0.7])]
-  >>> picture = curves('loss', 'The loss falls.', {'loss': lines}, 'step')
-  >>> picture.alt
-  'The loss falls. loss, training: 2.3 at 1, 0.7 at 2.'
   """
   rows = sum((len(lines) + 1) // 2 for lines in panels.values())
   height = 0.5 + 1.7 * len(panels) + 0.17 * rows
-  drawn = mpl_figure.Figure((_WIDTH, height), layout='constrained')
-  all_axes, said = drawn.subplots(len(panels), sharex=True, squeeze=False), []
-  for axes, (name, lines) in zip(all_axes[:, 0], panels.items(), strict=True):
+  drawn, grid = _drawing(height, len(panels))
+  for axes, (name, lines) in zip(grid[:, 0], panels.items(), strict=True):
     for i, line in enumerate(lines):
       axes.errorbar(
         line.x,
@@ -313,9 +228,6 @@ def curves(
         elinewidth=1,
         label=_short(line.label, 32) + f': {line.y[-1]:.4g}' * last,
       )
-      ends = range(len(line.x)) if len(line.x) <= 8 else (0, -1)
-      points = (f'{line.y[k]:.4g} at {line.x[k]:g}' for k in ends)
-      said.append(f'{name}, {line.label}: {", ".join(points)}')
     axes.set_ylabel(name)
     axes.margins(y=0.08)
     values = np.concatenate([line.y for line in lines])
@@ -323,14 +235,13 @@ def curves(
       axes.set_yscale('log')  # Else the first values hide the others.
     style = {'loc': 'lower left', 'bbox_to_anchor': (0, 1.0), 'fontsize': 8}
     axes.legend(ncols=2, borderaxespad=0.2, columnspacing=1.0, **style)
-  all_axes[-1, 0].set_xlabel(xlabel)
-  return drawn, '; '.join(said)
+  axes.set_xlabel(xlabel)
+  return drawn
 
 
-@_picture
 def intervals(
   rows: Sequence[Interval], xlabel: str, meanings: Mapping[bool, str]
-) -> Drawn:
+) -> mpl_figure.Figure:
   """A row for each mean and its interval.
 
   Args:
@@ -350,21 +261,14 @@ def intervals(
     axes.plot([], [], 'D', label=meaning, **_DIAMONDS[filled])
   if any(row.dots for row in rows):
     axes.scatter([], [], 22, 'none', edgecolors=_GREY, label='one run')
-  sign = '+.2f' if len(meanings) > 1 else '.2f'
   if len(meanings) > 1:
     axes.axvline(0, color=_BLACK, linewidth=1)
   axes.set_xlabel(xlabel)
-  _legend(drawn)
-  return drawn, '; '.join(
-    f'{row.label}: {row.mean:{sign}} ({row.low:{sign}} to {row.high:{sign}}'
-    + f', n = {len(row.dots)}' * bool(row.dots)
-    + ')'
-    for row in rows
-  )
+  drawn.legend(loc='outside upper left', ncols=3)
+  return drawn
 
 
-@_picture
-def examples(images: np.ndarray, titles: Sequence[str]) -> Drawn:
+def examples(images: np.ndarray, titles: Sequence[str]) -> mpl_figure.Figure:
   """Images in rows of 6, with a title of one or two lines above each.
 
   Args:
@@ -372,12 +276,11 @@ def examples(images: np.ndarray, titles: Sequence[str]) -> Drawn:
     titles: One for each image.
   """
   rows = -(-len(images) // 6)
-  drawn = mpl_figure.Figure((_WIDTH, 1.15 * rows), layout='constrained')
-  grid = drawn.subplots(rows, 6, squeeze=False).ravel()
-  for axes in grid:
+  drawn, grid = _drawing(1.15 * rows, rows, 6)
+  for axes in grid.ravel():
     axes.set_axis_off()
-  for axes, image, title in zip(grid, images, titles, strict=False):
+  for axes, image, title in zip(grid.ravel(), images, titles, strict=False):
     axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
     lines = [_short(line, 14) for line in title.splitlines()]
     axes.set_title('\n'.join(lines), fontsize=7)
-  return drawn, '; '.join(title.replace('\n', ', ') for title in titles)
+  return drawn

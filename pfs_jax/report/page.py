@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pathlib
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -15,87 +16,9 @@ from pfs_jax import fields, tables
 from pfs_jax.report import figures
 from pfs_jax.tables import Table, escape
 
-# Pictures are drawn on white. On a dark page they are inverted: white becomes
-# the colour of the page, and hues stay. The hint that a table scrolls is shown
-# while there is something to scroll to.
-_PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #555;
-  --line: #c8c8c8; --band: #f3f3f3; --link: #0b57d0; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #1a1a1a; --ink: #eee; --soft: #b5b5b5; --line: #555;
-    --band: #262626; --link: #8ab4f8; }
-  img { filter: invert(0.898) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.25rem 0 0.75rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; padding-top: 0.5rem;
-  border-top: 1px solid var(--line); }
-h1, h2, p, td, figcaption, summary, li { overflow-wrap: anywhere; }
-p, figcaption { max-width: 46rem; }
-.answer { font-size: 1.15rem; margin: 0.5rem 0; }
-.warning { border-left: 4px solid #d55e00; padding-left: 0.75rem; }
-figcaption, .soft { color: var(--soft); font-size: 0.9rem; }
-a { color: var(--link); }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; padding: 0;
-  margin: 1rem 0 0; list-style: none; }
-figure { margin: 1rem 0; }
-figure > div { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure > div > * { max-width: 100%; }
-figure img { width: 38rem; height: auto; align-self: flex-start; }
-.scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; }
-.scroll:focus-visible { outline: 2px solid var(--link); }
-.scroll::before { content: 'more columns: scroll sideways \\2192';
-  display: block; width: max-content; position: sticky; left: 0; height: 0;
-  overflow: hidden; font-size: 0.85rem; font-weight: 600; color: var(--link);
-  animation: hint linear; animation-timeline: scroll(nearest inline); }
-@keyframes hint { 0%, 90% { height: 1.5em; } 100% { height: 1.5em; } }
-table { border-collapse: collapse; font-size: 0.9rem;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: 0.25rem; }
-th, td { text-align: left; vertical-align: top; padding: 0.2rem 0.6rem;
-  border-bottom: 1px solid var(--line); }
-th { font-weight: 600; }
-tbody th { font-weight: 400; position: sticky; left: 0;
-  background: var(--page); max-width: 45vw; overflow-wrap: break-word; }
-td.n, th.n { text-align: right; }
-td.n { white-space: nowrap; }
-tbody tr:nth-child(even) > * { background: var(--band); }
-pre { background: var(--band); padding: 0.75rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 0.85rem; }
-summary { cursor: pointer; padding: 0.25rem 0; }
-@media (max-width: 30rem) {
-  body { padding: 0.75rem; }
-  h1 { font-size: 1.35rem; }
-  .answer { font-size: 1.05rem; }
-  th, td { padding: 0.2rem 0.4rem; }
-}
-@media print { details > * { display: block; } }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-$first
-<nav aria-label="Contents"><ul>$links</ul></nav>
-</header>
-<main>
-$sections
-</main>
-</body>
-</html>
-""")
-_LONG = 24  # Tables with more rows are folded away.
+_PAGE = string.Template(pathlib.Path(__file__).with_suffix('.html').read_text())
+_LONG = 24  # Tables beside a picture with more rows are folded.
+_SPOKEN = 12  # Rows of its table that the text alternative of a picture has.
 
 
 class Page:
@@ -107,13 +30,14 @@ class Page:
     title: The heading of the page.
 
   Attributes:
-    pictures: The pictures so far.
+    pictures: {name: content of its SVG file}.
   """
 
   def __init__(self, title: str):
     self._title = title
     self._sections: list[tuple[str, list[str]]] = [('', [])]
-    self.pictures: list[figures.Picture] = []
+    self._tables: set[str] = set()
+    self.pictures: dict[str, bytes] = {}
 
   def _add(self, html: str) -> None:
     self._sections[-1][1].append(html)
@@ -126,43 +50,45 @@ class Page:
     """Adds a paragraph of a class of the style sheet."""
     self._add(f'<p class="{kind}">{escape(text)}</p>')
 
-  def table(self, *table: Any) -> None:
-    """Adds the table of a title, columns and rows."""
-    self._add(tables.html(*table))
+  def table(self, table: Table, folded: bool = False) -> None:
+    """Adds a table, which opens on a click if it is to be folded."""
+    self._add(self._shown(table, folded))
 
-  def folded(self, table: Table) -> None:
-    """Adds a table that opens on a click."""
-    self._add(_folded(table))
+  def _shown(self, table: Table, folded: bool) -> str:
+    self._tables.add(table.title)
+    html, n = tables.html(*table), len(table.rows)
+    return _folded(f'{table.title} ({n} rows)', html) if folded else html
 
   def figure(
-    self,
-    picture: figures.Picture,
-    *beside: Table,
-    numbers: str = '',
+    self, name: str, caption: str, drawn: Any, *numbers: Table
   ) -> None:
     """Adds a picture with its caption and the numbers that it shows.
 
     Args:
-      picture: The picture.
-      *beside: The tables of its numbers; long ones are folded.
-      numbers: The title of a table elsewhere on the page that has them.
+      name: The stem of its file.
+      caption: What it shows.
+      drawn: The figure, drawn by `figures`.
+      *numbers: The tables of its numbers. One that is on the page already is
+        linked, the others are added. The first rows are its text alternative.
     """
-    self.pictures.append(picture)
-    data = base64.b64encode(picture.svg).decode()
-    width, height = picture.size
-    shown = [
-      _folded(t) if len(t.rows) > _LONG else tables.html(*t) for t in beside
-    ]
-    caption = escape(picture.caption)
-    if numbers:
-      anchor = tables.anchor(numbers)
-      caption += f' <a href="#{anchor}">Table: {escape(numbers)}</a>'
+    spoken = '; '.join(filter(None, map(_words, numbers)))
+    alt = f'{caption} {spoken}.'
+    self.pictures[name] = figures.svg(drawn, name, alt)
+    links, beside = '', ''
+    for table in numbers:
+      if table.title in self._tables:
+        anchor = tables.anchor(table.title)
+        links += f' <a href="#{anchor}">Table: {escape(table.title)}</a>'
+      else:
+        beside += self._shown(table, len(table.rows) > _LONG)
+    data = base64.b64encode(self.pictures[name]).decode()
+    width, height = (round(96 * inches) for inches in drawn.get_size_inches())
     self._add(
-      f'<figure id="{escape(picture.name)}">\n'
-      f'<figcaption>{caption}</figcaption>\n'
+      f'<figure id="{escape(name)}">\n'
+      f'<figcaption>{escape(caption)}{links}</figcaption>\n'
       f'<div>\n<img src="data:image/svg+xml;base64,{data}" width="{width}" '
-      f'height="{height}" alt="{escape(picture.alt)}">\n'
-      f'<div>{"".join(shown)}</div>\n</div>\n</figure>'
+      f'height="{height}" alt="{escape(alt)}">\n'
+      f'<div>{beside}</div>\n</div>\n</figure>'
     )
 
   def config(self, run: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
@@ -175,33 +101,40 @@ class Page:
       if name in there and (value != plain or name == 'seed'):
         rows.append([field.name, value, plain, field.doc])
     columns = ['field', 'value', 'default', 'meaning']
-    self.table('Fields that are not the default', columns, rows)
+    self.table(Table('Fields that are not the default', columns, rows))
     text = escape(json.dumps(whole, indent=2, sort_keys=True))
-    self._add(_details('The whole config', f'<pre>{text}</pre>'))
+    self._add(_folded('The whole config', f'<pre>{text}</pre>'))
 
   def html(self) -> str:
     """The page as it is."""
     (_, first), *rest = self._sections
-    parts, links = [], []
+    parts, links = '', ''
     for title, inner in rest:
       name = tables.anchor(title, 'part')
-      links.append(f'<li><a href="#{name}">{escape(title)}</a></li>')
-      heading = f'<h2 id="{name}">{escape(title)}</h2>'
-      body = '\n'.join([heading, *inner])
-      parts.append(f'<section aria-labelledby="{name}">\n{body}\n</section>')
+      links += f'<li><a href="#{name}">{escape(title)}</a></li>'
+      body = '\n'.join([f'<h2 id="{name}">{escape(title)}</h2>', *inner])
+      parts += f'<section aria-labelledby="{name}">\n{body}\n</section>\n'
     return _PAGE.substitute(
       title=escape(self._title),
       first='\n'.join(first),
-      links=''.join(links),
-      sections='\n'.join(parts),
+      links=links,
+      sections=parts,
     )
 
 
-def _details(summary: str, html: str) -> str:
+def _folded(summary: str, html: str) -> str:
   return f'<details><summary>{escape(summary)}</summary>\n{html}\n</details>'
 
 
-def _folded(table: Table) -> str:
-  return _details(
-    f'{table.title} ({len(table.rows)} rows)', tables.html(*table)
-  )
+def _words(table: Table) -> str:
+  """The first rows of a table as a text.
+
+  >>> _words(Table('Loss', ['step', 'training'], [['10', '2.3'], ['20', '-']]))
+  '10: training 2.3; 20: training -'
+  """
+  rows = []
+  for name, *cells in table.rows[:_SPOKEN]:
+    pairs = zip(table.columns[1:], cells, strict=True)
+    rows.append(f'{name}: ' + ', '.join(f'{a} {b}' for a, b in pairs if b))
+  more = len(table.rows) - len(rows)
+  return '; '.join(rows) + f'; {more} more rows in the table' * bool(more > 0)

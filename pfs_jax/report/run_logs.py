@@ -1,4 +1,4 @@
-"""What the logs of a run show: its gates and its metrics, over the steps."""
+"""What a run left on its way: its probe, tournament, gates and metrics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,86 @@ from typing import Any
 import numpy as np
 
 from pfs_jax import runs, storage
-from pfs_jax.report import figures, page
+from pfs_jax.report import figures
+from pfs_jax.report.page import Page
 from pfs_jax.stages import Job
 from pfs_jax.tables import Table
+
+
+def thinned(n: int, most: int) -> list[int]:
+  """At most so many of the indices 0..n-1, evenly, with the first and last.
+
+  >>> thinned(9, 3)
+  [0, 4, 8]
+  """
+  return sorted({int(i) for i in np.linspace(0, n - 1, min(n, most)).round()})
+
+
+def probe(report: Page, job: Job) -> None:
+  """Adds how much the loss rises where a layer loses channels, if it is known.
+
+  probe.json holds a mean and a standard error for each layer, and the values of
+  single draws.
+  """
+  path = job.workdir / 'probe.json'
+  if not path.exists():
+    return
+  found: dict[str, Any] = storage.read_json(path)
+  rows = []
+  for layer, values in zip(found['layers'], found['losses'], strict=True):
+    mean, error = found['mean'][layer], found['error'][layer]
+    ends = (mean - error, mean + error)
+    rows.append(figures.Interval(layer, mean, *ends, values))
+  meaning = {True: 'mean ± standard error'}
+  report.section('Probe')
+  report.paragraph(found['sentence'])
+  report.figure(
+    'probe',
+    'The rise of the held-out loss when channels are dropped in one layer '
+    'alone, as many in each as save the same MACs.',
+    figures.intervals(rows, 'rise of the loss', meaning),
+    Table('Probe', found['columns'], found['rows']),
+  )
+
+
+def tournament(report: Page, job: Job) -> None:
+  """Adds the losses and the widths of the candidates, if there was one."""
+  path = job.workdir / 'tournament.json'
+  if not path.exists():
+    return
+  found: dict[str, Any] = storage.read_json(path)
+  lines = []
+  for name in found['counts']:
+    rounds = [r for r in found['rounds'] if name in r['losses']]
+    values = [r['losses'][name] for r in rounds]
+    means = [float(np.mean(v)) for v in values]
+    errors = [float(np.std(v, ddof=len(v) > 1) / len(v) ** 0.5) for v in values]
+    epochs = [r['epochs'] for r in rounds]
+    lines.append(figures.Line(name, epochs, means, errors))
+  widths = job.network.cost_model.widths
+  shares = 100 * np.divide(list(found['counts'].values()), widths).T
+  titles = [f'{i}. {name}' for i, name in enumerate(found['counts'], 1)]
+  rows = [
+    [layer, *(f'{v:.0f}' for v in row)]
+    for layer, row in zip(found['layers'], shares, strict=True)
+  ]
+  report.section('Tournament')
+  report.paragraph(found['sentence'])
+  report.figure(
+    'tournament',
+    'Held-out loss of the candidates after each round: mean and standard error '
+    'over seeds.',
+    figures.curves({'held-out loss': lines}, 'epochs', last=True),
+    Table('Candidates', found['columns'], found['rows']),
+  )
+  report.figure(
+    'candidates',
+    'Share in % that the candidates keep of each layer. Columns are numbered '
+    'as the candidates are in the table.',
+    figures.heat(found['layers'], titles, shares, 'candidate'),
+    Table('Share kept in %', ['layer', *titles], rows),
+  )
+
 
 # Gates.
 
@@ -22,53 +99,50 @@ def chosen_gates(job: Job) -> dict[str, np.ndarray]:
   return storage.read_arrays(path) if path.exists() else {}
 
 
-def gates(report: page.Page, job: Job) -> None:
-  """Adds histograms of the gates: at evaluations of the search, then chosen."""
+def _gates(job: Job) -> dict[str, np.ndarray]:
+  """{when: all gates}: at evaluations of the search, then kept and dropped."""
   paths = sorted((job.workdir / 'search' / 'gates').glob('[0-9]*.npz'))
-  found: dict[str, list[np.ndarray]] = {}
+  found = {}
   for i in thinned(len(paths), 8):
-    read = storage.read_arrays(paths[i])
-    found[f'step {int(paths[i].stem)}'] = list(read.values())
+    read = storage.read_arrays(paths[i]).values()
+    found[f'step {int(paths[i].stem)}'] = [g.ravel() for g in read]
   chosen, path = chosen_gates(job), job.workdir / 'kept.json'
   if chosen and path.exists():
     kept = storage.read_json(path)
-    masks = [
-      np.isin(np.arange(g.size), kept.get(k, [])) for k, g in chosen.items()
-    ]
-    pairs = list(zip(chosen.values(), masks, strict=True))
-    found['kept'] = [g[mask] for g, mask in pairs]
-    found['dropped'] = [g[~mask] for g, mask in pairs]
-  drawn, rows = [], []
-  for label, arrays in found.items():
-    values = np.concatenate([g.ravel() for g in arrays])
-    if values.size:
-      drawn.append((label, values))
-      numbers = [values.mean(), *np.quantile(values, (0.1, 0.5, 0.9))]
-      shown = [f'{v:.3f}' for v in numbers]
-      zero = f'{np.mean(values == 0):.1%}'
-      rows.append([label, str(values.size), *shown, zero])
-  if not rows:
+    masks = {
+      k: np.isin(np.arange(g.size), kept.get(k, [])) for k, g in chosen.items()
+    }
+    found['kept'] = [g[masks[k]] for k, g in chosen.items()]
+    found['dropped'] = [g[~masks[k]] for k, g in chosen.items()]
+  joined = {label: np.concatenate(parts) for label, parts in found.items()}
+  return {label: gates for label, gates in joined.items() if gates.size}
+
+
+def gates(report: Page, job: Job) -> None:
+  """Adds how the gates are distributed, over the search and at its end."""
+  found = _gates(job)
+  if not found:
     return
+  inner = np.linspace(0, 1, 6)
+  names = [f'{a:.1f}-{b:.1f}' for a, b in zip(inner, inner[1:], strict=False)]
+  shares, rows = [], []
+  for label, values in found.items():
+    between = values[(values > 0) & (values < 1)]
+    counts = np.histogram(between, inner)[0]
+    ends = np.sum(values <= 0), np.sum(values >= 1)
+    shares.append(100 * np.array([ends[0], *counts, ends[1]]) / values.size)
+    shown = (f'{v:.1f}' for v in shares[-1])
+    rows.append([label, str(values.size), f'{values.mean():.3f}', *shown])
+  bins = ['at 0', *names, 'at 1']
   report.section('Gates')
-  columns = ['gates', 'number', 'mean', '10%', '50%', '90%', 'at 0']
-  caption = (
-    'The gates at evaluations of the search, the first at the top; then those '
-    'that the search chose, of the channels that the first budget keeps and '
-    'drops. Each histogram is scaled to its fullest bin.'
-  )
   report.figure(
-    figures.histograms('gates', caption, drawn),
-    Table('Gates: mean and quantiles', columns, rows),
+    'gates',
+    'How many gates, in %, lie at 0, in each fifth between, and at 1: at '
+    'evaluations of the search, the first at the top; then those that the '
+    'search chose, of the channels that the first budget keeps and drops.',
+    figures.heat(list(found), bins, np.stack(shares), 'gate'),
+    Table('Gates in %', ['gates', 'number', 'mean', *bins], rows),
   )
-
-
-def thinned(n: int, most: int) -> list[int]:
-  """At most so many of the indices 0..n-1, evenly, with the first and last.
-
-  >>> thinned(9, 3)
-  [0, 4, 8]
-  """
-  return sorted({int(i) for i in np.linspace(0, n - 1, min(n, most)).round()})
 
 
 # Metrics.
@@ -89,7 +163,7 @@ _TRAIN: Panels = {
 }
 
 
-def search(report: page.Page, job: Job) -> None:
+def search(report: Page, job: Job) -> None:
   """Adds the metrics of the search."""
   log = runs.read_metrics(job.workdir / 'search')
   if log:
@@ -98,7 +172,7 @@ def search(report: page.Page, job: Job) -> None:
 
 
 def training(
-  report: page.Page,
+  report: Page,
   folders: Mapping[str, pathlib.Path],
   reference: pathlib.Path,
 ) -> None:
@@ -129,7 +203,7 @@ def training(
 
 
 def _curves(
-  report: page.Page, name: str, logs: Mapping[str, Log], panels: Panels
+  report: Page, name: str, logs: Mapping[str, Log], panels: Panels
 ) -> None:
   """Tables of metrics by step, and a picture where one has two points."""
   found: dict[str, list[figures.Line]] = {}
@@ -140,23 +214,22 @@ def _curves(
         if points:
           line = figures.Line(prefix + label, *zip(*points, strict=True))
           found.setdefault(axis, []).append(line)
-  tables = [_by_step(axis, lines) for axis, lines in found.items()]
-  drawn = {
+  by_step = [_by_step(axis, lines) for axis, lines in found.items()]
+  several = {
     axis: [line for line in lines if len(line.x) > 1]
     for axis, lines in found.items()
-    if any(len(line.x) > 1 for line in lines)
   }
+  drawn = {axis: lines for axis, lines in several.items() if lines}
   if not drawn:
-    for table in tables:
-      report.table(*table)
+    for table in by_step:
+      report.table(table)
     return
-  caption = (
-    'Metrics by step; those of the training set are means since the point '
-    'before. The legend has the last values, metrics.jsonl has all.'
-  )
   report.figure(
-    figures.curves(name, caption, drawn, 'step', last=True),
-    *tables,
+    name,
+    'Metrics by step; those of the training set are means since the point '
+    'before. The legend has the last values, metrics.jsonl has all.',
+    figures.curves(drawn, 'step', last=True),
+    *by_step,
   )
 
 

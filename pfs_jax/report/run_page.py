@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pfs_jax import config, console, errors, models, runs, storage, structures
-from pfs_jax.report import figures, page, run_choice, run_logs
+from pfs_jax.report import figures, run_logs
+from pfs_jax.report.page import Page
 from pfs_jax.stages import Job
 from pfs_jax.tables import Table
 
@@ -31,28 +31,30 @@ class Cut(NamedTuple):
   result: Mapping[str, Any]
 
 
-def build(job: Job) -> tuple[str, list[figures.Picture]]:
-  """(HTML, pictures) of the run in the job's workdir, as far as it has come.
+def build(job: Job) -> Page:
+  """The page of the run in the job's workdir, as far as it has come.
 
   Raises:
     errors.UserError: If the workdir holds no run, or that of another config.
   """
   _check_there(job)
   cuts = _cuts(job)
-  whole = _whole(job, [cut.result for cut in cuts if cut.result])
-  report = page.Page(_title(job, cuts))
-  _first_screen(report, job, cuts, whole)
+  trained = [cut for cut in cuts if cut.result]
+  whole = _whole(job, trained)
+  report = Page(_title(job, cuts))
+  _first_screen(report, job, cuts, trained, whole)
   if cuts:
     _structure(report, job, cuts, whole)
-  run_choice.probe(report, job)
-  run_choice.tournament(report, job)
+  run_logs.probe(report, job)
+  run_logs.tournament(report, job)
   run_logs.gates(report, job)
   run_logs.search(report, job)
-  trained = {cut.name: job.folder(cut.name) / 'train' for cut in cuts}
-  run_logs.training(report, trained, job.workdir / 'reference')
-  _mistakes(report, job, cuts)
+  folders = {cut.name: job.folder(cut.name) / 'train' for cut in cuts}
+  run_logs.training(report, folders, job.workdir / 'reference')
+  if trained:
+    _mistakes(report, job, trained[0])
   _made(report, job, cuts)
-  return report.html(), report.pictures
+  return report
 
 
 # What there is.
@@ -80,9 +82,8 @@ def _cuts(job: Job) -> list[Cut]:
       r = storage.read_json(path)
       counts, macs, params = r['counts'], r['macs'], r['params']
     else:
-      s = structures.Structure.from_json(
-        (folder / 'structure.json').read_text()
-      )
+      text = storage.read_text(folder / 'structure.json')
+      s = structures.Structure.from_json(text, folder)
       counts = dict(zip(s.layers, s.counts, strict=True))
       macs, params = s.macs, s.params
     if tuple(counts) != job.network.cost_model.layers:
@@ -102,11 +103,11 @@ def _share(job: Job, macs: int) -> str:
   return f'{macs / job.network.reference_macs:.1%}'
 
 
-def _whole(job: Job, results: Sequence[Mapping[str, Any]]) -> list[Cut]:
+def _whole(job: Job, trained: Sequence[Cut]) -> list[Cut]:
   """The reference network and the searched one, with what is known of them."""
   network, model = job.network, job.network.cost_model
   known: dict[str, Any] = {}
-  for r in results[:1]:
+  for r in (cut.result for cut in trained[:1]):
     accuracy, n = r['reference_test_accuracy'], r['test_examples']
     if accuracy is not None:
       known = {'test_accuracy': accuracy, 'test_examples': n}
@@ -131,11 +132,9 @@ def _whole(job: Job, results: Sequence[Mapping[str, Any]]) -> list[Cut]:
 def _title(job: Job, cuts: Sequence[Cut]) -> str:
   """A short title: 'vgg16 on digits, cut to 50.0% of the MACs, seed 0'."""
   c, name = job.config, job.model_name.rpartition(':')[2]
-  done = 'search under way'
-  if cuts:
+  done = f'{len(cuts)} budgets' if cuts else 'search under way'
+  if len(cuts) == 1:
     done = f'cut to {_share(job, cuts[0].macs)} of the MACs'
-  if len(cuts) > 1:
-    done = f'{len(cuts)} budgets'
   return f'{name} on {c.data.name}, {done}, seed {c.seed}'
 
 
@@ -153,12 +152,15 @@ def interval(accuracy: float, n: int) -> tuple[float, float]:
 
 
 def _first_screen(
-  report: page.Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
+  report: Page,
+  job: Job,
+  cuts: Sequence[Cut],
+  trained: Sequence[Cut],
+  whole: Sequence[Cut],
 ) -> None:
-  trained = [cut.result for cut in cuts if cut.result]
-  for line in _answer(job, cuts):
+  for line in _answer(job, cuts, trained):
     report.paragraph(line, 'answer')
-  warnings = [w for r in trained for w in r.get('warnings', [])]
+  warnings = [w for cut in trained for w in cut.result.get('warnings', [])]
   if uncounted := job.network.table.uncounted:
     warnings.append(f'The MACs leave out: {", ".join(uncounted)}.')
   for warning in dict.fromkeys(warnings):
@@ -173,8 +175,8 @@ def _first_screen(
     )
   columns = ['network', 'test accuracy', '95% interval', 'MACs', 'share']
   columns += ['parameters', 'float32 weights']
-  batch = {r['latency']['batch'] for r in trained if r.get('latency')}
-  columns += [f'ms for {n}' for n in list(batch)[:1]]
+  latencies = [cut.result.get('latency') for cut in trained]
+  columns += [f'ms for {ms["batch"]}' for ms in latencies if ms][:1]
   rows = []
   for name, _, macs, params, r in [*cuts, *whole]:
     shown = ['-', '-']
@@ -186,20 +188,24 @@ def _first_screen(
     ms = r.get('latency', {}).get('narrow_ms')
     last = [f'{4 * params / 1e6:.2f} MB', '-' if ms is None else f'{ms:.3g}']
     rows.append([name, *shown, *costs, *last][: len(columns)])
-  report.table('Networks', columns, rows)
-  _costs(report, cuts, whole[0])
+  networks = Table('Networks', columns, rows)
+  report.table(networks)
+  if len(trained) > 1:
+    _costs(report, trained, whole[0], networks)
 
 
-def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
+def _answer(
+  job: Job, cuts: Sequence[Cut], trained: Sequence[Cut]
+) -> Sequence[str]:
   """The result in a few sentences."""
   if not cuts:
     steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
     at = f'at step {steps[-1]}' if steps else 'at its start'
     return [f'The search is {at}. No structure is cut yet.']
-  trained = [cut for cut in cuts if cut.result]
-  lines = [f'{len(cuts)} budgets are cut, and {len(trained)} of them trained.']
-  if len(cuts) == len(trained) == 1:
-    lines = []
+  lines = []
+  if not len(cuts) == len(trained) == 1:
+    n = len(trained)
+    lines = [f'{len(cuts)} budgets are cut, and {n} of them trained.']
   for cut in trained:
     accuracy, n = cut.result['test_accuracy'], cut.result['test_examples']
     reference = cut.result['reference_test_accuracy']
@@ -214,14 +220,17 @@ def _answer(job: Job, cuts: Sequence[Cut]) -> list[str]:
   return lines
 
 
-def _costs(report: page.Page, cuts: Sequence[Cut], whole: Cut) -> None:
-  """Accuracy against MACs and parameters, where several budgets are trained."""
-  trained = [cut for cut in reversed(cuts) if cut.result]
-  if len(trained) < 2:
-    return
+def _costs(
+  report: Page, trained: Sequence[Cut], whole: Cut, networks: Table
+) -> None:
+  """Accuracy against MACs and parameters."""
   panels: dict[str, list[figures.Line]] = {}
-  for label, found in (('narrow networks', trained), ('reference', [whole])):
-    results = [cut.result for cut in found if 'test_accuracy' in cut.result]
+  for label, cuts in (
+    ('narrow networks', trained[::-1]),
+    ('reference', [whole]),
+  ):
+    found = [cut for cut in cuts if 'test_accuracy' in cut.result]
+    results = [cut.result for cut in found]
     ends = [interval(r['test_accuracy'], r['test_examples']) for r in results]
     half = [50 * (high - low) for low, high in ends]
     y = [100 * r['test_accuracy'] for r in results]
@@ -229,20 +238,17 @@ def _costs(report: page.Page, cuts: Sequence[Cut], whole: Cut) -> None:
       full = getattr(whole, field)
       x = [100 * getattr(cut, field) / full for cut in found]
       lines = panels.setdefault(f'accuracy in %,\nover {what}', [])
-      if results:
-        lines.append(figures.Line(label, x, y, half))
-  caption = (
-    'Test accuracy against MACs and parameters, with 95% intervals (Wilson).'
-  )
-  xlabel = "% of the reference network's"
+      lines += [figures.Line(label, x, y, half)] if found else []
   report.figure(
-    figures.curves('macs', caption, panels, xlabel),
-    numbers='Networks',
+    'macs',
+    'Test accuracy against MACs and parameters, with 95% intervals (Wilson).',
+    figures.curves(panels, "% of the reference network's"),
+    networks,
   )
 
 
 def _structure(
-  report: page.Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
+  report: Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
 ) -> None:
   """The widths of the network before and after, and all of them in a table."""
   gates, layers = run_logs.chosen_gates(job), list(cuts[0].counts)
@@ -251,38 +257,31 @@ def _structure(
   rows = []
   for layer, width, other in zip(layers, searched, reference, strict=True):
     counts = [cut.counts[layer] for cut in cuts]
-    row = [layer, str(width), str(other)]
-    row += [f'{n} ({n / width:.0%})' for n in counts]
-    if gates:
-      row.append(f'{gates[layer].mean():.3f}')
-    rows.append(row)
+    shown = [f'{n} ({n / width:.0%})' for n in counts]
+    mean = [f'{gates[layer].mean():.3f}'] if gates else []
+    rows.append([layer, str(width), str(other), *shown, *mean])
   kept = {cut.name: list(cut.counts.values()) for cut in cuts}
-  caption = (
+  report.section('Channels of each layer')
+  report.figure(
+    'network',
     'The network from its input (top) to its output: the channels of each '
     'layer in the network that was searched (outline) and those that are kept. '
     'A line across marks the width of the reference network where it differs. '
-    'Only layers that were cut are drawn.'
-  )
-  args = (layers, searched, reference, kept)
-  report.section('Channels of each layer')
-  report.figure(
-    figures.network('network', caption, *args),
+    'Only layers that were cut are drawn.',
+    figures.network(layers, searched, reference, kept),
     Table('Channels kept', columns + ['mean gate'] * bool(gates), rows),
   )
 
 
-def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+def _mistakes(report: Page, job: Job, cut: Cut) -> None:
   """Test images that the widest trained network misclassifies."""
-  trained = [cut for cut in cuts if cut.result]
-  if not trained:
-    return
-  cut, result = trained[0], trained[0].result
   path = job.folder(cut.name) / 'train' / 'mistakes.npz'
   report.section('Misclassified images')
   if not path.exists():
     report.paragraph('The training kept no misclassified images.')
     return
-  found, names = storage.read_arrays(path), result.get('class_names') or []
+  found = storage.read_arrays(path)
+  names = cut.result.get('class_names') or []
   if not len(found['labels']):
     report.paragraph('All images that were tried are classified correctly.')
     return
@@ -290,14 +289,13 @@ def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
     [names[k] if k < len(names) else str(k) for k in pair]
     for pair in zip(found['labels'], found['predicted'], strict=True)
   ]
-  titles = [f'{a},\nnot {b}' for a, b in pairs]
   rows = [[str(i), *pair] for i, pair in enumerate(pairs, 1)]
-  caption = (
-    f'The first {len(rows)} test images that {cut.name} misclassifies, with '
-    'the true class and the class that the network says.'
-  )
+  titles = [f'{a},\nnot {b}' for a, b in pairs]
   report.figure(
-    figures.examples('mistakes', caption, found['images'], titles),
+    'mistakes',
+    f'The first {len(rows)} test images that {cut.name} misclassifies, with '
+    'the true class and the class that the network says.',
+    figures.examples(found['images'], titles),
     Table('Misclassified', ['image', 'true class', 'network says'], rows),
   )
 
@@ -305,40 +303,39 @@ def _mistakes(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
 # How it was made.
 
 
-def _made(report: page.Page, job: Job, cuts: Sequence[Cut]) -> None:
+def _made(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
   """Times, exported files, versions and the config."""
-  report.section('How it was made')
   folders = {'search': job.workdir / 'search'}
   for cut in cuts:
     folders[f'training, {cut.name}'] = job.folder(cut.name) / 'train'
   folders['wide network'] = job.workdir / 'wide'
   folders['reference network'] = job.workdir / 'reference'
-  rows = []
+  times = []
   for label, folder in folders.items():
-    records = runs.read_metrics(folder)
-    if records:
-      time = console.duration(records[-1].get('seconds', 0.0))
-      rows.append([label, str(records[-1]['step']), time])
-  if rows:
-    title = 'Time, compilation included'
-    report.table(title, ['stage', 'steps', 'time'], rows)
-  rows = [
+    for record in runs.read_metrics(folder)[-1:]:
+      time = console.duration(record.get('seconds', 0.0))
+      times.append([label, str(record['step']), time])
+  files = [
     [str(path.relative_to(job.workdir)), f'{path.stat().st_size / 1e6:.2f} MB']
     for cut in cuts
     for path in sorted((job.folder(cut.name) / 'export').glob('*'))
   ]
-  if rows:
-    report.table('Exported files', ['file', 'size'], rows)
+  noted = {
+    path.stem: storage.read_json(path)
+    for path in (job.workdir / 'versions.json', job.workdir / 'config.json')
+    if path.exists()
+  }
   trained = [cut.result['versions'] for cut in cuts if cut.result]
-  versions = trained[0] if trained else _optional(job.workdir / 'versions.json')
+  versions = trained[0] if trained else noted.get('versions', {})
   rows = [[k, str(v)] for k, v in versions.items()]
   rows.sort(key=lambda row: row[0] not in ('commit', 'hardware'))
-  if rows:
-    report.table('Versions', ['of', 'value'], rows)
-  fields = _optional(job.workdir / 'config.json') or job.config.to_dict()
+  report.section('How it was made')
+  for table in (
+    Table('Time, compilation included', ['stage', 'steps', 'time'], times),
+    Table('Exported files', ['file', 'size'], files),
+    Table('Versions', ['of', 'value'], rows),
+  ):
+    if table.rows:
+      report.table(table)
+  fields = noted.get('config') or job.config.to_dict()
   report.config(fields, fields)
-
-
-def _optional(path: pathlib.Path) -> Mapping[str, Any]:
-  """What a JSON file holds, {} if there is none."""
-  return storage.read_json(path) if path.exists() else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ import ml_collections
 import numpy as np
 
 from pfs_jax import console, errors, storage
-from pfs_jax.report import figures, page
+from pfs_jax.report import figures
+from pfs_jax.report.page import Page
 from pfs_jax.studies import plan, results, statistics, tables
 from pfs_jax.tables import Table
 
@@ -34,52 +35,10 @@ class Arm(NamedTuple):
   versus: statistics.Difference | None
 
   @property
-  def total(self) -> statistics.Summary:
-    """Mean and standard deviation of the values."""
-    return statistics.summary(self.values)
-
-  @property
-  def share(self) -> float:
-    """MACs in percent of the reference network's, the mean."""
-    return 100 * float(np.mean([r['macs_share'] for r in self.records]))
-
-
-def build(
-  study: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> tuple[str, list[figures.Picture]]:
-  """(HTML, pictures) of the finished cells of a study.
-
-  Raises:
-    errors.UserError: If no cell is finished.
-  """
-  records, total = _records(study, workdir)
-  groups = tables.grouped(records)
-  compared = tables.differences(study, groups)
-  arms = [
-    Arm(f'{i}. {k}', g, list(tables.values(g).values()), compared.get(k))
-    for i, (k, g) in enumerate(groups.items(), 1)
-  ]
-  trained = [arm for arm in arms if arm.values]
-  name = study.base.model.name or study.base.model.factory
-  report = page.Page(f'Study {study.study}: {name} on {study.base.data.name}')
-  count = f'{len(records)} of {total} cells are finished'
-  if len(records) < total:
-    count += '; the others may change what this page says'
-  report.paragraph(f'{count}. {_TRAINED if trained else _CUT}', 'answer')
-  if trained:
-    for measure in (tables.ACCURACY, tables.LOSS):
-      table = tables.comparison(study, records, measure)
-      if table.rows:
-        report.table(*_numbered(table, arms))
-    report.section('Accuracy')
-    _accuracy(report, trained)
-    _differences(report, tables.against(study), trained)
-    _over(report, study, trained)
-  report.section('Structures')
-  _shares(report, arms)
-  _similarity(report, arms)
-  _made(report, study, records)
-  return report.html(), report.pictures
+  def spread(self) -> tuple[float, float]:
+    """(mean, standard deviation) of the values; 0 for that of one value."""
+    total = statistics.summary(self.values)
+    return total.mean, total.sd or 0.0
 
 
 _TRAINED = (
@@ -93,6 +52,45 @@ _CUT = (
   'layers keep: its mean over pairs, and the lowest and highest of the pairs. '
   'Overlap is the Jaccard index of the kept channels.'
 )
+
+
+def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
+  """The page of the finished cells of a study.
+
+  Raises:
+    errors.UserError: If no cell is finished.
+  """
+  records, total = _records(study, workdir)
+  groups = tables.grouped(records)
+  compared = tables.differences(study, groups)
+  arms = [
+    Arm(f'{i}. {k}', g, list(tables.values(g).values()), compared.get(k))
+    for i, (k, g) in enumerate(groups.items(), 1)
+  ]
+  trained = [arm for arm in arms if arm.values]
+  name = study.base.model.name or study.base.model.factory
+  report = Page(f'Study {study.study}: {name} on {study.base.data.name}')
+  count = f'{len(records)} of {total} cells are finished'
+  if len(records) < total:
+    count += '; the others may change what this page says'
+  report.paragraph(f'{count}. {_TRAINED if trained else _CUT}', 'answer')
+  if trained:
+    numbered = [
+      _numbered(tables.comparison(study, records, measure), arms)
+      for measure in (tables.ACCURACY, tables.LOSS)
+    ]
+    for table in numbered:
+      if table.rows:
+        report.table(table)
+    report.section('Accuracy')
+    _accuracy(report, trained, numbered[0])
+    _differences(report, tables.against(study), trained, numbered[0])
+    _over(report, study, trained, numbered[0])
+  report.section('Structures')
+  _shares(report, arms)
+  _similarity(report, arms)
+  _made(report, study, records)
+  return report
 
 
 def _records(
@@ -122,26 +120,27 @@ def _numbered(table: Table, arms: Sequence[Arm]) -> Table:
 
 # Accuracy.
 
-_NUMBERS = tables.ACCURACY.title  # The table on the first screen.
 
-
-def _accuracy(report: page.Page, arms: Sequence[Arm]) -> None:
+def _accuracy(report: Page, arms: Sequence[Arm], numbers: Table) -> None:
   rows = []
   for arm in arms:
-    mean, sd = arm.total.mean, arm.total.sd or 0
-    interval = (mean, mean - sd, mean + sd, arm.values)
-    rows.append(figures.Interval(arm.title, *interval))
-  meaning = 'mean ± standard deviation'
-  caption = (
+    mean, sd = arm.spread
+    ends = (mean - sd, mean + sd)
+    rows.append(figures.Interval(arm.title, mean, *ends, arm.values))
+  meaning = {True: 'mean ± standard deviation'}
+  report.figure(
+    'accuracy',
     'Test accuracy in % of every run (circles), and the mean and standard '
     'deviation of each arm (diamonds). The number of an arm is the same in all '
-    'pictures.'
+    'pictures.',
+    figures.intervals(rows, 'test accuracy in %', meaning),
+    numbers,
   )
-  args = (rows, 'test accuracy in %', {True: meaning})
-  report.figure(figures.intervals('accuracy', caption, *args), numbers=_NUMBERS)
 
 
-def _differences(report: page.Page, baseline: str, arms: Sequence[Arm]) -> None:
+def _differences(
+  report: Page, baseline: str, arms: Sequence[Arm], numbers: Table
+) -> None:
   rows = []
   for arm in arms:
     if arm.versus:
@@ -151,60 +150,63 @@ def _differences(report: page.Page, baseline: str, arms: Sequence[Arm]) -> None:
       rows.append(figures.Interval(arm.title, mean, *ends, (), filled))
   if not rows:
     return
-  caption = (
+  xlabel = f'accuracy in points, minus that of\n{baseline}'
+  meanings = {True: 'interval without 0', False: 'interval with 0, or n = 1'}
+  report.figure(
+    'differences',
     f'Accuracy in points minus that of {baseline}, paired by seed, with 95% '
     "intervals (Student's t). A diamond is filled where the interval does not "
     f'hold 0. The {len(rows)} intervals are not corrected for their number: '
-    'even if no arm differed, one in 20 would miss 0 by chance.'
-  )
-  xlabel = f'accuracy in points, minus that of\n{baseline}'
-  meanings = {True: 'interval without 0', False: 'interval with 0, or n = 1'}
-  args = (rows, xlabel, meanings)
-  report.figure(
-    figures.intervals('differences', caption, *args), numbers=_NUMBERS
+    'even if no arm differed, one in 20 would miss 0 by chance.',
+    figures.intervals(rows, xlabel, meanings),
+    numbers,
   )
 
 
 def _over(
-  report: page.Page, study: ml_collections.ConfigDict, arms: Sequence[Arm]
+  report: Page,
+  study: ml_collections.ConfigDict,
+  arms: Sequence[Arm],
+  numbers: Table,
 ) -> None:
   """Accuracy over the MACs, and over the values of the study's field."""
-  places = Counter(round(arm.share) for arm in arms)
-  costs, drawn = [], Counter[int]()
-  varied: dict[str, list[tuple[float, float, float]]] = {}
-  for arm in arms:
-    place, first = round(arm.share), arm.records[0]
-    y = (arm.total.mean, arm.total.sd or 0.0)
+  shares = [
+    100 * float(np.mean([r['macs_share'] for r in arm.records])) for arm in arms
+  ]
+  places, drawn = Counter(map(round, shares)), Counter[int]()
+  costs, points = [], defaultdict(list)
+  for arm, share in zip(arms, shares, strict=True):
+    (mean, sd), first, place = arm.spread, arm.records[0], round(share)
+    # Arms with the same MACs stand side by side.
+    x = share + drawn[place] - (places[place] - 1) / 2
+    drawn[place] += 1
+    costs.append(figures.Line(arm.title, [x], [mean], [sd]))
     if study.field in first['variation']:
       value = float(first['variation'][study.field])
-      varied.setdefault(first['arm'], []).append((value, *y))
-    # Arms with the same MACs stand side by side.
-    x = arm.share + drawn[place] - (places[place] - 1) / 2
-    drawn[place] += 1
-    costs.append(figures.Line(arm.title, [x], [y[0]], [y[1]]))
+      points[first['arm']].append((value, mean, sd))
   pictures = []
   if len(places) > 1:
-    xlabel = "MACs in % of the reference network's"
-    pictures.append(('macs', xlabel, costs))
-  if any(len(points) > 1 for points in varied.values()):
-    lines = [
-      figures.Line(name, *zip(*sorted(points), strict=True))
-      for name, points in varied.items()
+    pictures.append(('macs', "MACs in % of the reference network's", costs))
+  if any(len(found) > 1 for found in points.values()):
+    varied = [
+      figures.Line(name, *zip(*sorted(found), strict=True))
+      for name, found in points.items()
     ]
-    pictures.append(('varied', study.field, lines))
+    pictures.append(('varied', study.field, varied))
   for name, xlabel, lines in pictures:
-    caption = (
+    report.figure(
+      name,
       f'Test accuracy over {xlabel}: mean and standard deviation. Arms at one '
-      'place are drawn side by side.'
+      'place are drawn side by side.',
+      figures.curves({'accuracy in %': lines}, xlabel),
+      numbers,
     )
-    args = ({'accuracy in %': lines}, xlabel)
-    report.figure(figures.curves(name, caption, *args), numbers=_NUMBERS)
 
 
 # Structures.
 
 
-def _shares(report: page.Page, arms: Sequence[Arm]) -> None:
+def _shares(report: Page, arms: Sequence[Arm]) -> None:
   """The mean share that each arm keeps of each layer."""
   some = [arm for arm in arms if arm.records[0]['arm'] != 'full'] or arms
   table = tables.counts({arm.title: arm.records for arm in some})
@@ -212,21 +214,16 @@ def _shares(report: page.Page, arms: Sequence[Arm]) -> None:
   values = [
     100 * np.mean([tables.shares(r) for r in arm.records], 0) for arm in some
   ]
-  caption = (
+  report.figure(
+    'shares',
     "The share of each layer's channels that the arms keep, in %, mean over "
-    'the seeds. A column stands for an arm, by its number.'
+    'the seeds. A column stands for an arm, by its number.',
+    figures.heat(layers, titles, np.stack(values, 1), 'number of the arm'),
+    table,
   )
-  args = (layers, titles, np.stack(values, 1), 'number of the arm')
-  report.figure(figures.heat('shares', caption, *args), table)
 
 
-def _similar(arms: Sequence[Arm]) -> Table:
-  """The table of how alike structures are, with the numbers of the arms."""
-  records = ({**r, 'label': a.title} for a in arms for r in a.records)
-  return tables.similarity(list(records))
-
-
-def _similarity(report: page.Page, arms: Sequence[Arm]) -> None:
+def _similarity(report: Page, arms: Sequence[Arm]) -> None:
   """The mean correlation of the shares kept, between every two arms."""
   some = [arm for arm in arms if tables.has_shape(arm.records[0])]
   values = np.full((len(some), len(some)), np.nan)
@@ -239,25 +236,27 @@ def _similarity(report: page.Page, arms: Sequence[Arm]) -> None:
   if np.isnan(values).all():
     return
   titles = [arm.title for arm in some]
-  caption = (
+  records = [{**r, 'label': a.title} for a in some for r in a.records]
+  report.figure(
+    'similarity',
     'How the shares that the layers keep correlate between the structures of '
-    'two arms: the mean over pairs of seeds.'
+    'two arms: the mean over pairs of seeds.',
+    figures.heat(titles, titles, values, 'number of the arm', 2),
+    tables.similarity(records),
   )
-  args = (titles, titles, values, 'number of the arm', 2)
-  report.figure(figures.heat('similarity', caption, *args), _similar(arms))
 
 
 # How it was made.
 
 
 def _made(
-  report: page.Page,
+  report: Page,
   study: ml_collections.ConfigDict,
   records: Sequence[tables.Record],
 ) -> None:
   """Every cell, the time they took, and the config."""
   columns = ['arm', 'seed', 'test accuracy', 'MACs', 'share', 'seconds', 'cell']
-  rows = [
+  cells = [
     [
       r['label'],
       str(r['seed']),
@@ -269,8 +268,6 @@ def _made(
     ]
     for r in records
   ]
-  report.section('How it was made')
-  report.folded(Table('Every cell', columns, rows))
 
   def time(field: str) -> str:
     return console.duration(sum(r.get(field) or 0.0 for r in records))
@@ -278,16 +275,18 @@ def _made(
   def names(field: str) -> str:
     return ', '.join(sorted({str(r[field]) for r in records}))
 
-  rows = [
+  costs = [
     ['hardware', names('hardware')],
     ['commit', names('commit')],
     ['training, all cells', time('seconds')],
     ['search (a shared one counts for each cell)', time('search_seconds')],
   ]
-  report.table('Time and hardware', ['what', 'value'], rows)
   fields = study.to_dict()
   base = fields.pop('base')
-  fields = {k: v for k, v in fields.items() if v not in ('', (), False)}
-  rows = [[k, json.dumps(v)] for k, v in sorted(fields.items())]
-  report.table('The study', ['field', 'value'], rows)
+  said = sorted((k, v) for k, v in fields.items() if v not in ('', (), False))
+  report.section('How it was made')
+  report.table(Table('Every cell', columns, cells), folded=True)
+  report.table(Table('Time and hardware', ['what', 'value'], costs))
+  rows = [[k, json.dumps(v)] for k, v in said]
+  report.table(Table('The study', ['field', 'value'], rows))
   report.config(base, study.to_dict())
