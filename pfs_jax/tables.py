@@ -51,7 +51,7 @@ def html(
   numbers = [
     all(is_number(row[i]) for row in rows) for i in range(len(columns))
   ]
-  kinds = [' class="n"' if i and n else '' for i, n in enumerate(numbers)]
+  kinds = ['', *(f' class="{"n" if n else "text"}"' for n in numbers[1:])]
   head = ''.join(
     f'<th scope="col"{kind}>{escape(column)}</th>'
     for kind, column in zip(kinds, columns, strict=True)
@@ -62,9 +62,10 @@ def html(
       f'<td{kind}>{escape(cell)}</td>'
       for kind, cell in zip(kinds[1:], rest, strict=True)
     )
-    # The long names of layers and arms may be broken here, and nowhere else.
-    first = re.sub(r'([/+_])(?=\S)', r'\1<wbr>', escape(first))
-    body += f'<tr><th scope="row">{first}</th>{cells}</tr>\n'
+    # Long names of layers and arms may be broken here, and nowhere else.
+    name = re.sub(r'([/+_])(?=\S)', r'\1<wbr>', escape(first))
+    kind = ' class="short"' if len(first) <= 24 else ''
+    body += f'<tr><th scope="row"{kind}>{name}</th>{cells}</tr>\n'
   return (
     f'<div class="scroll" role="region" tabindex="0" '
     f'aria-label="{escape(title)}">\n<table id="{anchor(title)}">\n'

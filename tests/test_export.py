@@ -93,7 +93,7 @@ def pruned(network, every=3):
 
 
 def network_of(family):
-  size, channels, width = FAMILIES[family]
+  size, channels, width = FAMILIES.get(family, (8, 1, 2))
   network = models.network(family, 10, size, channels, base_width=width)
   structure = pruned(network)
   module = network.narrow(structure.counts)
@@ -124,12 +124,12 @@ def in_process():
 
 @pytest.fixture(scope='module')
 def network():
-  return network_of('resnet20')
+  return network_of('resnet8')
 
 
 @pytest.fixture(scope='module')
 def saved(network, tmp_path_factory):
-  """(folder, manifest, structure): a ResNet-20 in all formats, for reading."""
+  """(folder, manifest, structure): a ResNet-8 in all formats, for reading."""
   folder = tmp_path_factory.mktemp('saved') / 'export'
   return folder, export.save(folder, *network), network[2]
 
@@ -492,7 +492,7 @@ def reseal(folder, file, **changed):
 def other_counts(tmp_path_factory):
   """An export of the same network with other channel counts."""
   folder = tmp_path_factory.mktemp('other') / 'e'
-  made = models.network('resnet20', 10, 8, 1, base_width=2)
+  made = models.network('resnet8', 10, 8, 1, base_width=2)
   structure = pruned(made, every=2)
   module = made.narrow(structure.counts)
   variables = weights(module, (8, 8, 1))

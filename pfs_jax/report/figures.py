@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib import figure as mpl_figure
-from matplotlib import patheffects
 
 _WIDTH = 4.8  # Inches.
 _STYLE: dict[Any, Any] = {
@@ -185,13 +184,10 @@ def heat(
   axes.imshow(np.ma.masked_invalid(values), vmin=low, vmax=high, **style)
   size = 7.5 if len(columns) <= 12 else 5.5
   for (i, j), value in np.ndenumerate(values):
-    dark = value > low + 0.6 * (high - low)
-    ink, rim = ('white', '#08306b') if dark else (_BLACK, 'white')
-    around = [patheffects.withStroke(linewidth=1.5, foreground=rim)]
+    ink = 'white' if value > low + 0.65 * (high - low) else _BLACK
     style = {'ha': 'center', 'va': 'center', 'fontsize': size, 'color': ink}
     text = '–' if np.isnan(value) else f'{value:.{digits}f}'
-    text = text.replace('0.', '.')
-    axes.text(j, i, text, path_effects=around, **style)
+    axes.text(j, i, text.replace('0.', '.'), **style)
   numbers = [
     [title.partition('. ')[0] for title in titles] for titles in (rows, columns)
   ]
@@ -199,7 +195,7 @@ def heat(
   axes.set_xticks(range(len(columns)), numbers[1])
   axes.xaxis.tick_top()
   axes.xaxis.set_label_position('top')
-  axes.set_xlabel(label)
+  axes.set_xlabel(label, labelpad=7)
   return drawn
 
 
@@ -235,6 +231,8 @@ def curves(
       axes.set_yscale('log')  # Else the first values hide the others.
     style = {'loc': 'lower left', 'bbox_to_anchor': (0, 1.0), 'fontsize': 8}
     axes.legend(ncols=2, borderaxespad=0.2, columnspacing=1.0, **style)
+  if all(float(x).is_integer() for line in lines for x in line.x):
+    axes.xaxis.get_major_locator().set_params(integer=True)
   axes.set_xlabel(xlabel)
   return drawn
 
