@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import pathlib
 import re
 import shutil
 import subprocess
@@ -767,15 +766,28 @@ def test_the_stage_gives_what_the_training_found(finished, monkeypatch):
   assert given['measured']['test accuracy'] == share
 
 
-def test_bfloat16_is_exported_in_float32():
+def test_bfloat16_is_exported_in_float32(tmp_path, monkeypatch):
   from configs import digits
 
-  c = digits.get_config()
+  c, given = digits.get_config(), []
   c.dtype = 'bfloat16'
-  job = stages.Job(c, pathlib.Path('unused'))
-  counts = job.network.cost_model.widths
-  assert job.network.narrow(counts).dtype == jnp.bfloat16
-  assert exporting._float32(job).network.narrow(counts).dtype == jnp.float32
+  job = stages.Job(c, tmp_path)
+  model = job.network.cost_model
+  structure = prune.Structure(model.layers, model.widths, 1, 1)
+  assert job.network.narrow(model.widths).dtype == jnp.bfloat16
+  result = {'class_names': [], 'test_accuracy': 0.5, 'test_examples': 2}
+  state = types.SimpleNamespace(variables={})
+  replaced = {
+    'cutting.read': lambda *_: ('keep0.5', structure),
+    'training.restore': lambda *_: (state,),
+    'runs.read_result': lambda _: {**result, 'steps': 1},
+    'export.save': lambda *args, **_: given.append(args[1]) or {'formats': {}},
+  }
+  for name, function in replaced.items():
+    module, _, attribute = name.partition('.')
+    monkeypatch.setattr(getattr(exporting, module), attribute, function)
+  stages.export(job)
+  assert given[0].dtype == jnp.float32
 
 
 def test_export_before_training_is_refused(tmp_path):

@@ -394,6 +394,7 @@ def cell_records(study):
       'seconds': 60.0,
       'model': base.name,
       'macs': int(1000 * share),
+      'params': 100,
       'macs_share': share,
       'counts': dict(zip(model.layers, counts, strict=True)),
       'widths': widths,
