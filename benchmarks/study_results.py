@@ -16,7 +16,7 @@ import pathlib
 import re
 
 from pfs_jax import tables as writers
-from pfs_jax.report import study_page
+from pfs_jax.report import figures, study_page
 from pfs_jax.studies import plan, results, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,9 +38,11 @@ def study_of(name):
 
 @functools.cache
 def pictures(name):
-  """{name: picture} of a study's report."""
+  """{name: (name, caption, SVG)} of the pictures of a study's report."""
   study, _ = study_of(name)
-  return {p.name: p for p in study_page.build(study, ROOT / 'unused')[1]}
+  with figures.style():
+    page = study_page.build(study, ROOT / 'unused')
+  return {n: (n, page.captions[n], svg) for n, svg in page.pictures.items()}
 
 
 def picture(name, kind):
@@ -58,7 +60,7 @@ def drawn(text):
   for name, kind in _PLACE.findall(text):
     shown = picture(name, kind) if ' picture ' in kind else None
     if shown:
-      found[f'{PICTURES}/{name}-{shown.name}.svg'] = shown.svg
+      found[f'{PICTURES}/{name}-{shown[0]}.svg'] = shown[2]
   return found
 
 
@@ -70,7 +72,7 @@ def filled(text):
     study, records = study_of(name)
     shown = picture(name, kind) if kind.startswith('picture') else None
     if shown:
-      body = f'![{shown.alt}]({PICTURES}/{name}-{shown.name}.svg)'
+      body = f'![{shown[1]}]({PICTURES}/{name}-{shown[0]}.svg)'
     elif not records or kind.startswith('picture'):
       body = '(not run yet)'
     else:

@@ -31,6 +31,7 @@ class Page:
 
   Attributes:
     pictures: {name: content of its SVG file}.
+    captions: {name: what the picture shows}.
   """
 
   def __init__(self, title: str):
@@ -38,6 +39,7 @@ class Page:
     self._sections: list[tuple[str, list[str]]] = [('', [])]
     self._tables: set[str] = set()
     self.pictures: dict[str, bytes] = {}
+    self.captions: dict[str, str] = {}
 
   def _add(self, html: str) -> None:
     self._sections[-1][1].append(html)
@@ -74,6 +76,7 @@ class Page:
     spoken = '; '.join(filter(None, map(_words, numbers)))
     alt = f'{caption} {spoken}.'
     self.pictures[name] = figures.svg(drawn, name, alt)
+    self.captions[name] = caption
     links, beside = '', ''
     for table in numbers:
       if table.title in self._tables:
