@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -50,59 +51,31 @@ MIXING = ('conv', 'dense')  # Kinds of layers that make channels of their own.
 class Layer:
   """One call of a layer, as a trace showed it.
 
-  Attributes:
-    path: Module path, joined by '/'.
-    kind: 'conv', 'depthwise', 'dense', 'norm' or 'pool'; 'other' for what is
-      counted but neither gated nor narrowed.
-    inputs: Channels that go in.
-    outputs: Channels that come out.
-    positions: Output positions per image (1 for dense); for 'pool' the input
-      positions.
-    taps: Kernel positions (kernel_h * kernel_w; 1 for dense, norm, pool).
-    groups: Feature groups of a convolution.
-    vectors: Parameter vectors of `outputs` channels: a bias counts 1, a
-      normalisation with scale and bias 2.
-    output_size: Spatial output size, () where there is none.
-    input_size: Spatial input size, () where there is none.
-    kernel: Kernel size of a convolution.
-    strides: Strides of a convolution.
-    again: Whether an earlier call already had the parameters (a module that is
-      called more than once).
-    ndim: Rank of the input.
-    obstacle: Why surgery cannot follow channels through it, '' if it can.
-    dtype: Dtype of the parameters.
-    low_precision: Whether it computes in fewer than 32 bits.
-    transposed: Whether the kernel is [..., outputs, inputs].
-    joint: Whether a normalisation has statistics over all channels.
-    axis_name: The axis of devices that a BatchNorm averages over, '' if none.
-    fixed_macs: Further MACs that no count changes.
-    fixed_params: Further parameters that no count changes.
-    reads: `inputs` as a function of the counts; fixed by default.
-    makes: `outputs` as a function of the counts; fixed by default.
+  `reads` and `makes` are `inputs` and `outputs` as functions of the counts. For
+  'dense', `positions` is 1 on vectors; for 'pool' it counts input positions.
   """
 
-  path: str
-  kind: str
-  inputs: int
-  outputs: int
-  positions: int
-  taps: int = 1
-  groups: int = 1
-  vectors: int = 0
-  output_size: tuple[int, ...] = ()
+  path: str  # Module path, joined by '/'.
+  kind: str  # 'conv', 'depthwise', 'dense', 'norm', 'pool' or 'other'.
+  inputs: int  # Channels that go in.
+  outputs: int  # Channels that come out.
+  positions: int  # Output positions for each image.
+  groups: int = 1  # Feature groups of a convolution.
+  vectors: int = 0  # Parameter vectors of `outputs` channels, such as a bias.
+  output_size: tuple[int, ...] = ()  # Spatial, like the next three.
   input_size: tuple[int, ...] = ()
   kernel: tuple[int, ...] = ()
   strides: tuple[int, ...] = ()
-  again: bool = False
-  ndim: int = 0
-  obstacle: str = ''
-  dtype: Any = np.float32
-  low_precision: bool = False
-  transposed: bool = False
-  joint: bool = False
-  axis_name: str = ''
-  fixed_macs: int = 0
-  fixed_params: int = 0
+  again: bool = False  # Whether an earlier call already had the parameters.
+  ndim: int = 0  # Rank of the input.
+  obstacle: str = ''  # Why surgery cannot follow channels through it.
+  dtype: Any = np.float32  # Dtype of the parameters.
+  low_precision: bool = False  # Whether it computes in fewer than 32 bits.
+  transposed: bool = False  # Whether the kernel is [..., outputs, inputs].
+  joint: bool = False  # Whether it normalises over all channels together.
+  axis_name: str = ''  # The axis of devices that a BatchNorm averages over.
+  fixed_macs: int = 0  # Further MACs that no count changes.
+  fixed_params: int = 0  # Further parameters that no count changes.
   reads: Size = ()
   makes: Size = ()
 
@@ -112,6 +85,12 @@ class Layer:
     if not self.makes:
       object.__setattr__(self, 'makes', ((FIXED, self.outputs),))
 
+  def resized(self, inputs: int, outputs: int) -> Layer:
+    """The call with other widths, which are fixed."""
+    return dataclasses.replace(
+      self, inputs=inputs, outputs=outputs, reads=(), makes=()
+    )
+
   @property
   def multiplier(self) -> int:
     """Output channels of a depthwise convolution for each input channel."""
@@ -119,22 +98,28 @@ class Layer:
 
   def _kernel_terms(self) -> Terms:
     """Products inputs * outputs / groups as {(group, group): coefficient}."""
-    if self.kind in ('norm', 'pool', 'other'):
-      return {}
-    if self.kind == 'depthwise':  # One filter per output channel.
-      return {(i, FIXED): self.taps * a for i, a in self.makes}
     terms = collections.Counter()
-    for i, a in self.reads:
-      for j, b in self.makes:
-        terms[min(i, j), max(i, j)] += self.taps * a * b // self.groups
+    if self.kind == 'depthwise':  # One filter per output channel.
+      terms.update(
+        {(i, FIXED): math.prod(self.kernel) * a for i, a in self.makes}
+      )
+    elif self.kind in MIXING:
+      for i, a in self.reads:
+        for j, b in self.makes:
+          terms[min(i, j), max(i, j)] += (
+            math.prod(self.kernel) * a * b // self.groups
+          )
     return terms
 
   def macs_terms(self) -> Terms:
     """MACs as {(group, group): coefficient}."""
     if self.kind == 'pool':
       return {(i, FIXED): a * self.positions for i, a in self.reads}
-    terms = {k: v * self.positions for k, v in self._kernel_terms().items()}
-    return {**terms, **_fixed(self.fixed_macs)}
+    terms = collections.Counter()
+    for key, coefficient in self._kernel_terms().items():
+      terms[key] = coefficient * self.positions
+    terms[FIXED, FIXED] += self.fixed_macs
+    return terms
 
   def params_terms(self) -> Terms:
     """Parameters as {(group, group): coefficient}."""
@@ -143,42 +128,32 @@ class Layer:
     terms = collections.Counter(self._kernel_terms())
     for i, a in self.makes:
       terms[i, FIXED] += self.vectors * a
-    terms.update(_fixed(self.fixed_params))
+    terms[FIXED, FIXED] += self.fixed_params
     return terms
 
-  def macs(self, counts: Sequence[int] = ()) -> int:
+  def macs(self, counts: Counts = ()) -> int:
     """Multiply-accumulates of this call at the given counts."""
-    return _value(self.macs_terms(), counts)
+    return _Polynomial([self.macs_terms()])(counts)
 
-  def params(self, counts: Sequence[int] = ()) -> int:
+  def params(self, counts: Counts = ()) -> int:
     """Parameters that this call adds at the given counts."""
-    return _value(self.params_terms(), counts)
+    return _Polynomial([self.params_terms()])(counts)
 
-  def channels(self, counts: Sequence[int]) -> tuple[int, int]:
+  def channels(self, counts: Counts) -> tuple[int, int]:
     """(inputs, outputs) at the given counts."""
     return value(self.reads, counts), value(self.makes, counts)
 
 
-def _fixed(number: int) -> Terms:
-  return {(FIXED, FIXED): number} if number else {}
-
-
-def value(size: Size, counts: Sequence[int]) -> int:
+def value(size: Size, counts: Counts) -> int:
   """The number of channels that a size stands for at the given counts."""
   sized = [*counts, 1]
   return sum(multiple * int(sized[i]) for i, multiple in size)
 
 
-def _value(terms: Terms, counts: Sequence[int]) -> int:
-  sized = [*counts, 1]
-  return sum(v * int(sized[i]) * int(sized[j]) for (i, j), v in terms.items())
-
-
-# Recording.
-
-
 def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
   """The record of one call of a layer, y = module(x)."""
+  rule = described.rule(module)
+  assert rule is not None, path
   fields = {
     'path': path,
     'inputs': x.shape[-1],
@@ -186,10 +161,9 @@ def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
     'ndim': x.ndim,
     'dtype': getattr(module, 'param_dtype', np.float32),
     'low_precision': y.dtype.itemsize < 4,
+    **rule(module, x, y),
   }
-  rule = described.rule(module)
-  assert rule is not None, path
-  return Layer(**{**fields, **rule(module, x, y)})
+  return Layer(**fields)
 
 
 def intercept(
@@ -208,10 +182,12 @@ def intercept(
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
-    if context.method_name != '__call__' or described.rule(module) is None:
-      return next_fun(*args, **kwargs)
     path = '/'.join(module.path[base:])
-    if path in active:
+    if (
+      context.method_name != '__call__'
+      or path in active
+      or described.rule(module) is None
+    ):
       return next_fun(*args, **kwargs)
     name = 'inputs' if 'inputs' in kwargs else 'x'
     x = args[0] if args else kwargs[name]
@@ -234,7 +210,7 @@ def record(function: Callable[..., Any], *args: Any) -> list[Layer]:
   """The layer calls of `function(*args)`, in forward order.
 
   `function` is traced abstractly (`jax.eval_shape`): nothing is computed and no
-  memory is used. Typically `function` is `module.init` partially applied.
+  memory is used. Typically it is `module.init`.
   """
   found, seen = [], set()
 
@@ -253,24 +229,10 @@ def record(function: Callable[..., Any], *args: Any) -> list[Layer]:
   return found
 
 
-def record_model(module: nn.Module, x: Any, *args: Any) -> list[Layer]:
-  """The layer calls of `module(x, *args)`.
-
-  Args:
-    module: A Linen module.
-    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`.
-    *args: Further arguments of the module.
-  """
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-  return record(module.init, key, x, *args)
-
-
 def record_module(module: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
   """The layer calls of a module on one image [H, W, C]."""
-  return record_model(
-    module, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-  )
+  x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+  return record(lambda x: module.init(jax.random.key(0), x), x)
 
 
 def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
@@ -281,9 +243,6 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
   """
   found = record_module(module, input_shape)
   return sum(c.macs() for c in found), sum(c.params() for c in found)
-
-
-# The model.
 
 
 class _Polynomial:
@@ -298,8 +257,9 @@ class _Polynomial:
     self._j = np.array([j for (_, j), _ in items], np.int64)
     self._coefficient = np.array([v for _, v in items], np.int64)
 
-  def __call__(self, counts: np.ndarray) -> int:
-    sized = np.append(counts, 1)  # Index FIXED = -1 reads the 1.
+  def __call__(self, counts: Counts) -> int:
+    # Index FIXED = -1 reads the 1.
+    sized = np.append(np.asarray(counts, np.int64), 1)
     return int(self._coefficient @ (sized[self._i] * sized[self._j]))
 
 
@@ -321,14 +281,13 @@ class CostModel:
     self._macs = _Polynomial(op.macs_terms() for op in self.ops)
     self._params = _Polynomial(op.params_terms() for op in self.ops)
 
-  def _checked(self, counts: Counts) -> np.ndarray:
-    array = np.asarray(counts)
-    if array.shape != (len(self.layers),):
+  def _checked(self, counts: Counts) -> Counts:
+    if np.shape(counts) != (len(self.layers),):
       raise ValueError(
         f'counts must hold one number for each of the {len(self.layers)} gated '
-        f'layers; got shape {array.shape}.'
+        f'layers; got shape {np.shape(counts)}.'
       )
-    return array.astype(np.int64)
+    return counts
 
   def macs(self, counts: Counts) -> int:
     """Multiply-accumulates of one image at these counts, exact."""

@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from pfs_jax import errors
 
 
-def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-  """What Flax takes as one number for all axes, as one number for each."""
-  if value is None or isinstance(value, int):
-    return (value or 1,) * rank
-  return tuple(value)
-
-
 def convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
   """The fields of a convolution's record."""
-  kernel = module.kernel_size
-  kernel = (kernel,) if isinstance(kernel, int) else tuple(kernel)
+  kernel = tuple(np.atleast_1d(module.kernel_size).tolist())
+  strides = getattr(module, 'strides', None) or 1  # One for all axes, or each.
   groups = getattr(module, 'feature_group_count', 1)
   depthwise = groups > 1 and groups == x.shape[-1]
   space = y.shape[-1 - len(kernel) : -1]
@@ -35,13 +29,12 @@ def convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
     'kind': 'depthwise' if depthwise else 'conv',
     'obstacle': '' if depthwise or groups == 1 else 'a grouped convolution',
     'positions': math.prod(space),
-    'taps': math.prod(kernel),
     'groups': groups,
     'vectors': _vectors(module, y.shape[-1]),
     'output_size': space,
     'input_size': x.shape[-1 - len(kernel) : -1],
     'kernel': kernel,
-    'strides': _tuple(getattr(module, 'strides', 1), len(kernel)),
+    'strides': tuple(np.broadcast_to(strides, len(kernel)).tolist()),
   }
 
 
@@ -70,8 +63,7 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
   """The fields of a normalisation's record."""
   channels, obstacle, joint = x.shape[-1], '', False
   axes = getattr(module, 'axis', getattr(module, 'feature_axes', -1))
-  axes = [a % x.ndim for a in (axes if isinstance(axes, Sequence) else [axes])]
-  if axes != [x.ndim - 1]:
+  if np.any(np.atleast_1d(axes) % x.ndim != x.ndim - 1):
     obstacle = 'its channels are not on the last axis'
   elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
     joint = True
@@ -100,7 +92,7 @@ def _pool(module: nn.Module, x, y) -> dict[str, Any]:
   return {'kind': 'pool', 'positions': math.prod(x.shape[1:-1])}
 
 
-# Classes that are layers, and how to describe them. The first that fits counts.
+# Classes that are layers, and how to describe them. The last that fits counts.
 _RULES: dict[type, Callable[..., dict[str, Any]]] = {
   nn.ConvTranspose: transposed,
   nn.Conv: convolution,
@@ -116,9 +108,9 @@ _RULES: dict[type, Callable[..., dict[str, Any]]] = {
 def register_norm(cls: type[nn.Module]) -> None:
   """Makes a class of the user's own known as a BatchNorm.
 
-  Subclasses of Flax's normalisations, and classes that call them, are known
-  without it. The class must treat each channel of the last axis alone and have
-  its parameters and statistics as vectors [C] of its own.
+  Subclasses of Flax's normalisations, and classes that call them, need it not.
+  The class must treat each channel of the last axis alone and have its
+  parameters and statistics as vectors [C] of its own.
   """
   register(cls, norm)
 
@@ -126,15 +118,16 @@ def register_norm(cls: type[nn.Module]) -> None:
 def register_conv(cls: type[nn.Module]) -> None:
   """Makes a class of the user's own known as a convolution.
 
-  Subclasses of `nn.Conv`, and classes that call it, are known without it. The
-  class needs the fields `features` (the number of outputs, which narrowing
-  sets) and `kernel_size`, and a kernel [..., inputs, outputs].
+  Subclasses of `nn.Conv`, and classes that call it, need it not. The class
+  needs the fields `features` (the number of outputs, which narrowing sets) and
+  `kernel_size`, and a kernel [..., inputs, outputs].
 
   Raises:
     errors.UserError: A field is missing.
   """
-  fields = {f.name for f in dataclasses.fields(cls)}
-  missing = {'features', 'kernel_size'} - fields
+  missing = {'features', 'kernel_size'}.difference(
+    f.name for f in dataclasses.fields(cls)
+  )
   if missing:
     raise errors.UserError(
       f'{cls.__name__} must have the fields features and kernel_size to be a '

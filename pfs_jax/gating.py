@@ -1,9 +1,8 @@
 """Gates and narrows a Linen module on the way, when it is called.
 
-One interceptor serves our own families and the user's models: it multiplies the
-outputs of the layers that carry gates and sets the widths of those that are
-narrowed. Which layers these are, a `groups.Table` says. The module itself is
-neither edited nor copied.
+One interceptor multiplies the outputs of the layers that carry gates and sets
+the widths of those that are narrowed. A `groups.Table` says which layers these
+are. The module itself is neither edited nor copied.
 """
 
 from __future__ import annotations
@@ -18,24 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import costs, errors, groups
-
-
-@dataclasses.dataclass(frozen=True)
-class Changes:
-  """What is changed: values, so that changes can be compared and hashed.
-
-  Attributes:
-    features: (path, output channels) of convolutions and dense layers.
-    multipliers: (path, output channels per input channel) of depthwise ones
-      and of normalisations with a group for each channel.
-    gates: (path, units of its channels, -1 for none) of gated layers.
-    groups: The groups whose gates there are.
-  """
-
-  features: tuple[tuple[str, int], ...] = ()
-  multipliers: tuple[tuple[str, int], ...] = ()
-  gates: tuple[tuple[str, tuple[int, ...]], ...] = ()
-  groups: tuple[groups.Group, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,11 +57,18 @@ class Wrapped(nn.Module):
 
   Attributes:
     source: The model and how it is called.
-    changes: What is changed.
+    features: (path, output channels) of convolutions and dense layers.
+    multipliers: (path, output channels per input channel) of depthwise ones
+      and of normalisations with a group for each channel.
+    carriers: (path, units of its channels, -1 for none) of gated layers.
+    gated: The groups that have gates.
   """
 
   source: Source
-  changes: Changes = Changes()
+  features: tuple[tuple[str, int], ...] = ()
+  multipliers: tuple[tuple[str, int], ...] = ()
+  carriers: tuple[tuple[str, tuple[int, ...]], ...] = ()
+  gated: tuple[groups.Group, ...] = ()
 
   @property
   def model(self) -> nn.Module:
@@ -88,12 +76,11 @@ class Wrapped(nn.Module):
     return self.source.model
 
   def __repr__(self) -> str:
-    name = type(self.model).__name__
-    if self.changes.groups:
-      shown = [f'{g.name}: {g.size}' for g in self.changes.groups]
-      return f'<{name}, gated: {", ".join(shown)}>'
-    shown = [f'{path}: {size}' for path, size in self.changes.features]
-    return f'<{name}, channels made: {", ".join(shown)}>'
+    sizes = {g.name: g.size for g in self.gated}
+    what = 'gated' if sizes else 'channels made'
+    shown = (sizes or dict(self.features)).items()
+    listed = ', '.join(f'{path}: {size}' for path, size in shown)
+    return f'<{type(self.model).__name__}, {what}: {listed}>'
 
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
     """The model's output; further arguments are passed on."""
@@ -114,24 +101,23 @@ class Wrapped(nn.Module):
   def unit_gates(self) -> dict[str, Any]:
     """The collection `gates`, all ones; its tree follows the groups' names."""
     return groups.tree(
-      {g.name: jnp.ones((g.size,), g.dtype) for g in self.changes.groups}
+      {g.name: jnp.ones((g.size,), g.dtype) for g in self.gated}
     )
 
   def by_layer(self, gates: Mapping[str, Any]) -> dict[str, Any]:
     """The collection `gates` as {group name: [C]}, forward order."""
-    return groups.by_name((g.name for g in self.changes.groups), gates)
+    return groups.by_name((g.name for g in self.gated), gates)
 
   def _gates(self) -> list[jax.Array]:
     """The gates of each group, in forward order; made if initialising."""
     found = []
-    for group in self.changes.groups:
+    for group in self.gated:
       assert self.scope is not None
       scope = self.scope.rewound()  # The model may use the same names.
       for part in group.name.split('/'):
         scope = scope.push(part, reuse=True)
-      if not (
-        self.is_initializing() or scope.has_variable(groups.GATES, 'gate')
-      ):
+      there = scope.has_variable(groups.GATES, 'gate')
+      if not there and not self.is_initializing():
         raise errors.UserError(
           f'variables must hold the collection {groups.GATES!r}; init or '
           'unit_gates makes one.'
@@ -143,9 +129,9 @@ class Wrapped(nn.Module):
     return found
 
   def _interceptor(self, gates: Sequence[jax.Array]):
-    features = dict(self.changes.features)
-    multipliers = dict(self.changes.multipliers)
-    carriers = dict(self.changes.gates)
+    features = dict(self.features)
+    multipliers = dict(self.multipliers)
+    carriers = dict(self.carriers)
 
     def around(module, path, x, call):
       # A module is made anew at each call: nothing of the user's is changed.
@@ -163,7 +149,9 @@ class Wrapped(nn.Module):
         change('axis_name', None)  # One mesh: the statistics are of all images.
       y = call(x)
       if path in carriers:
-        y = y * _last(_vector(gates, carriers[path]), y)
+        gate = _gates_of(gates, carriers[path]).astype(y.dtype)  # [C], [N, C]
+        between = (1,) * (y.ndim - gate.ndim)
+        y = y * gate.reshape(*gate.shape[:-1], *between, gate.shape[-1])
       return y
 
     return costs.intercept(around, len(self.path))
@@ -177,7 +165,7 @@ def _bound(axis: str | None) -> bool:
     return False
 
 
-def _vector(gates: Sequence[jax.Array], units: Sequence[int]) -> jax.Array:
+def _gates_of(gates: Sequence[jax.Array], units: tuple[int, ...]) -> jax.Array:
   """[..., C] the gates of these units; 1 for unit -1."""
   first = 0
   for gate in gates:  # Nearly always the units are one whole group.
@@ -186,13 +174,6 @@ def _vector(gates: Sequence[jax.Array], units: Sequence[int]) -> jax.Array:
     first += gate.shape[-1]
   one = jnp.ones_like(gates[0][..., :1])
   return jnp.concatenate([*gates, one], axis=-1)[..., np.array(units)]
-
-
-def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """[C] or [N, C] -> [1 or N, 1, ..., 1, C] in the dtype of `like`."""
-  between = (1,) * (like.ndim - vector.ndim)
-  shape = (*vector.shape[:-1], *between, vector.shape[-1])
-  return vector.astype(like.dtype).reshape(shape)
 
 
 def gate(model: nn.Module, table: groups.Table) -> Wrapped:
@@ -217,12 +198,8 @@ def gate(model: nn.Module, table: groups.Table) -> Wrapped:
     )
   if not isinstance(model, Wrapped):
     model = Wrapped(Source(model, table.call))
-  changes = dataclasses.replace(
-    model.changes,
-    gates=tuple((p, tuple(u.tolist())) for p, u in table.gated.items()),
-    groups=table.groups,
-  )
-  return Wrapped(model.source, changes)
+  carriers = tuple((p, tuple(u.tolist())) for p, u in table.gated.items())
+  return model.clone(carriers=carriers, gated=table.groups)
 
 
 def narrowed(
@@ -245,6 +222,4 @@ def narrowed(
     for path, layer in layers.items()
     if layer.multiplier or (layer.kind == 'norm' and layer.groups > 1)
   }
-  return Wrapped(
-    source, Changes(tuple(features.items()), tuple(multipliers.items()))
-  )
+  return Wrapped(source, tuple(features.items()), tuple(multipliers.items()))

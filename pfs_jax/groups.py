@@ -14,7 +14,6 @@ layer that reads all of `a` and a fixed channel, and makes `b`, has
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,20 +110,20 @@ class Table:
     units = np.repeat(self.reads(layer), layer.multiplier or 1)
     return units if len(units) == layer.outputs else np.full(layer.outputs, -1)
 
-  def size_of(self, units: np.ndarray) -> costs.Size:
+  def _size_of(self, units: np.ndarray) -> costs.Size:
     """The number of channels with these units as a function of the counts."""
-    fixed = int((units < 0).sum())
-    terms = [(costs.FIXED, fixed)] if fixed else []
-    group = np.searchsorted(self.offsets, units[units >= 0], side='right') - 1
-    for i, channels in enumerate(np.bincount(group)):
-      if channels:  # A whole number of channels for each unit of the group.
-        terms.append((i, int(channels) // self.groups[i].size))
-    return tuple(terms)
+    group = np.searchsorted(self.offsets, units, side='right') - 1  # -1: fixed.
+    numbers, channels = np.unique(group, return_counts=True)
+    return tuple(
+      # A whole number of channels for each unit of the group.
+      (i, n if i == costs.FIXED else n // self.groups[i].size)
+      for i, n in zip(numbers.tolist(), channels.tolist(), strict=True)
+    )
 
   def features(self, counts: Sequence[int]) -> dict[str, int]:
     """{path: channels} that convolutions and dense layers make at counts."""
     return {
-      path: costs.value(self.size_of(units), counts)
+      path: costs.value(self._size_of(units), counts)
       for path, units in self.outputs.items()
     }
 
@@ -140,8 +139,8 @@ class Table:
     ops = [
       dataclasses.replace(
         layer,
-        reads=self.size_of(self.reads(layer)),
-        makes=self.size_of(self.makes(layer)),
+        reads=self._size_of(self.reads(layer)),
+        makes=self._size_of(self.makes(layer)),
       )
       for layer in (self.calls if calls is None else calls)
     ]
@@ -152,53 +151,55 @@ class Table:
     """Counts in the order of the groups, given so or by name.
 
     Raises:
-      errors.UserError: Names or number of counts are wrong, or a count is not
-        between 1 and the size of its group.
+      errors.UserError: Names or number of counts are wrong, or a count is no
+        integer between 1 and the size of its group.
     """
     if isinstance(counts, Mapping):
-      if set(counts) != set(self.sizes):
-        raise errors.UserError(
-          f'counts must name {", ".join(self.sizes)}; got {", ".join(counts)}.'
-        )
-      counts = [counts[g.name] for g in self.groups]
-    counts = tuple(int(c) for c in counts)
-    sizes = tuple(self.sizes.values())
-    if len(counts) != len(sizes) or any(
-      not 1 <= c <= n for c, n in zip(counts, sizes, strict=False)
-    ):
+      self._check_names('counts', counts)
+      counts = [counts[name] for name in self.sizes]
+    if len(counts) != len(self.groups):
       raise errors.UserError(
-        f'counts must be {len(sizes)} integers between 1 and {sizes}; '
-        f'got {counts}.'
+        f'counts must have {len(self.groups)} entries, one for each gated '
+        f'layer; got {len(counts)}.'
       )
-    return counts
+    for count, group in zip(counts, self.groups, strict=True):
+      if int(count) != count or not 1 <= count <= group.size:
+        raise errors.UserError(
+          f'counts must fit: {group.name} must be an integer in '
+          f'[1, {group.size}]; got {count!r}.'
+        )
+    return tuple(map(int, counts))
+
+  def _check_names(self, what: str, given: Mapping[str, Any]) -> None:
+    if set(given) != set(self.sizes):
+      raise errors.UserError(
+        f'{what} must name the gated layers {", ".join(self.sizes)}; got '
+        f'{", ".join(given)}.'
+      )
 
   def narrowed(self, counts: Sequence[int]) -> Table:
     """The table of the network with the first channels of each group."""
-    kept = {g.name: range(n) for g, n in zip(self.groups, counts, strict=True)}
-    mask = self.mask(kept)
-    # Unit -1 stays where it is: it reads the last entry.
-    number = np.append(np.cumsum(mask) - 1, -1)
+    kept = dict(zip(self.sizes, map(range, counts), strict=True))
+    keeps = np.append(self.mask(kept), True)  # Unit -1 reads the last entry.
+    number = np.append(np.cumsum(keeps[:-1]) - 1, -1)
 
-    def renumbered(units):
-      return number[units[np.append(mask, True)[units]]]
+    def renumbered(layers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+      return {p: number[units[keeps[units]]] for p, units in layers.items()}
 
+    calls = []
+    for call, op in zip(self.calls, self.cost_model().ops, strict=True):
+      inputs, outputs = op.channels(counts)
+      calls.append(call.resized(inputs, outputs))
     return dataclasses.replace(
       self,
       groups=tuple(
         dataclasses.replace(g, size=n)
         for g, n in zip(self.groups, counts, strict=True)
       ),
-      calls=tuple(
-        dataclasses.replace(c, inputs=i, outputs=o, reads=(), makes=())
-        for c, (i, o) in zip(
-          self.calls,
-          (c.channels(counts) for c in self.cost_model().ops),
-          strict=True,
-        )
-      ),
-      inputs={p: renumbered(u) for p, u in self.inputs.items()},
-      outputs={p: renumbered(u) for p, u in self.outputs.items()},
-      gated={p: renumbered(u) for p, u in self.gated.items()},
+      calls=tuple(calls),
+      inputs=renumbered(self.inputs),
+      outputs=renumbered(self.outputs),
+      gated=renumbered(self.gated),
     )
 
   def mask(self, kept: Mapping[str, Any]) -> np.ndarray:
@@ -210,11 +211,7 @@ class Table:
     Raises:
       errors.UserError: A group is missing or unknown, or its indices are wrong.
     """
-    if set(kept) != set(self.sizes):
-      raise errors.UserError(
-        f'kept must name the gated layers {", ".join(self.sizes)}; got '
-        f'{", ".join(kept)}.'
-      )
+    self._check_names('kept', kept)
     mask = np.zeros(self.offsets[-1], bool)
     for group, first in zip(self.groups, self.offsets, strict=False):
       indices = np.asarray(kept[group.name])
@@ -231,21 +228,18 @@ class Table:
     return mask
 
   def awake(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables to search with: scales that are all 0 become 1.
+    """New random variables to search with: scales that are all 0 become 1.
 
     Many models start the last BatchNorm of a residual block at scale 0. Frozen,
     it would hide the gates of the block from the loss.
-
-    Args:
-      variables: New random variables.
     """
-    flat = flax.traverse_util.flatten_dict(dict(variables))
-    for path, leaf in flat.items():
+
+    def changed(path, leaf):
       layer = self.layers.get('/'.join(path[1:-1]))
-      if path[-1] == 'scale' and layer and layer.kind == 'norm':
-        if not np.any(leaf):
-          flat[path] = jnp.ones_like(leaf)
-    return flax.traverse_util.unflatten_dict(flat)
+      asleep = path[-1] == 'scale' and layer and layer.kind == 'norm'
+      return jnp.ones_like(leaf) if asleep and not np.any(leaf) else leaf
+
+    return flax.traverse_util.path_aware_map(changed, dict(variables))
 
   def slice_variables(
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
@@ -274,61 +268,47 @@ class Table:
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
   ) -> dict[str, Any]:
     """As `slice_variables`, also where a gate of 0 removes no channel."""
-    mask = self.mask(kept)
-    flat = flax.traverse_util.flatten_dict(dict(variables))
-    return flax.traverse_util.unflatten_dict(
-      {
-        path: self._sliced(mask, path, leaf)
-        for path, leaf in flat.items()
-        if path[0] != GATES
-      }
-    )
+    keeps = np.append(self.mask(kept), True)  # Unit -1 reads the last entry.
 
-  def _sliced(self, mask: np.ndarray, path, leaf) -> Any:
-    """One parameter or statistic with only the kept channels."""
-    layer = self.layers.get('/'.join(path[1:-1]))
-    if layer is None or not leaf.ndim:
+    def cut(leaf: Any, units: np.ndarray, axis: int) -> Any:
+      stay = keeps[units]
+      return leaf if stay.all() else leaf.take(np.flatnonzero(stay), axis=axis)
+
+    def sliced(path, leaf):
+      layer = self.layers.get('/'.join(path[1:-1]))
+      if layer is None or not leaf.ndim:
+        return leaf
+      inputs, outputs = (-1, -2) if layer.transposed else (-2, -1)
+      if leaf.ndim == 1:
+        outputs = -1
+      elif layer.kind in costs.MIXING:
+        leaf = cut(leaf, self.reads(layer), inputs)
+      if leaf.shape[outputs] == layer.outputs:
+        leaf = cut(leaf, self.makes(layer), outputs)
       return leaf
 
-    def taken(units: np.ndarray) -> np.ndarray | None:
-      keeps = (units < 0) | np.append(mask, True)[units]
-      return None if keeps.all() else np.flatnonzero(keeps)
-
-    inputs, outputs = (-1, -2) if layer.transposed else (-2, -1)
-    if leaf.ndim == 1:
-      outputs = -1
-    elif layer.kind in costs.MIXING:
-      leaf = _take(leaf, taken(self.reads(layer)), inputs)
-    if leaf.shape[outputs] == layer.outputs:
-      leaf = _take(leaf, taken(self.makes(layer)), outputs)
-    return leaf
+    return flax.traverse_util.path_aware_map(
+      sliced, {k: v for k, v in variables.items() if k != GATES}
+    )
 
   def __str__(self) -> str:
     rows = [('group', 'channels', 'gates after', 'read by', '')]
-    rows += [
-      (
-        ' + '.join(g.producers),
-        str(g.size),
-        some(g.norms),
-        some(g.consumers),
-        '' if g.removable else 'gate 0 is not a removed channel',
-      )
-      for g in self.groups
-    ]
+    for g in self.groups:
+      remark = '' if g.removable else 'gate 0 is not a removed channel'
+      makers, readers = ' + '.join(g.producers), some(g.consumers)
+      rows.append((makers, str(g.size), some(g.norms), readers, remark))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
     fixed = [c for c in self.calls if c.kind == 'other']
     if fixed:
       lines += ['', 'counted, but not narrowed (MACs, parameters)']
-      lines += [
-        f'{c.path}  {c.fixed_macs:,}  {c.fixed_params:,}' for c in fixed
-      ]
-    paths = collections.defaultdict(list)
-    for path, reason in self.left_alone.items():
-      paths[reason].append(path)
-    if paths:
+    for c in fixed:
+      lines.append(f'{c.path}  {c.fixed_macs:,}  {c.fixed_params:,}')
+    if self.left_alone:
       lines += ['', 'left alone']
-      lines += [f'{some(p)}: {reason}' for reason, p in paths.items()]
+    for reason in dict.fromkeys(self.left_alone.values()):
+      paths = [p for p, other in self.left_alone.items() if other == reason]
+      lines.append(f'{some(paths)}: {reason}')
     if self.uncounted:
       lines += ['', 'MACs not counted', *self.uncounted]
     return '\n'.join(lines)
@@ -359,10 +339,6 @@ def tree(gates: Mapping[str, Any]) -> dict[str, Any]:
   )
 
 
-def _take(array: Any, indices: np.ndarray | None, axis: int) -> Any:
-  return array if indices is None else array.take(indices, axis=axis)
-
-
 def some(paths: Sequence[str]) -> str:
   """The first paths, and how many more there are."""
   shown = ', '.join(paths[:2])
@@ -372,7 +348,7 @@ def some(paths: Sequence[str]) -> str:
 def from_marks(
   calls: Sequence[costs.Layer],
   sizes: Mapping[str, int],
-  gate: Callable[[Sequence[str]], str],
+  carrier: int,
   dtype: Any,
 ) -> Table:
   """The table of a network that was traced with a mark in each group.
@@ -381,69 +357,55 @@ def from_marks(
     calls: Layer calls of the network with `marks(len(sizes))` as counts: a
       layer that shows a mark reads or makes exactly that group.
     sizes: {group name: real number of channels}, forward order.
-    gate: The BatchNorm paths of a group, in forward order -> the one whose
-      output its gates multiply.
+    carrier: Which BatchNorm of a group carries its gates: 0 is the first one,
+      -1 the last.
     dtype: Dtype of the gates.
   """
-  index = {mark: i for i, mark in enumerate(marks(len(sizes)))}
-  names, widths = list(sizes), list(sizes.values())
-  offsets = np.cumsum([0, *widths])
-
-  def width(channels: int) -> int:
-    return widths[index[channels]] if channels in index else channels
+  offsets = np.cumsum([0, *sizes.values()])
+  units_of = {
+    mark: np.arange(offsets[i], offsets[i + 1])
+    for i, mark in enumerate(marks(len(sizes)))
+  }
 
   def units(channels: int) -> np.ndarray:
-    if channels not in index:
-      return np.full(channels, -1)
-    first = offsets[index[channels]]
-    return np.arange(first, first + width(channels))
+    return units_of.get(channels, np.full(channels, -1))
 
-  def paths(group: int, kinds: tuple[str, ...], side: str) -> list[str]:
-    mark = _FIRST_MARK + group
-    return [
-      c.path for c in calls if c.kind in kinds and getattr(c, side) == mark
-    ]
-
-  groups = []
-  for i, name in enumerate(names):
-    norms = paths(i, ('norm',), 'inputs')
-    carrier = gate(norms)
-    groups.append(
-      Group(
-        name=name,
-        size=widths[i],
-        producers=tuple(paths(i, costs.MIXING, 'outputs')),
-        norms=(carrier,),
-        consumers=tuple(paths(i, costs.MIXING, 'inputs')),
-        depthwise=tuple(paths(i, ('depthwise',), 'inputs')),
-        removable=carrier == norms[-1],
-        dtype=dtype,
-      )
+  def group(name: str, size: int, mark: int) -> Group:
+    reading = [c for c in calls if c.inputs == mark]
+    norms = [c.path for c in reading if c.kind == 'norm']
+    return Group(
+      name=name,
+      size=size,
+      producers=tuple(
+        c.path for c in calls if c.outputs == mark and c.kind in costs.MIXING
+      ),
+      norms=(norms[carrier],),
+      consumers=tuple(c.path for c in reading if c.kind in costs.MIXING),
+      depthwise=tuple(c.path for c in reading if c.kind == 'depthwise'),
+      removable=norms[carrier] == norms[-1],
+      dtype=dtype,
     )
+
+  found = tuple(
+    group(name, size, mark)
+    for (name, size), mark in zip(sizes.items(), units_of, strict=True)
+  )
   inputs = {c.path: units(c.inputs) for c in calls}
   return Table(
-    groups=tuple(groups),
+    groups=found,
     calls=tuple(
       dataclasses.replace(
-        c,
-        inputs=width(c.inputs),
-        outputs=width(c.outputs),
-        groups=width(c.groups),
-        reads=(),
-        makes=(),
+        c.resized(len(units(c.inputs)), len(units(c.outputs))),
+        groups=len(units(c.groups)),
       )
       for c in calls
     ),
     inputs=inputs,
     outputs={c.path: units(c.outputs) for c in calls if c.kind in costs.MIXING},
-    gated={g.norms[0]: inputs[g.norms[0]] for g in groups},
+    gated={g.norms[0]: inputs[g.norms[0]] for g in found},
   )
-
-
-# Widths that no real layer has.
-_FIRST_MARK = 10_007
 
 
 def marks(n: int) -> tuple[int, ...]:
   """`n` distinct widths that no real layer has, to trace a network with."""
-  return tuple(_FIRST_MARK + i for i in range(n))
+  return tuple(range(10_007, 10_007 + n))

@@ -10,14 +10,11 @@ can be searched like one on MACs.
 What the sum leaves out: fusion across layers, residual additions, pooling, and
 the overlap of layers. So the whole network is timed afterwards (`measure`) and
 the gap shown; a budget in milliseconds is a budget on the *sum*.
-
-Times are cached in a JSON file by device kind, dtype, batch size and shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import pathlib
 import statistics
@@ -37,87 +34,51 @@ _GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 _REPEATS = 15
 
 
-def _seconds(function: Callable, *args) -> float:
-  """Least time of a compiled call: others on the machine only add to it."""
+def _milliseconds(
+  repeats: int, function: Callable[..., Any], *args
+) -> list[float]:
+  """Times of a compiled call."""
   call = jax.jit(function)
   jax.block_until_ready(call(*args))  # Compiles.
   times = []
-  for _ in range(_REPEATS):
+  for _ in range(repeats):
     start = time.perf_counter()
     jax.block_until_ready(call(*args))
-    times.append(time.perf_counter() - start)
-  return min(times)
-
-
-def _layer(op: costs.Layer, dtype: Any) -> Callable:
-  """(x, kernel, scale, shift) -> the layer's output at inference."""
-
-  def convolution(x, kernel, scale, shift):
-    padding = [(k // 2, k // 2) for k in op.kernel]
-    groups = x.shape[-1] if op.kind == 'depthwise' else 1
-    y = jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      op.strides,
-      padding,
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      feature_group_count=groups,
-    )
-    return jax.nn.relu(y * scale[None, None, None] + shift[None, None, None])
-
-  def dense(x, kernel, scale, shift):
-    del scale
-    return x @ kernel + shift[None]
-
-  return dense if op.kind == 'dense' else convolution
+    times.append(1000 * (time.perf_counter() - start))
+  return times
 
 
 def _time_layer(
   op: costs.Layer, inputs: int, outputs: int, batch: int, dtype: Any
 ) -> float:
-  """Seconds of one layer at these channels."""
-  size = op.input_size if op.kind != 'dense' else ()
-  fan_in = 1 if op.kind == 'depthwise' else inputs
+  """Least seconds of one layer: others on the machine only add to a time."""
+  depthwise, dense = op.kind == 'depthwise', op.kind == 'dense'
+  size = () if dense else op.input_size
   rng = np.random.default_rng(0)
-
-  def random(*shape):
-    return jnp.asarray(rng.normal(size=shape), dtype)
-
-  return _seconds(
-    _layer(op, dtype),
-    random(batch, *size, inputs),
-    random(*op.kernel, fan_in, outputs),
-    random(outputs),
-    random(outputs),
+  x, kernel, scale, shift = (
+    jnp.asarray(rng.normal(size=shape), dtype)
+    for shape in (
+      (batch, *size, inputs),
+      (*op.kernel, 1 if depthwise else inputs, outputs),
+      (outputs,),
+      (outputs,),
+    )
   )
 
+  def layer(x, kernel, scale, shift):
+    if dense:
+      return x @ kernel + shift[None]
+    y = jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      op.strides,
+      [(k // 2, k // 2) for k in op.kernel],
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=inputs if depthwise else 1,
+    )
+    return jax.nn.relu(y * scale[None, None, None] + shift[None, None, None])
 
-class Cache:
-  """Measured seconds by key, kept in a JSON file."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path, self._times = path, {}
-    if path.exists():
-      with contextlib.suppress(json.JSONDecodeError, OSError):
-        self._times = json.loads(path.read_text())
-
-  def get(self, key: str, measure: Callable[[], float]) -> float:
-    """The time of a key, measured where it is new."""
-    if key not in self._times:
-      self._times[key] = measure()
-    return self._times[key]
-
-  def save(self) -> None:
-    """Writes the file."""
-    storage.write_json(self._path, self._times)
-
-
-def _points(width: int) -> list[int]:
-  return sorted({max(1, round(share * width)) for share in _GRID})
-
-
-def _is_fixed(size: costs.Size) -> bool:
-  return all(i == costs.FIXED for i, _ in size)
+  return min(_milliseconds(_REPEATS, layer, x, kernel, scale, shift)) / 1000
 
 
 class LatencyModel:
@@ -126,7 +87,8 @@ class LatencyModel:
   Args:
     cost_model: Costs of the searched network.
     batch_size: Images in a batch.
-    cache: The file of measured times.
+    cache: The JSON file of measured seconds, by device kind, dtype, batch size
+      and shapes. A file that cannot be read is written anew.
     dtype: Dtype of the computation.
   """
 
@@ -138,30 +100,30 @@ class LatencyModel:
     dtype: Any = jnp.float32,
   ):
     self._batch_size, self._dtype = batch_size, jnp.dtype(dtype)
-    store = Cache(cache)
+    self._seconds: dict[str, float] = {}
+    with contextlib.suppress(json.JSONDecodeError, OSError):
+      self._seconds = json.loads(cache.read_text())
     self._tables = [
-      (op, *self._table(op, store))
+      (op, *self._table(op))
       for op in cost_model.ops
-      if op.kind in ('conv', 'depthwise', 'dense')
+      if op.kind in ('depthwise', *costs.MIXING)
     ]
-    store.save()
+    storage.write_json(cache, self._seconds)
 
-  def _table(self, op: costs.Layer, store: Cache):
+  def _table(self, op: costs.Layer):
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""
-    axes = []
-    for width, size in ((op.inputs, op.reads), (op.outputs, op.makes)):
-      axes.append([width] if _is_fixed(size) else _points(width))
+    inputs = _points(op.inputs, op.reads)
+    outputs = _points(op.outputs, op.makes)
     if op.kind == 'depthwise':  # Inputs and outputs are the same channels.
-      times = [[self._time(op, n, n, store)] for n in axes[1]]
-      axes = [axes[1], [axes[1][-1]]]
+      grid = np.array([[self._time(op, n, n)] for n in outputs])
+      inputs, outputs = outputs, outputs[-1:]
     else:
-      times = [[self._time(op, i, o, store) for o in axes[1]] for i in axes[0]]
-    grid = np.array(times)
+      grid = np.array([[self._time(op, i, o) for o in outputs] for i in inputs])
     for axis in (0, 1):
       grid = np.maximum.accumulate(grid, axis=axis)
-    return np.array(axes[0]), np.array(axes[1]), grid
+    return inputs, outputs, grid
 
-  def _time(self, op: costs.Layer, inputs: int, outputs: int, store) -> float:
+  def _time(self, op: costs.Layer, inputs: int, outputs: int) -> float:
     key = json.dumps(
       [
         jax.devices()[0].device_kind,
@@ -174,10 +136,11 @@ class LatencyModel:
         outputs,
       ]
     )
-    measure = functools.partial(
-      _time_layer, op, inputs, outputs, self._batch_size, self._dtype
-    )
-    return store.get(key, measure)
+    if key not in self._seconds:
+      self._seconds[key] = _time_layer(
+        op, inputs, outputs, self._batch_size, self._dtype
+      )
+    return self._seconds[key]
 
   def layers(self, counts: costs.Counts) -> dict[str, float]:
     """{layer path: milliseconds} at these counts, per call of a layer."""
@@ -189,6 +152,13 @@ class LatencyModel:
   def __call__(self, counts: costs.Counts) -> float:
     """Milliseconds of one batch: the sum over the layers."""
     return sum(self.layers(counts).values())
+
+
+def _points(width: int, size: costs.Size) -> list[int]:
+  """The numbers of channels at which a layer is timed."""
+  if all(group == costs.FIXED for group, _ in size):
+    return [width]
+  return sorted({max(1, round(share * width)) for share in _GRID})
 
 
 def _interpolate(xs, ys, grid, x: int, y: int) -> float:
@@ -204,14 +174,12 @@ def measure(
   image_shape: tuple[int, int, int],
 ) -> tuple[float, float]:
   """(median, least) milliseconds of one batch through a whole network."""
+
+  def network(variables, x):
+    return module.apply(variables, x, train=False)
+
   x = jnp.zeros((batch_size, *image_shape), jnp.float32)
-  call = jax.jit(lambda v, x: module.apply(v, x, train=False))
-  jax.block_until_ready(call(variables, x))
-  times = []
-  for _ in range(2 * _REPEATS):
-    start = time.perf_counter()
-    jax.block_until_ready(call(variables, x))
-    times.append(1000 * (time.perf_counter() - start))
+  times = _milliseconds(2 * _REPEATS, network, variables, x)
   return statistics.median(times), min(times)
 
 
@@ -224,15 +192,14 @@ def padding_use(
   layer: 8 for tensor cores, 128 for a TPU's.
   """
 
-  def padded(n: int) -> int:
-    return -(-n // multiple) * multiple
+  def share(channels: int) -> float:
+    return channels / (multiple * -(-channels // multiple))
 
   shares = {}
   for op in cost_model.ops:
-    if op.kind in ('conv', 'dense'):
-      inputs, outputs = op.channels(counts)
-      shares[op.path] = inputs * outputs / (padded(inputs) * padded(outputs))
+    inputs, outputs = op.channels(counts)
+    if op.kind in costs.MIXING:
+      shares[op.path] = share(inputs) * share(outputs)
     elif op.kind == 'depthwise':
-      _, outputs = op.channels(counts)
-      shares[op.path] = outputs / padded(outputs)
+      shares[op.path] = share(outputs)
   return shares

@@ -1,9 +1,10 @@
-"""Building blocks: convolution + BatchNorm, pooling, initialisers."""
+"""What the built-in families share: layers, pooling, and a base class."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pfs_jax import cpu
+
+# PyTorch's default for the weights of a linear layer: +-1 / sqrt(fan_in).
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+normal_001 = nn.initializers.normal(0.01)
 
 
 def conv_init(
@@ -23,9 +28,8 @@ def conv_init(
   narrow network has a shape of its own in every layer.
   """
   size = math.prod(shape)
-  drawn = jax.random.normal(
-    key, (1 << max(16, (size - 1).bit_length()),), dtype
-  )
+  length = 1 << max(16, (size - 1).bit_length())
+  drawn = jax.random.normal(key, (length,), dtype)
   fan_out = math.prod(shape[:-2]) * shape[-1]
   return (drawn[:size] * math.sqrt(2 / fan_out)).reshape(shape)
 
@@ -33,33 +37,6 @@ def conv_init(
 def param_dtype(dtype: Any) -> Any:
   """Parameters, gates and statistics: float32, or float64 if computing so."""
   return jnp.promote_types(dtype, jnp.float32)
-
-
-def conv(
-  features: int,
-  kernel: int,
-  stride: int = 1,
-  groups: int = 1,
-  dtype: Any = jnp.float32,
-  name: str | None = None,
-) -> nn.Conv:
-  """A square convolution without bias, padded by kernel // 2 on each side.
-
-  Never 'SAME', which pads differently at stride 2.
-  """
-  return nn.Conv(
-    features,
-    (kernel, kernel),
-    strides=(stride, stride),
-    padding=[(kernel // 2, kernel // 2)] * 2,
-    feature_group_count=groups,
-    conv_general_dilated=cpu.convolution,
-    use_bias=False,
-    kernel_init=conv_init,
-    dtype=dtype,
-    param_dtype=param_dtype(dtype),
-    name=name,
-  )
 
 
 class BatchNorm(nn.BatchNorm):
@@ -96,27 +73,24 @@ class BatchNorm(nn.BatchNorm):
 
 
 class ConvBN(nn.Module):
-  """Convolution and BatchNorm.
+  """Square convolution without bias, and BatchNorm; no activation.
 
   Collections and their shapes, C = features:
 
     params       conv/kernel [k, k, C_in / groups, C], bn/scale [C], bn/bias [C]
     batch_stats  bn/mean [C], bn/var [C]
 
-  A gate multiplies BatchNorm's output in the searched network, so the scale
-  that acts is gate * scale (paper, section 3.1). Gates are no part of this
-  module: `gating` puts them on, for our families as for any other model.
-
-  BatchNorm: eps 1e-5, running statistics keep 0.9 a step (PyTorch's momentum
-  0.1), biased variance, computed in two passes (the fast formula is badly wrong
-  where the mean is far larger than the deviation).
+  Padding is k // 2 on each side ('SAME' pads differently at stride 2). Running
+  statistics keep 0.9 a step (PyTorch's momentum 0.1). The variance is biased,
+  and computed in two passes: the fast formula is badly wrong where the mean is
+  far larger than the deviation. Gates are put on by `gating`.
 
   Attributes:
     features: Output channels C.
-    kernel: Side of the kernel, odd.
+    kernel: Side k of the kernel, odd.
     stride: Stride.
     groups: Feature groups; C_in for a depthwise convolution.
-    scale_init: Start of BatchNorm's scale (VGG: 0.5).
+    scale_init: Start of BatchNorm's scale.
     epsilon: BatchNorm's epsilon.
     dtype: Dtype of the computation; parameters are at least float32.
   """
@@ -131,9 +105,19 @@ class ConvBN(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[N, H, W, C_in] -> [N, H', W', C], no activation."""
-    x = conv(
-      self.features, self.kernel, self.stride, self.groups, self.dtype, 'conv'
+    """[N, H, W, C_in] -> [N, H', W', C]."""
+    x = nn.Conv(
+      self.features,
+      (self.kernel, self.kernel),
+      strides=(self.stride, self.stride),
+      padding=[(self.kernel // 2, self.kernel // 2)] * 2,
+      feature_group_count=self.groups,
+      conv_general_dilated=cpu.convolution,
+      use_bias=False,
+      kernel_init=conv_init,
+      dtype=self.dtype,
+      param_dtype=param_dtype(self.dtype),
+      name='conv',
     )(x)
     return BatchNorm(
       use_running_average=not train,
@@ -145,11 +129,6 @@ class ConvBN(nn.Module):
       param_dtype=param_dtype(self.dtype),
       name='bn',
     )(x)
-
-
-def widened(features: int, multiplier: float) -> int:
-  """`features * multiplier`, rounded half to even, at least 1."""
-  return max(1, round(features * multiplier))
 
 
 class GlobalAvgPool(nn.Module):
@@ -180,20 +159,34 @@ def max_pool(
   )
 
 
-def classifier(
-  num_classes: int, kernel_init: nn.initializers.Initializer, dtype: Any
-) -> nn.Dense:
-  """The last linear layer; logits are at least float32."""
-  return nn.Dense(
-    num_classes,
-    kernel_init=kernel_init,
-    bias_init=nn.initializers.zeros,
-    dtype=param_dtype(dtype),
-    param_dtype=param_dtype(dtype),
-    name='classifier',
-  )
+class Classifier(nn.Module):
+  """What the networks of all families have; a base class.
 
+  Attributes:
+    num_classes: Number of classes.
+    counts: Channels of the groups, in the order of the family's `gate_sizes`.
+    epsilon: BatchNorm's epsilon.
+    dtype: Dtype of the computation.
+  """
 
-# PyTorch's default for the weights of a linear layer: +-1 / sqrt(fan_in).
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-normal_001 = nn.initializers.normal(0.01)
+  num_classes: int
+  counts: tuple[int, ...]
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @property
+  def conv(self) -> Callable[..., ConvBN]:
+    """`ConvBN` with the network's epsilon and dtype."""
+    return functools.partial(ConvBN, epsilon=self.epsilon, dtype=self.dtype)
+
+  def linear(
+    self, x: jax.Array, kernel_init: nn.initializers.Initializer
+  ) -> jax.Array:
+    """The last layer, [N, C] -> logits [N, num_classes], at least float32."""
+    return nn.Dense(
+      self.num_classes,
+      kernel_init=kernel_init,
+      dtype=param_dtype(self.dtype),
+      param_dtype=param_dtype(self.dtype),
+      name='classifier',
+    )(x)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,8 @@ def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
     x, _ = draw(resident, jax.tree.map(lambda v: v[0], chunk))
 
     def updated(value):
-      stats = jax.tree.map(
-        lambda v: jnp.full_like(v, value), variables['batch_stats']
-      )
+      stats = variables['batch_stats']
+      stats = jax.tree.map(lambda v: jnp.full_like(v, value), stats)
       _, found = module.apply(
         {**variables, 'batch_stats': stats},
         x,
@@ -88,53 +88,40 @@ def estimated(state: Any, source: Any, step: int) -> Any:
   Args:
     state: Its `module`, `variables` and `batch_stats`.
     source: Training batches, such as `pipeline.ArraySource`.
-    step: Steps made. The last `BATCHES` batches before it are used, or the
-      first ones of the run.
-
-  Returns:
-    The state with other `batch_stats`.
+    step: Steps made: the `BATCHES` batches before it, or the first ones of the
+      run, are used.
   """
   call = _batch_statistics(state.module, source.draw)
   first = max(0, step - BATCHES)
-  n = min(BATCHES, max(source.steps_per_epoch, 1))
   found = []
-  for i in range(first, first + n):
+  for i in range(first, first + min(BATCHES, max(source.steps_per_epoch, 1))):
     stats, momenta = call(state.variables, source.resident, source.chunk(i, 1))
-    found.append(stats)
-  means = jax.tree.map(lambda *v: jnp.stack(v).mean(0), *found)
-  spreads = jax.tree.map(lambda *v: jnp.stack(v).var(0), *found)
-
-  def merged(path, old, mean, momentum):
-    if momentum >= _FROZEN:
-      return old
-    *above, last = path
-    if getattr(last, 'key', None) == 'var':
-      beside = spreads
-      for entry in above:
-        beside = beside[entry.key]
-      mean = mean + beside.get('mean', 0.0)
-    return mean.astype(old.dtype)
-
-  stats = jax.tree_util.tree_map_with_path(
-    merged, state.batch_stats, means, momenta
-  )
+    found.append(flax.traverse_util.flatten_dict(stats))
+  flat = flax.traverse_util.flatten_dict(state.batch_stats)
+  momenta = flax.traverse_util.flatten_dict(momenta)
+  for path, old in flat.items():
+    if momenta[path] >= _FROZEN:
+      continue
+    value = jnp.stack([stats[path] for stats in found]).mean(0)
+    mean = (*path[:-1], 'mean')
+    if path[-1] == 'var' and mean in flat:
+      value += jnp.stack([stats[mean] for stats in found]).var(0)
+    flat[path] = value.astype(old.dtype)
+  stats = flax.traverse_util.unflatten_dict(flat)
   return state.replace(batch_stats=stats)
 
 
 def refresher(
   mode: str, is_own: bool, state: Any, source: Any
 ) -> Callable[[Any, int], Any]:
-  """What `config.train.statistics` says: which state is evaluated and saved.
+  """(state, steps made) -> the state that is evaluated and saved.
 
   Args:
-    mode: 'running', 'estimated', or 'auto': estimated for a model of the user's
-      own while the run is short (see `is_short`).
+    mode: `config.train.statistics`: 'running', 'estimated', or 'auto', which is
+      'estimated' for a model of the user's own while `is_short`.
     is_own: Whether the model is the user's own.
     state: At step 0.
     source: Training batches.
-
-  Returns:
-    (state, steps made) -> the same state, or one from `estimated`.
   """
   if mode == 'running' or (mode == 'auto' and not is_own):
     return lambda state, step: state

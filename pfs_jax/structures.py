@@ -1,8 +1,4 @@
-"""A structure: channel counts, what they cost, and where they come from.
-
-The few integers that pass from search to train, as a JSON file that a person
-can read and edit. What is read back is checked field by field.
-"""
+"""A structure: channel counts, in a JSON file that a person can edit."""
 
 from __future__ import annotations
 
@@ -64,10 +60,7 @@ class Structure:
     }
 
   def to_list(self) -> list[int]:
-    """The counts as the published PyTorch code keeps them: a plain list.
-
-    It holds the gated layers in the forward order that `models.gate_sizes` has.
-    """
+    """The counts as the published PyTorch code keeps them, in forward order."""
     return list(self.counts)
 
   def to_json(self) -> str:

@@ -54,19 +54,24 @@ def main(name, path):
       compare(f'{what} {layer}', ours, part)
 
   x0, y0 = batch(golden, 0)
-  apply = jax.jit(module.apply, static_argnames=('train', 'mutable'))
-  logits, _ = apply(state.variables, x0, train=True, mutable=('batch_stats',))
+
+  @jax.jit
+  def first(state, x0, y0):
+    logits, _ = module.apply(
+      state.variables, x0, train=True, mutable=('batch_stats',)
+    )
+    trained = {'params': state.params, 'gates': state.gates}
+    return logits, jax.grad(search.loss, has_aux=True)(trained, state, x0, y0)
+
+  logits, (grads, _) = first(state, x0, y0)
   compare('logits0', logits, golden['logits0'])
-  trained = {'params': state.params, 'gates': state.gates}
-  gradient = jax.jit(jax.grad(search.loss, has_aux=True))
-  grads, _ = gradient(trained, state, x0, y0)
   compare_layers('grad0', grads['gates'], golden['grad0'])
   for step in range(len(golden['gates'])):
     state, metrics = search.step(state, *batch(golden, step))
     compare('ce', metrics['ce'], golden['ce'][step])
     compare('reg', metrics['reg'], golden['reg'][step])
     compare_layers('gates', state.gates, golden['gates'][step])
-  evaluated = apply(state.variables, x0, train=False)
+  evaluated = jax.jit(module.apply)(state.variables, x0)
   scale = np.abs(golden['eval_logits']).max()
   error = np.abs(np.asarray(evaluated) - golden['eval_logits']).max() / scale
   dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(state.variables)})

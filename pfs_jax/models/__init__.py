@@ -5,40 +5,21 @@ name and states the channel groups; `networks` joins a module with its groups,
 costs and narrower networks.
 """
 
-from pfs_jax.models.networks import (
-  Network,
-  build_from,
-  network,
-  structure_from_list,
-)
-from pfs_jax.models.registry import (
-  GATE_SITES,
-  REGISTRY,
-  Family,
-  build,
-  cost_model,
-  family,
-  gate_sizes,
-  gates_by_layer,
-  init,
-  slice_variables,
-  table,
-)
+from pfs_jax.models import networks, registry
 
-__all__ = [
-  'GATE_SITES',
-  'REGISTRY',
-  'Family',
-  'Network',
-  'build',
-  'build_from',
-  'cost_model',
-  'family',
-  'gate_sizes',
-  'gates_by_layer',
-  'init',
-  'network',
-  'slice_variables',
-  'structure_from_list',
-  'table',
-]
+Network = networks.Network
+build_from = networks.build_from
+network = networks.network
+structure_from_list = networks.structure_from_list
+
+Family = registry.Family
+GATE_SITES = registry.GATE_SITES
+REGISTRY = registry.REGISTRY
+build = registry.build
+cost_model = registry.cost_model
+family = registry.family
+gate_sizes = registry.gate_sizes
+gates_by_layer = registry.gates_by_layer
+init = registry.init
+slice_variables = registry.slice_variables
+table = registry.table

@@ -25,13 +25,11 @@ groups (`registry.GATE_SITES`, docs/gate_sites.md).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from pfs_jax import cpu, layers
 
@@ -61,6 +59,12 @@ V2_STAGES = (
   (6, 160, 3, 2),
   (6, 320, 1, 1),
 )
+# (expansion, width, stride, residual) of each of the 17 blocks.
+V2_BLOCKS = tuple(
+  (expansion, width, stride if i == 0 else 1, i > 0)
+  for expansion, width, blocks, stride in V2_STAGES
+  for i in range(blocks)
+)
 V2_LAST = 1280
 
 
@@ -77,20 +81,11 @@ def gate_sizes(name: str, width: int) -> dict[str, int]:
       sizes[f'block{i}/pointwise'] = width * multiple
     return sizes
   inputs = 0
-  for i, (expansion, features, _, _) in enumerate(_v2_blocks()):
+  for i, (expansion, features, *_) in enumerate(V2_BLOCKS):
     if i:
       sizes[f'block{i}/expand'] = expansion * inputs * width // DEFAULT_WIDTH
     inputs = features
   return {**sizes, 'last': V2_LAST * width // DEFAULT_WIDTH}
-
-
-def _v2_blocks() -> list[tuple[int, int, int, bool]]:
-  """(expansion, width, stride, residual) of each of the 17 blocks."""
-  return [
-    (expansion, width, stride if i == 0 else 1, i > 0)
-    for expansion, width, n, stride in V2_STAGES
-    for i in range(n)
-  ]
 
 
 class Separable(nn.Module):
@@ -117,34 +112,18 @@ class Separable(nn.Module):
     return nn.relu(self.conv(self.features, 1, name='pointwise')(x, train))
 
 
-class MobileNetV1(nn.Module):
-  """A stem and 13 separable blocks.
-
-  Attributes:
-    num_classes: Number of classes.
-    counts: Channels of the stem and of each block's output.
-    epsilon: BatchNorm's epsilon.
-    dtype: Dtype of the computation.
-  """
-
-  num_classes: int
-  counts: tuple[int, ...]
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
+class MobileNetV1(layers.Classifier):
+  """A stem and 13 separable blocks."""
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[N, H, W, C] -> logits [N, num_classes]."""
-    conv = functools.partial(
-      layers.ConvBN, epsilon=self.epsilon, dtype=self.dtype
-    )
+    conv = self.conv
     x = nn.relu(conv(self.counts[0], stride=2, name='stem')(x, train))
     for i, (_, stride) in enumerate(V1_BLOCKS):
-      x = Separable(self.counts[i + 1], stride, conv, name=f'block{i}')(
-        x, train
-      )
-    x = layers.GlobalAvgPool()(x)
-    return layers.classifier(self.num_classes, layers.normal_001, self.dtype)(x)
+      block = Separable(self.counts[i + 1], stride, conv, name=f'block{i}')
+      x = block(x, train)
+    return self.linear(layers.GlobalAvgPool()(x), layers.normal_001)
 
 
 class InvertedResidual(nn.Module):
@@ -183,34 +162,25 @@ class InvertedResidual(nn.Module):
     return cpu.computed_once(x + y) if self.residual else y
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(layers.Classifier):
   """A stem, 17 inverted residual blocks and a last 1x1 convolution.
 
+  Block 0's hidden width is the stem's.
+
   Attributes:
-    num_classes: Number of classes.
-    counts: Channels of the stem, of the hidden layers of blocks 1..16, and of
-      the last convolution. Block 0's hidden width is the stem's.
     multiplier: Widens the block outputs.
-    epsilon: BatchNorm's epsilon.
-    dtype: Dtype of the computation.
   """
 
-  num_classes: int
-  counts: tuple[int, ...]
   multiplier: float = 1.0
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[N, H, W, C] -> logits [N, num_classes]."""
-    conv = functools.partial(
-      layers.ConvBN, epsilon=self.epsilon, dtype=self.dtype
-    )
+    conv = self.conv
     x = nn.relu6(conv(self.counts[0], stride=2, name='stem')(x, train))
-    for i, (_, features, stride, residual) in enumerate(_v2_blocks()):
+    for i, (_, features, stride, residual) in enumerate(V2_BLOCKS):
       x = InvertedResidual(
-        features=layers.widened(features, self.multiplier),
+        features=max(1, round(features * self.multiplier)),
         hidden=self.counts[i],
         stride=stride,
         expand=i > 0,
@@ -219,29 +189,14 @@ class MobileNetV2(nn.Module):
         name=f'block{i}',
       )(x, train)
     x = nn.relu6(conv(self.counts[-1], 1, name='last')(x, train))
-    x = layers.GlobalAvgPool()(x)
-    return layers.classifier(self.num_classes, layers.normal_001, self.dtype)(x)
+    return self.linear(layers.GlobalAvgPool()(x), layers.normal_001)
 
 
 def build(
-  name: str,
-  num_classes: int,
-  width: int,
-  counts: tuple[int, ...],
-  multiplier: float,
-  dtype: Any,
+  name: str, width: int, multiplier: float, **fields: Any
 ) -> MobileNetV1 | MobileNetV2:
-  """The module; `counts` in the order of `gate_sizes`.
-
-  Args:
-    name: A name of `NAMES`.
-    num_classes: Number of classes.
-    width: Without effect: the counts say all.
-    counts: Channels of each group.
-    multiplier: Widens V2's block outputs; without effect on V1.
-    dtype: Dtype of the computation.
-  """
-  del width
+  """The module; `fields` are those of `layers.Classifier`."""
+  del width  # The counts say all.
   if name == 'mobilenet_v1':
-    return MobileNetV1(num_classes, counts, dtype=dtype)
-  return MobileNetV2(num_classes, counts, multiplier=multiplier, dtype=dtype)
+    return MobileNetV1(**fields)
+  return MobileNetV2(multiplier=multiplier, **fields)

@@ -50,11 +50,9 @@ class Network:
     return self.table.cost_model()
 
   def narrow(self, counts: Sequence[int], gated: bool = False) -> nn.Module:
-    """The module with `counts` channels in each group.
+    """The module with `counts` channels in each group, forward order.
 
-    Args:
-      counts: Channels of each group, forward order.
-      gated: Whether it has gates: those of the first channels of each group.
+    If `gated`, the gates are those of the first channels of each group.
     """
     module = self.build(counts)
     return gating.gate(module, self.table.narrowed(counts)) if gated else module
@@ -66,12 +64,7 @@ class Network:
   def slice_variables(
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """The variables of the narrow module that keeps these channels.
-
-    Args:
-      variables: Those of the searched network.
-      kept: {layer name: sorted indices}, as from `prune.kept`.
-    """
+    """See `groups.Table.slice_variables`."""
     return self.table.slice_variables(variables, kept)
 
 
@@ -148,26 +141,12 @@ def structure_from_list(
     counts: Channels of its gated layers in forward order.
 
   Raises:
-    errors.UserError: The list has another length, or an entry is no integer in
-      [1, width of its layer].
+    errors.UserError: As for `groups.Table.counts`.
   """
-  model = network.cost_model
-  if not isinstance(counts, list | tuple) or len(counts) != len(model.layers):
-    raise errors.UserError(
-      f'a list of counts must have {len(model.layers)} entries, one for each '
-      f'gated layer; got {len(counts)}.'
-    )
-  for layer, width, count in zip(
-    model.layers, model.widths, counts, strict=True
-  ):
-    if type(count) is not int or not 1 <= count <= width:
-      raise errors.UserError(
-        f'the count of {layer} must be an integer in [1, {width}]; got '
-        f'{count!r}.'
-      )
+  model, counts = network.cost_model, network.table.counts(counts)
   return structures.Structure(
     layers=model.layers,
-    counts=tuple(counts),
+    counts=counts,
     macs=model.macs(counts),
     params=model.params(counts),
     model=network.description,
@@ -178,7 +157,7 @@ def build_from(
   structure: structures.Structure, dtype: Any = jnp.float32
 ) -> nn.Module:
   """The narrow network that a structure describes."""
-  model = dict(structure.model)
+  model = structure.model
   if not model.get('name'):
     raise errors.UserError(
       "structure: model.name is missing: it describes a model of the user's "

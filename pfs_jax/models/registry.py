@@ -1,8 +1,8 @@
 """The registry of models: a name to module, groups, costs and sliced weights.
 
-`width` is the base width of a family (None: its default), so channel expansion
-is a larger width; `counts` are the channels of the gated layers, in the order
-of `gate_sizes`.
+Arguments mean the same in all functions: `width` is the base width of a family
+(None: its default), so channel expansion is a larger width; `counts` are the
+channels of the gated layers, in the order of `gate_sizes` (None: all).
 
 >>> sizes = gate_sizes('vgg16', 4)
 >>> module = build('vgg16', 10, 4, counts=[2] * len(sizes))
@@ -31,7 +31,7 @@ class Family:
   """What the registry knows of a model name.
 
   Attributes:
-    build: (num_classes, width, counts, multiplier, dtype) -> module.
+    build: (width, multiplier, num_classes=, counts=, dtype=) -> module.
     gate_sizes: width -> {layer name: channels}, forward order.
     default_width: The base width that `None` stands for.
     multiplier: Whether block outputs can be widened too.
@@ -92,10 +92,9 @@ def build(
   Args:
     name: A name of the registry.
     num_classes: Number of classes.
-    width: Base width; None is the family's default (16 for the CIFAR ResNets,
-      64 for VGG and ResNet-50, 32 for the MobileNets).
-    counts: Channels of the gated layers in the order of `gate_sizes`; None is
-      the full width.
+    width: Base width: by default 16 for the CIFAR ResNets, 64 for VGG and
+      ResNet-50, 32 for the MobileNets.
+    counts: Channels of the gated layers.
     gated: Whether gated layers have a [C] vector in the collection `gates`,
       which multiplies the output of their BatchNorm (`gating.gate`).
     multiplier: Widens block outputs in the families that have them.
@@ -130,32 +129,24 @@ def build(
       f'counts of {name} must be {len(sizes)} integers >= 1, one for each '
       f'gated layer; got {len(counts)}, the least {min(counts, default=None)}.'
     )
-  module = entry.build(num_classes, width, counts, multiplier, dtype)
+  module = entry.build(
+    width, multiplier, num_classes=num_classes, counts=counts, dtype=dtype
+  )
   if not gated:
     return module
   # Which BatchNorm carries which group's gates is the same for all sizes.
-  found = _table(
-    _marked_calls(name),
-    dict(zip(sizes, counts, strict=True)),
-    dtype,
-    gate_site,
-  )
+  found = table(name, 10, 32, dtype=dtype, gate_site=gate_site, counts=counts)
   return gating.gate(module, found)
 
 
 @functools.lru_cache(maxsize=64)
 def _marked_calls(
-  name: str,
-  num_classes: int = 10,
-  image_size: int = 32,
-  channels: int = 3,
-  width: int | None = None,
-  multiplier: float = 1.0,
+  name: str, num_classes: int, shape: tuple[int, ...], width, multiplier
 ) -> list[costs.Layer]:
   """The layer calls of a network with a mark as the size of each group."""
   marks = groups.marks(len(gate_sizes(name, width)))
   marked = build(name, num_classes, width, marks, multiplier=multiplier)
-  return costs.record_module(marked, (image_size, image_size, channels))
+  return costs.record_module(marked, shape)
 
 
 def _call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
@@ -175,29 +166,15 @@ def table(
 ) -> groups.Table:
   """The channel groups of a network of the registry.
 
-  Args:
-    name: A name of the registry.
-    num_classes: Number of classes.
-    image_size: Side of the square images.
-    channels: Channels of the images.
-    width: Base width of the searched network; None is the default.
-    multiplier: As for `build`.
-    dtype: As for `build`.
-    gate_site: As for `build`.
-    counts: As for `build`.
+  Images are [image_size, image_size, channels]; the other arguments are those
+  of `build`.
   """
-  shape = (num_classes, image_size, channels)
-  calls = _marked_calls(name, *shape, width, multiplier)
+  shape = (image_size, image_size, channels)
   sizes = gate_sizes(name, width)
-  sizes = dict(zip(sizes, counts or sizes.values(), strict=True))
-  return _table(calls, sizes, dtype, gate_site)
-
-
-def _table(calls, sizes, dtype: Any, gate_site: str) -> groups.Table:
   found = groups.from_marks(
-    calls,
-    sizes,
-    gate=lambda norms: norms[-1 if gate_site == 'acting' else 0],
+    _marked_calls(name, num_classes, shape, width, multiplier),
+    dict(zip(sizes, counts or sizes.values(), strict=True)),
+    carrier=-1 if gate_site == 'acting' else 0,
     dtype=layers.param_dtype(dtype),
   )
   return dataclasses.replace(found, call=_call)
@@ -229,16 +206,10 @@ def slice_variables(
     gate_site: Where the gates stood that chose the channels.
 
   Raises:
-    errors.UserError: Wrong indices, or the published gate site in a network
-      where it is not the acting one: there a gate of 0 is not a removed
-      channel, since the next BatchNorm makes a constant of it.
+    errors.UserError: Wrong indices, or channels removed at the published gate
+      site where it is not the acting one (`groups.Table.slice_variables`).
   """
   found = table(name, 10, 32, width=width, gate_site=gate_site)
-  if not all(group.removable for group in found.groups):
-    raise errors.UserError(
-      f"config.model.gate_site must be 'acting' to slice weights of {name}: a "
-      'channel with a published gate of 0 is not removed (docs/gate_sites.md).'
-    )
   return found.slice_variables(variables, kept)
 
 

@@ -10,13 +10,11 @@ does.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from pfs_jax import cpu, layers
 
@@ -49,12 +47,15 @@ def gate_sizes(name: str, width: int) -> dict[str, int]:
 
 
 class Block(nn.Module):
-  """Two 3x3 convolutions and a shortcut.
+  """Two 3x3 convolutions and a shortcut, or a bottleneck of 1x1, 3x3 and 1x1.
+
+  The stride is that of the shortcut and of the first 3x3 convolution.
 
   Attributes:
     features: Width of the residual stream.
-    hidden: Channels of the first convolution, as a tuple of one.
-    stride: Stride of the first convolution and the shortcut.
+    hidden: Channels of all convolutions but the last: one, or a bottleneck's
+      two.
+    stride: The stride.
     project: Whether the shortcut is a 1x1 convolution with BatchNorm.
     conv: `layers.ConvBN` with the network's epsilon and dtype.
   """
@@ -68,68 +69,43 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[N, H, W, C] -> [N, H', W', features]."""
-    stride = self.stride
-    y = self.conv(self.hidden[0], stride=stride, name='conv1')(x, train)
-    y = nn.relu(y)  # Gradient 0 at 0: a gate that reaches 0 stays there.
-    y = self.conv(self.features, name='conv2')(y, train)
+    if len(self.hidden) == 1:
+      kernels, strides = (3, 3), (self.stride, 1)
+    else:
+      kernels, strides = (1, 3, 1), (1, self.stride, 1)
+    widths = (*self.hidden, self.features)
+    y = x
+    for i, shape in enumerate(zip(widths, kernels, strides, strict=True)):
+      if i:  # Gradient 0 at 0: a gate that reaches 0 stays there.
+        y = nn.relu(y)
+      y = self.conv(*shape, name=f'conv{i + 1}')(y, train)
     if self.project:
-      x = self.conv(self.features, 1, stride, name='shortcut')(x, train)
+      x = self.conv(self.features, 1, self.stride, name='shortcut')(x, train)
     return cpu.computed_once(nn.relu(x + y))
 
 
-class Bottleneck(Block):
-  """1x1, 3x3 and 1x1 convolution and a shortcut.
-
-  Its attributes are those of `Block`, but `hidden` holds the channels of the
-  first and of the second convolution, and the stride is that of the second.
-  """
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[N, H, W, C] -> [N, H', W', features]."""
-    stride = self.stride
-    y = nn.relu(self.conv(self.hidden[0], 1, name='conv1')(x, train))
-    y = self.conv(self.hidden[1], stride=stride, name='conv2')(y, train)
-    y = nn.relu(y)  # Gradient 0 at 0: a gate that reaches 0 stays there.
-    y = self.conv(self.features, 1, name='conv3')(y, train)
-    if self.project:
-      x = self.conv(self.features, 1, stride, name='shortcut')(x, train)
-    return cpu.computed_once(nn.relu(x + y))
-
-
-class ResNet(nn.Module):
+class ResNet(layers.Classifier):
   """A stem, stages of blocks and a linear layer.
 
   With basic blocks: a 3x3 stem of the first stage's width, for small images.
-  With bottlenecks (ResNet-50): a 7x7 stem and a max pool; the stride is on the
-  3x3 convolution.
+  With bottlenecks (ResNet-50): a 7x7 stem and a max pool.
 
   Attributes:
-    num_classes: Number of classes.
     depths: Blocks in each stage.
     stem: Channels of the stem.
     outputs: Width of the residual stream in each stage.
-    counts: Channels of the gated layers, forward order.
     bottleneck: Whether the blocks are bottlenecks.
-    epsilon: BatchNorm's epsilon.
-    dtype: Dtype of the computation.
   """
 
-  num_classes: int
-  depths: tuple[int, ...]
-  stem: int
-  outputs: tuple[int, ...]
-  counts: tuple[int, ...]
+  depths: tuple[int, ...] = ()
+  stem: int = DEFAULT_WIDTH
+  outputs: tuple[int, ...] = ()
   bottleneck: bool = False
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[N, H, W, C] -> logits [N, num_classes]."""
-    conv = functools.partial(
-      layers.ConvBN, epsilon=self.epsilon, dtype=self.dtype
-    )
+    conv = self.conv
     if self.bottleneck:
       x = conv(self.stem, kernel=7, stride=2, name='stem')(x, train)
       x = layers.max_pool(nn.relu(x), window=3, stride=2, padding=1)
@@ -138,7 +114,7 @@ class ResNet(nn.Module):
     counts = iter(self.counts)
     for stage, depth in enumerate(self.depths):
       for block in range(depth):
-        x = (Bottleneck if self.bottleneck else Block)(
+        x = Block(
           features=self.outputs[stage],
           hidden=tuple(next(counts) for _ in range(1 + self.bottleneck)),
           stride=2 if stage > 0 and block == 0 else 1,
@@ -146,43 +122,27 @@ class ResNet(nn.Module):
           conv=conv,
           name=f'stage{stage + 1}_block{block}',
         )(x, train)
-    x = layers.GlobalAvgPool()(x)
-    return layers.classifier(
-      self.num_classes, layers.uniform_fan_in, self.dtype
-    )(x)
+    return self.linear(layers.GlobalAvgPool()(x), layers.uniform_fan_in)
 
 
-def build(
-  name: str,
-  num_classes: int,
-  width: int,
-  counts: tuple[int, ...],
-  multiplier: float,
-  dtype: Any,
-) -> ResNet:
-  """The module; `counts` in the order of `gate_sizes`.
+def build(name: str, width: int, multiplier: float, **fields: Any) -> ResNet:
+  """The module; `fields` are those of `layers.Classifier`.
 
   Args:
     name: A name of `DEPTHS`.
-    num_classes: Number of classes.
     width: Base width, that of the first stage. ResNet-50's counts say all.
-    counts: Channels of the gated layers.
     multiplier: Widens ResNet-50's block outputs; without effect on others.
-    dtype: Dtype of the computation.
+    **fields: Number of classes, counts and dtype.
   """
-  depths, bottleneck = DEPTHS[name], name in BOTTLENECKS
-  doubled = [2**stage for stage in range(len(depths))]
-  if bottleneck:
-    stem = STEM
-    outputs = [layers.widened(OUTPUT * times, multiplier) for times in doubled]
-  else:
-    stem, outputs = width, [width * times for times in doubled]
+  bottleneck = name in BOTTLENECKS
+  stem, output = (STEM, OUTPUT) if bottleneck else (width, width)
   return ResNet(
-    num_classes,
-    depths,
-    stem,
-    tuple(outputs),
-    counts,
+    depths=DEPTHS[name],
+    stem=stem,
+    outputs=tuple(
+      max(1, round(output * 2**stage * multiplier))
+      for stage in range(len(DEPTHS[name]))
+    ),
     bottleneck=bottleneck,
-    dtype=dtype,
+    **fields,
   )

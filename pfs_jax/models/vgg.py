@@ -3,10 +3,10 @@
 Five stages of 3x3 convolutions; the channels of each convolution are a group.
 Layers are named conv0 ... conv12 (VGG16) or conv15 (VGG19), in forward order.
 
-Small images: a max pool stands in front of each stage but the first; it is left
-out where it would make a side of the map shorter than 2. So 32x32 and 28x28
-images end at 2x2 and 3x3, 8x8 images at 2x2. The head averages what is left
-(2x2 at 32x32, as published) and is one linear layer.
+A max pool stands in front of each stage but the first; it is left out where it
+would make a side of the map shorter than 2. So 32x32 and 28x28 images end at
+2x2 and 3x3, 8x8 images at 2x2. The head averages what is left (2x2 at 32x32, as
+published) and is one linear layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from pfs_jax import layers
 
@@ -35,20 +34,14 @@ def gate_sizes(name: str, width: int) -> dict[str, int]:
   return {f'conv{i}': w for i, w in enumerate(widths)}
 
 
-class VGG(nn.Module):
-  """VGG with BatchNorm.
+class VGG(layers.Classifier):
+  """VGG with BatchNorm, whose scales start at 0.5 as published.
 
   Attributes:
-    num_classes: Number of classes.
     depths: Convolutions in each of the five stages.
-    counts: Channels of each convolution, forward order.
-    dtype: Dtype of the computation.
   """
 
-  num_classes: int
-  depths: tuple[int, ...]
-  counts: tuple[int, ...]
-  dtype: Any = jnp.float32
+  depths: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -58,32 +51,13 @@ class VGG(nn.Module):
       if stage and min(x.shape[1:3]) >= 4:
         x = layers.max_pool(x)
       for _ in range(depth):
-        x = layers.ConvBN(
-          self.counts[i], scale_init=0.5, dtype=self.dtype, name=f'conv{i}'
-        )(x, train)
+        x = self.conv(self.counts[i], scale_init=0.5, name=f'conv{i}')(x, train)
         x = nn.relu(x)  # Gradient 0 at 0: a gate that reaches 0 stays there.
         i += 1
-    x = x.mean(axis=(1, 2))
-    return layers.classifier(self.num_classes, layers.normal_001, self.dtype)(x)
+    return self.linear(x.mean(axis=(1, 2)), layers.normal_001)
 
 
-def build(
-  name: str,
-  num_classes: int,
-  width: int,
-  counts: tuple[int, ...],
-  multiplier: float,
-  dtype: Any,
-) -> VGG:
-  """The module; `counts` in the order of `gate_sizes`.
-
-  Args:
-    name: A name of `DEPTHS`.
-    num_classes: Number of classes.
-    width: Without effect: the counts say all.
-    counts: Channels of each convolution.
-    multiplier: Without effect: there are no block outputs.
-    dtype: Dtype of the computation.
-  """
-  del width, multiplier
-  return VGG(num_classes, DEPTHS[name], counts, dtype)
+def build(name: str, width: int, multiplier: float, **fields: Any) -> VGG:
+  """The module; `fields` are those of `layers.Classifier`."""
+  del width, multiplier  # The counts say all.
+  return VGG(depths=DEPTHS[name], **fields)
