@@ -99,16 +99,13 @@ class Layer:
   def _kernel_terms(self) -> Terms:
     """Products inputs * outputs / groups as {(group, group): coefficient}."""
     terms = collections.Counter()
+    taps = math.prod(self.kernel)
     if self.kind == 'depthwise':  # One filter per output channel.
-      terms.update(
-        {(i, FIXED): math.prod(self.kernel) * a for i, a in self.makes}
-      )
+      terms.update({(i, FIXED): taps * a for i, a in self.makes})
     elif self.kind in MIXING:
       for i, a in self.reads:
         for j, b in self.makes:
-          terms[min(i, j), max(i, j)] += (
-            math.prod(self.kernel) * a * b // self.groups
-          )
+          terms[min(i, j), max(i, j)] += taps * a * b // self.groups
     return terms
 
   def macs_terms(self) -> Terms:
@@ -182,12 +179,10 @@ def intercept(
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
+    if context.method_name != '__call__' or described.rule(module) is None:
+      return next_fun(*args, **kwargs)
     path = '/'.join(module.path[base:])
-    if (
-      context.method_name != '__call__'
-      or path in active
-      or described.rule(module) is None
-    ):
+    if path in active:
       return next_fun(*args, **kwargs)
     name = 'inputs' if 'inputs' in kwargs else 'x'
     x = args[0] if args else kwargs[name]

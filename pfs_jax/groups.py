@@ -239,7 +239,7 @@ class Table:
       asleep = path[-1] == 'scale' and layer and layer.kind == 'norm'
       return jnp.ones_like(leaf) if asleep and not np.any(leaf) else leaf
 
-    return flax.traverse_util.path_aware_map(changed, dict(variables))
+    return dict(flax.traverse_util.path_aware_map(changed, dict(variables)))
 
   def slice_variables(
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
@@ -287,9 +287,8 @@ class Table:
         leaf = cut(leaf, self.makes(layer), outputs)
       return leaf
 
-    return flax.traverse_util.path_aware_map(
-      sliced, {k: v for k, v in variables.items() if k != GATES}
-    )
+    ungated = {k: v for k, v in variables.items() if k != GATES}
+    return dict(flax.traverse_util.path_aware_map(sliced, ungated))
 
   def __str__(self) -> str:
     rows = [('group', 'channels', 'gates after', 'read by', '')]

@@ -69,10 +69,9 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[N, H, W, C] -> [N, H', W', features]."""
-    if len(self.hidden) == 1:
-      kernels, strides = (3, 3), (self.stride, 1)
-    else:
-      kernels, strides = (1, 3, 1), (1, self.stride, 1)
+    kernels, strides = [3, 3], [self.stride, 1]
+    if len(self.hidden) == 2:
+      kernels, strides = [1, 3, 1], [1, self.stride, 1]
     widths = (*self.hidden, self.features)
     y = x
     for i, shape in enumerate(zip(widths, kernels, strides, strict=True)):
