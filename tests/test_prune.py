@@ -8,7 +8,7 @@ import pytest
 
 from pfs_jax import costs, errors, models, prune
 
-CASES = [('resnet20', 8), ('resnet56', 12), ('vgg16', 8), ('vgg19', 6)]
+CASES = [('resnet20', 8), ('vgg16', 8)]
 
 
 def cost_model(name, width):
@@ -86,11 +86,11 @@ def test_fit_equals_a_linear_scan(name, width, levels):
 
 def test_fit_equals_a_linear_scan_with_traced_costs():
   """The narrow module's own traced MACs, not the cost model's, as oracle."""
-  model = models.cost_model('vgg16', 4, 4, 1, 1)
+  model = models.cost_model('resnet8', 4, 4, 1, 2)
   gates = random_gates(model, 0)
 
   def traced(counts):
-    return costs.count(models.build('vgg16', 4, 1, tuple(counts)), (4, 4, 1))
+    return costs.count(models.build('resnet8', 4, 2, tuple(counts)), (4, 4, 1))
 
   half = model.macs(model.widths) // 2
   found = prune.fit(gates, model, half)
@@ -100,8 +100,8 @@ def test_fit_equals_a_linear_scan_with_traced_costs():
   assert traced(found.counts) == (found.macs, found.params)
 
 
-@pytest.mark.parametrize('name,width', [('resnet56', 16), ('vgg16', 32)])
-@pytest.mark.parametrize('value', [0.0, 0.37, 1.0])
+@pytest.mark.parametrize('name,width', [('resnet20', 16), ('vgg16', 32)])
+@pytest.mark.parametrize('value', [0.0, 0.37])
 def test_equal_gates_give_near_uniform_widths(name, width, value):
   model = cost_model(name, width)
   gates = {
@@ -118,16 +118,18 @@ def test_equal_gates_give_near_uniform_widths(name, width, value):
     assert found.tie_share == 1.0
 
 
-def test_ties_order():
-  """Two tied layers of 2 and 4: keys 1/4, 3/4 and 1/8, 3/8, 5/8, 7/8."""
-  layer, position = prune._order([np.ones(2), np.ones(4)])
-  assert layer.tolist() == [1, 0, 1, 1, 0, 1]
-  assert position.tolist() == [0, 0, 1, 2, 1, 3]
-
-
-def test_equal_keys_go_to_the_earlier_layer():
-  layer, _ = prune._order([np.ones(3), np.ones(3)])
-  assert layer.tolist() == [0, 1, 0, 1, 0, 1]
+@pytest.mark.parametrize(
+  ('sizes', 'layers', 'positions'),
+  [
+    # Keys 1/4, 3/4 and 1/8, 3/8, 5/8, 7/8.
+    ((2, 4), [1, 0, 1, 1, 0, 1], [0, 0, 1, 2, 1, 3]),
+    # Equal keys go to the earlier layer.
+    ((3, 3), [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2]),
+  ],
+)
+def test_ties_order(sizes, layers, positions):
+  layer, position = prune._order([np.ones(n) for n in sizes])
+  assert layer.tolist() == layers and position.tolist() == positions
 
 
 def test_order_with_many_levels_is_the_text():
@@ -152,23 +154,6 @@ def test_tie_share():
   assert (kept == 0.5).sum() == sum((g == 0.5).sum() for g in gates.values())
   assert found.tie_share == pytest.approx((kept == 0).mean())
   assert found.tie_share > 0
-
-
-@pytest.mark.parametrize('name,width', CASES)
-def test_raising_a_ceiling_never_lowers_what_it_bounds(name, width):
-  model = cost_model(name, width)
-  least = prune.Budget().least(model)
-  for quantity in ('macs', 'params'):
-    cost = getattr(model, quantity)
-    for levels in (0, 2):
-      gates = random_gates(model, 5, levels)
-      ceilings = np.linspace(cost(least), cost(model.widths), 40).astype(int)
-      reached = [
-        cost(prune.fit(gates, model, **{f'max_{quantity}': int(c)}).counts)
-        for c in ceilings
-      ]
-      assert reached == sorted(reached)
-      assert all(r <= c for r, c in zip(reached, ceilings, strict=True))
 
 
 def test_infeasible_names_the_floor():

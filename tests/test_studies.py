@@ -58,21 +58,15 @@ def gates_like(model, seed=0):
   }
 
 
-def test_over_layer_mean(vgg):
+def test_over_layer_mean_is_blind_to_a_layer_s_scale(vgg):
   gates = gates_like(vgg)
   gates['conv3'] = np.zeros_like(gates['conv3'])
-  found = scores.over_layer_mean(gates)
+  scaled = {k: g * (1 + i) for i, (k, g) in enumerate(gates.items())}
+  found, again = (scores.over_layer_mean(g) for g in (gates, scaled))
   for name, score in found.items():
     assert score.mean() == pytest.approx(0 if name == 'conv3' else 1)
     assert (np.argsort(score) == np.argsort(gates[name])).all()
-
-
-def test_over_layer_mean_is_blind_to_a_layer_s_scale(vgg):
-  gates = gates_like(vgg)
-  scaled = {k: g * (1 + i) for i, (k, g) in enumerate(gates.items())}
-  first, second = (scores.over_layer_mean(g) for g in (gates, scaled))
-  for name in gates:
-    np.testing.assert_allclose(first[name], second[name])
+    np.testing.assert_allclose(again[name], score)
 
 
 def test_channel_costs_by_hand():
@@ -127,25 +121,21 @@ def test_uniform_is_uniform(vgg, share):
 def test_random_gates_favour_no_layer(vgg):
   """Over many seeds each layer keeps the same mean share.
 
-  400 seeds: the standard error of a layer's mean is at most
-  sqrt(0.25 / 16 / 400) = 0.006.
+  100 seeds: the standard error of a layer's mean is at most
+  sqrt(0.25 / 16 / 100) = 0.0125.
   """
   shares = []
-  for seed in range(400):
+  for seed in range(100):
     structure, found = kept_shares(vgg, scores.random(vgg, seed))
     assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
     shares.append(found)
   by_layer = np.mean(shares, axis=0)
-  assert np.ptp(by_layer) < 0.04, by_layer
+  assert np.ptp(by_layer) < 0.06, by_layer
   small, large = by_layer[:2].mean(), by_layer[-6:].mean()
-  assert abs(small - large) < 0.02
+  assert abs(small - large) < 0.03
   assert np.std(shares, axis=0).min() > 0.01  # And they do differ.
-
-
-def test_random_gates_are_those_of_the_seed(vgg):
-  first, again, other = (scores.random(vgg, seed) for seed in (0, 0, 1))
+  first, again = (scores.random(vgg, 0) for _ in range(2))
   assert all((first[k] == again[k]).all() for k in first)
-  assert not any((first[k] == other[k]).all() for k in first)
 
 
 def test_shuffled_permutes_within_equal_layers(vgg):
@@ -167,7 +157,7 @@ def test_shuffled_permutes_within_equal_layers(vgg):
 def test_shuffled_scales_to_the_ceiling(vgg):
   counts = np.array([4, 12, 20, 7, 30, 11, 50, 90, 40, 21, 60, 33, 101])
   ceiling = vgg.macs(counts)
-  for seed in range(20):
+  for seed in range(5):
     shuffled = scores.shuffled(vgg, counts, seed)
     wanted = np.array([s[0] / 2 for s in shuffled.values()])
     structure = prune.fit(shuffled, vgg, ceiling)
@@ -177,17 +167,15 @@ def test_shuffled_scales_to_the_ceiling(vgg):
     assert np.ptp(factors) < 0.12, factors
 
 
-def test_filters_by_hand():
+def test_scores_of_trained_weights_by_hand():
   kernel = np.zeros((1, 1, 2, 3))
   kernel[0, 0] = [[1, -2, 0], [3, 2, 0]]  # L1 norms 4, 4, 0; their mean 8/3.
-  params = {'a': {'b': {'conv': {'kernel': kernel}}}}
+  norm = {'scale': np.array([-0.5, 0.25, 0.0])}
+  params = {'a': {'b': {'conv': {'kernel': kernel}, 'bn': norm}}}
   found = scores.filters(params, ['a/b'])
   np.testing.assert_allclose(found['a/b'], [1.5, 1.5, 0])
-
-
-def test_scales_are_absolute():
-  params = {'a': {'bn': {'scale': np.array([-0.5, 0.25])}}}
-  np.testing.assert_allclose(scores.scales(params, ['a'])['a'], [0.5, 0.25])
+  found = scores.scales(params, ['a/b'])
+  np.testing.assert_allclose(found['a/b'], [0.5, 0.25, 0])
 
 
 # The gates of MobileNets act on another BatchNorm than that of their layer.
@@ -236,10 +224,18 @@ def test_words_of_arms():
     'budget.min_share': 0.25,
   }
   assert arms.parse('pretrained').pretrain_epochs == math.inf
+  assert arms.parse('tilt-0.4').scores == 'profile'
+  assert arms.parse('cost0.5') == arms.parse('searched+cost0.5')
+  assert arms.parse('cost1') == arms.parse('cost')
+  assert arms.parse('sensitivity0.2').scores == 'probe'
   with pytest.raises(errors.UserError, match='must be of the words full'):
     arms.parse('searched+magic')
-  with pytest.raises(errors.UserError, match='no weights to start from'):
-    arms.parse('uniform+fine_tune')
+  for name in ('uniform+fine_tune', 'tilt1+rewind'):
+    with pytest.raises(errors.UserError, match='no weights to start from'):
+      arms.parse(name)
+  cell = plan.cell(config_of('ratio').base, 'seeing+epochs10', 3)
+  for c in (cell.wide, cell.config):
+    assert c.search.train_classifier and c.search.epochs == 10
 
 
 # Statistics, against values worked out by hand.
@@ -279,17 +275,6 @@ def test_chance_jaccard():
   assert stats.chance_jaccard(4, 2, 2) == pytest.approx(expected)
   assert stats.chance_jaccard(5, 5, 2) == pytest.approx(2 / 5)
   assert stats.jaccard([0, 1, 2], [2, 3]) == 1 / 4
-
-
-def test_chance_jaccard_is_what_random_sets_have():
-  rng = np.random.default_rng(0)
-  found = [
-    stats.jaccard(rng.permutation(16)[:5], rng.permutation(16)[:9])
-    for _ in range(4000)
-  ]
-  assert np.mean(found) == pytest.approx(
-    stats.chance_jaccard(16, 5, 9), abs=0.01
-  )
 
 
 def test_bits():
@@ -332,8 +317,7 @@ def test_the_width_of_the_reference_is_the_default():
 
 def test_a_field_that_changes_nothing_makes_no_cell():
   study = config_of('ratio')
-  with study.unlocked():
-    study.field, study['values'] = 'search.epochs', (1.0, 2.0)
+  study.update({'field': 'search.epochs', 'values': (1.0, 2.0)})
   labels = [cell.label for cell in plan.cells(study)]
   assert labels == ['searched, epochs 1', 'uniform', 'searched, epochs 2']
 
@@ -564,25 +548,14 @@ def test_smoke(name, shared, capsys):
 
 def test_rankings_share_one_search(shared):
   """After the smoke runs: a search for each setting, not for each arm."""
-  studies.run(config_of('headline'), shared)
-  wanted = plan.cells(config_of('headline'))
-  seeds = {c.seed for c in wanted if c.arm.searches}
+  wanted = [c for c in plan.cells(config_of('headline')) if c.arm.searches]
   records = {r['config_hash']: r for r in table(shared, 'headline')}
-  means = {
-    seed: {
-      json.dumps(records[c.hash]['gate_means'])
-      for c in wanted
-      if c.arm.searches and c.seed == seed
-    }
-    for seed in seeds
-  }
-  assert all(len(found) == 1 for found in means.values())
-  assert len(set.union(*means.values())) == len(seeds)
+  means = {(c.seed, json.dumps(records[c.hash]['gate_means'])) for c in wanted}
+  assert len(means) == len({c.seed for c in wanted}) < len(wanted)
 
 
 def test_finished_cells_are_taken_from_committed_results(shared, tmp_path):
   """A fresh machine with results but no folders does nothing again."""
-  studies.run(config_of('headline'), shared)
   study = config_of('headline')
   study.results_dir = str(tmp_path / 'results')
   (tmp_path / 'results').mkdir()

@@ -21,7 +21,7 @@ from pfs_jax import (
   structures,
   train,
 )
-from pfs_jax.studies import arms, plan, products, tournament
+from pfs_jax.studies import products, tournament
 
 CANDIDATES = ('tilt1', 'tilt-1', 'tilt2')
 
@@ -164,6 +164,19 @@ def test_uniform_width_stays_where_nothing_is_better(tmp_path, monkeypatch):
   found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
   assert (found['chosen'], found['challenger']) == ('uniform', 'lucky')
   assert 'Uniform width stays' in found['sentence']
+  assert 'chance' not in found['sentence']
+
+
+@pytest.mark.parametrize(('loss', 'warned'), [(2.2, True), (2.18, False)])
+def test_losses_at_chance_are_told(tmp_path, monkeypatch, loss, warned):
+  """Of ten classes: 0.95 ln 10 = 2.187."""
+  table = dict.fromkeys(('uniform', 'tilt1'), lambda epochs, seed: loss)
+  planted(monkeypatch, table)
+  c = small(**{'tournament.candidates': ('tilt1',)})
+  found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
+  assert ('Warning: the losses are at chance (2.303)' in found['sentence']) == (
+    warned
+  )
 
 
 # Trainings.
@@ -182,6 +195,7 @@ class Cut(BaseException):
 
 def test_what_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch):
   """Cut within the second training and within the last, then finished."""
+  monkeypatch.setattr(products, 'forget_programs', lambda: None)  # For speed.
   c = small(**{'tournament.candidates': ('tilt2',)})
   tournament.run(c, tmp_path / 'whole')
   whole = json.loads((tmp_path / 'whole/tournament.json').read_text())
@@ -413,20 +427,3 @@ def test_the_cost_by_hand(tmp_path):
   # Two searches: layer means share the gates of the first.
   searches = 2 * 2 / 3 * wide * epochs * 6
   assert tournament.cost(job) == pytest.approx((12 * 6 + searches) / (8 * 7))
-
-
-# Arms by the names of rankings.
-
-
-def test_rankings_are_words_of_arms():
-  assert arms.parse('tilt-0.4').scores == 'profile'
-  blend = arms.parse('searched+blend0.5')
-  assert blend.overrides == {'budget.ranking': 'blend0.5'}
-  assert arms.parse('cost0.5') == arms.parse('searched+cost0.5')
-  assert arms.parse('cost1') == arms.parse('cost')
-  assert arms.parse('sensitivity0.2').scores == 'probe'
-  with pytest.raises(errors.UserError, match='no weights to start from'):
-    arms.parse('tilt1+rewind')
-  cell = plan.cell(small(), 'seeing+epochs10', 3)
-  for c in (cell.wide, cell.config):
-    assert c.search.train_classifier and c.search.epochs == 10

@@ -7,13 +7,7 @@ channels' first random values (`filters+rewind` is the lottery ticket). The wide
 network that `pretrained`, `filters` and `slimming` start from is trained by the
 same recipe on the search's 9,000 images.
 
-  python main.py --config configs/studies/compare.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/compare.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

@@ -3,13 +3,7 @@
 All cut to 30 % of the MACs at base width 16. At width 8 the whole network costs
 25 %: nothing is cut.
 
-  python main.py --config configs/studies/expansion.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/expansion.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

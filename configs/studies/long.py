@@ -2,12 +2,7 @@
 
 VGG16 at base width 16, 30 % of the MACs, with crop and flip.
 
-  python main.py --config configs/studies/long.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/long.json ends; `--config.report_only=True`
-prints its tables alone. `smoke` runs the code on digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

@@ -1,12 +1,6 @@
 """MobileNetV2 at base width 8, half of its MACs: uniform, searched, tournament.
 
-  python main.py --config configs/studies/mobile.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/mobile.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

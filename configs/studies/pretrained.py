@@ -3,13 +3,7 @@
 Searched from weights trained 0 (random) to 8 epochs; every structure is trained
 from new random weights.
 
-  python main.py --config configs/studies/pretrained.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/pretrained.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

@@ -5,13 +5,9 @@ width 16 with its first four layers tripled (`front`), and ResNet-20 with 24
 channels in every block on a stream of 8, 16 and 32 (`resnet20`). RESULTS.md has
 the plan and what came out.
 
-  python main.py --config configs/studies/proportions.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
+Variants: `full`, `front` and `resnet20`, the networks, and `smoke`.
 
-(one line; `proportions.py:front` and `proportions.py:resnet20` are the others)
-goes on where results/proportions.json ends; `--config.report_only=True` prints
-its tables alone. `smoke` runs the code on digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

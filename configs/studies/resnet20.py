@@ -2,13 +2,7 @@
 
 Only the first convolution of a block is gated; the residual stream stays.
 
-  python main.py --config configs/studies/resnet20.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/resnet20.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common
@@ -38,7 +32,6 @@ def get_config(variant='full'):
     seeds=(0, 1, 2, 3, 4),
     baseline='uniform',
     smoke={
-      'base': common.digits('resnet20'),
       'arms': ('searched+layer_mean+structure', 'uniform'),
       'seeds': (0,),
     },

@@ -6,13 +6,7 @@ overlap (Jaccard index) of the kept channels against that of chance. The other
 rankings of the same gates tell what is the layers' and what the channels';
 `random` is the control.
 
-  python main.py --config configs/studies/similarity.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/similarity.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

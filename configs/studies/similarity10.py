@@ -3,13 +3,7 @@
 After 2 epochs the gates are still on their way from 1, by layers and in every
 seed alike; after 10 they are not (`search_length`).
 
-  python main.py --config configs/studies/similarity10.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
-
-(one line) goes on where results/similarity10.json ends;
-`--config.report_only=True` prints its tables alone. `smoke` runs the code on
-digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common

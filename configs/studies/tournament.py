@@ -3,13 +3,9 @@
 VGG16 at base width 16 (`full`) and ResNet-20 at base width 8 (`resnet20`), at
 30 % and 10 % of the MACs. RESULTS.md has the plan and what came out.
 
-  python main.py --config configs/studies/tournament.py --mode=study
-    --workdir=runs/studies --config.results_dir=results
-    --config.base.data.source_dir=/usr/share/datasets/fashion-mnist
+Variants: `full` and `resnet20`, the networks, and `smoke`.
 
-(one line; `tournament.py:resnet20` is the other network) goes on where
-results/tournament.json ends; `--config.report_only=True` prints its tables
-alone. `smoke` runs the code on digits.
+configs/studies/common.py has the command.
 """
 
 from configs.studies import common
