@@ -102,8 +102,14 @@ COMMAND = """
   fault, at, *sys.argv[1:] = sys.argv[1:]
   sys.argv[0] = 'main.py'
 
-  def save(*_, **__):
+  manager = checkpointing.ocp.CheckpointManager
+
+  def full_disk(*_, **__):
     raise OSError(28, 'No space left on device')
+
+  def killed_in_save(*args, original=manager.save, **kwargs):
+    original(*args, **kwargs)  # Others write on in the background.
+    os.kill(os.getppid(), signal.SIGKILL)
 
   def chunk(self, step, k, original=pipeline.ArraySource.chunk):
     if step == int(at):
@@ -112,7 +118,9 @@ COMMAND = """
       if fault == 'image':
         raise errors.UserError('x.jpg cannot be read.')
       if fault == 'disk':
-        checkpointing.ocp.CheckpointManager.save = save
+        manager.save = full_disk
+      if fault == 'write':
+        manager.save = killed_in_save
     return original(self, step, k)
 
   pipeline.ArraySource.chunk = chunk
@@ -143,25 +151,38 @@ def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
     records = runs.read_metrics(tmp_path / stage)
     return records[-1]['step'] if records else 0
 
-  for victim, at in ((1, 6), (0, 12)):
-    killed, left = two_runs(tmp_path, victim, 'SIGKILL', at)
+  for stage, victim, fault, at in (
+    ('search', 1, 'SIGKILL', 6),
+    ('search', 0, 'SIGKILL', 12),
+    ('train', 1, 'SIGKILL', 22),
+    ('train', 0, 'SIGKILL', 26),
+    ('train', 1, 'write', 30),
+    ('train', 0, 'write', 34),
+  ):
+    killed, left = two_runs(tmp_path, victim, fault, at)
     assert (killed.returncode, left.returncode) == (-signal.SIGKILL, 1), left
     assert left.stderr == (
       f'error: process {victim} has died; process {1 - victim} ends too. The '
       'same commands continue.\n'
     )
-    assert at - 4 <= last_step('search') <= at
-  for victim, fault, at, message in (
-    (0, 'image', 30, 'x.jpg cannot be read.'),
-    (1, 'disk', 40, 'written: No space left on device: '),
+    assert at - 4 <= last_step(stage) <= at + 4
+  for victim, fault, at in (
+    (0, 'image', 42),
+    (1, 'image', 50),
+    (0, 'disk', 54),
+    (1, 'disk', 58),
   ):
+    message = {
+      'image': 'x.jpg cannot be read.',
+      'disk': 'written: No space left on device: ',
+    }[fault]
     failed, told = two_runs(tmp_path, victim, fault, at)
     assert (failed.returncode, told.returncode) == (2, 1), (failed, told)
     assert message in failed.stderr and message in told.stderr
     assert f'error: process {victim}: ' in told.stderr
     assert [d.stderr.count('\n') for d in (failed, told)] == [1, 1]
     assert at - 4 <= last_step('train') <= at + 4
-  ends = two_runs(tmp_path, 1, 'SIGTERM', 51)
+  ends = two_runs(tmp_path, 1, 'SIGTERM', 71)
   assert [d.returncode for d in ends] == [128 + signal.SIGTERM] * 2, ends
   steps = [
     line.split(' step ')[1].split(';')[0]
