@@ -74,7 +74,7 @@ def digits():
   c.data.validation_examples = 300
   c.search.epochs = 1.0
   c.search.batch_size = 100
-  c.budget.keep = (0.5,)
+  c.budget.keep = (0.7,)
   c.train.epochs = 2.0
   c.train.batch_size = 100
   c.probe.epochs = 1.0
