@@ -13,7 +13,7 @@ from tests import processes
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
-# Image, kernel, strides, padding, groups; 6 channels in and out.
+# Image, kernel, strides, padding, groups; 6 channels in and out, 256 if wide.
 WINDOWS = {
   'one pixel': ((1, 1), (3, 3), (1, 1), [(1, 1)] * 2, 1),
   'one row': ((1, 4), (3, 3), (1, 1), [(1, 1)] * 2, 1),
@@ -23,6 +23,7 @@ WINDOWS = {
   '2x2, far padding': ((2, 2), (3, 3), (1, 1), [(5, 0), (0, 4)], 1),
   '7x5': ((7, 5), (3, 3), (2, 1), [(1, 1)] * 2, 1),
   '7x5, SAME': ((7, 5), (3, 3), (2, 2), 'SAME', 1),
+  '4x4, wide': ((4, 4), (3, 3), (1, 1), [(1, 1)] * 2, 1),
   'VALID': ((2, 2), (3, 2), (1, 1), [(1, 0), (0, 0)], 1),
   '1x1 kernel': ((5, 4), (1, 1), (2, 2), 'VALID', 1),
   'depthwise': ((7, 6), (3, 3), (1, 1), [(1, 1)] * 2, 6),
@@ -35,11 +36,10 @@ WINDOWS = {
 def operands(name, dtype=None, images=4):
   image, kernel, *_, groups = WINDOWS[name]
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(images, *image, 6))
-  return [
-    jnp.asarray(a, dtype)
-    for a in (x, rng.normal(size=(*kernel, 6 // groups, 6)))
-  ]
+  channels = 256 if 'wide' in name else 6
+  x = rng.normal(size=(images, *image, channels))
+  kernel = rng.normal(size=(*kernel, channels // groups, channels))
+  return [jnp.asarray(a, dtype) for a in (x, kernel)]
 
 
 def value_and_pull(function, *given):
