@@ -71,8 +71,12 @@ def computed_once(x: jax.Array) -> jax.Array:
   respect to `x` is computed once, too.
   """
   return lax.platform_dependent(
-    x, cpu=lax.optimization_barrier, default=lambda x: x
+    x, cpu=lax.optimization_barrier, default=_unchanged
   )
+
+
+def _unchanged(x):
+  return x
 
 
 computed_once.defvjp(
@@ -101,11 +105,27 @@ def convolution(
   >>> y.shape, float(y[0, 0, 0, 0])  # Four pixels of three channels.
   ((1, 2, 2, 5), 12.0)
   """
+  if not isinstance(padding, str):
+    padding = tuple(map(tuple, padding))
+  settings = tuple(
+    (name, tuple(value) if isinstance(value, list) else value)
+    for name, value in rest.items()
+  )
+  strides = tuple(window_strides)
+  return _convolution(lhs.shape, rhs.shape, strides, padding, settings)(
+    lhs, rhs
+  )
+
+
+@functools.lru_cache(maxsize=1024)  # JAX traces a function that it knows once.
+def _convolution(image, window, strides, padding, settings) -> Callable:
+  """(x, kernel) -> output for operands of these shapes."""
+  rest = dict(settings)
 
   def plain(x, kernel):
-    return lax.conv_general_dilated(x, kernel, window_strides, padding, **rest)
+    return lax.conv_general_dilated(x, kernel, strides, padding, **rest)
 
-  cpu = _cpu_form(lhs, rhs, window_strides, padding, **rest) or plain
+  cpu = _cpu_form(image, window, strides, padding, **rest) or plain
 
   def plain_backward(x, kernel, g):
     return jax.vjp(plain, x, kernel)[1](g)
@@ -119,6 +139,8 @@ def convolution(
 
   @jax.custom_vjp
   def call(x, kernel):
+    if cpu is plain:
+      return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
 
   def backward(operands, g):
@@ -127,12 +149,12 @@ def convolution(
     )
 
   call.defvjp(lambda x, kernel: (call(x, kernel), (x, kernel)), backward)
-  return call(lhs, rhs)
+  return call
 
 
 def _cpu_form(
-  x,
-  kernel,
+  image,
+  window,
   strides,
   padding,
   dimension_numbers=None,
@@ -140,8 +162,7 @@ def _cpu_form(
   **rest,
 ) -> Callable | None:
   """The faster (x, kernel) -> output for operands of these shapes, if any."""
-  shapes = x.shape, kernel.shape
-  numbers = lax.conv_dimension_numbers(*shapes, dimension_numbers)
+  numbers = lax.conv_dimension_numbers(image, window, dimension_numbers)
   special = {
     name
     for name, value in rest.items()
@@ -149,15 +170,15 @@ def _cpu_form(
   }
   if special or numbers != _CHANNELS_LAST:
     return None
-  image, window = x.shape[1:3], kernel.shape[:2]
+  *taps, _, features = window
   if isinstance(padding, str):
-    padding = lax.padtype_to_pads(image, window, strides, padding)
+    padding = lax.padtype_to_pads(image[1:3], taps, strides, padding)
   given = {'strides': strides, 'padding': padding}
-  if feature_group_count == x.shape[-1] == kernel.shape[-1] > 1:
+  if feature_group_count == image[-1] == features > 1:
     return functools.partial(_shifted, **given)
   # Where the image is the larger one, only large products gain.
-  limit = 2 if min(kernel.shape[2:]) >= 256 else 1
-  is_small = math.prod(image) < limit * math.prod(window)
+  limit = 2 if min(window[2:]) >= 256 else 1
+  is_small = math.prod(image[1:3]) < limit * math.prod(taps)
   if feature_group_count == 1 and is_small:
     return functools.partial(_taps, **given)
   return None
@@ -249,7 +270,6 @@ def _norm(x, scale, bias, epsilon: float, keep=lambda centred: centred):
   return y.astype(x.dtype), mean, var, centred.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def batch_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -262,30 +282,26 @@ def batch_norm(
     (y like x, mean [C], biased variance [C], computed in two passes). The
     statistics are at least float32. Only y has gradients.
   """
-  return _norm(x, scale, bias, epsilon)[:3]
+  return _batch_norm(epsilon)(x, scale, bias)
 
 
-def _batch_norm_forward(x, scale, bias, epsilon: float):
+@functools.cache  # As for `_convolution`.
+def _batch_norm(epsilon: float) -> Callable:
+  """`batch_norm` with this epsilon."""
+
   def plain(x, scale, bias):
     return *_norm(x, scale, bias, epsilon)[:3], x
 
   def cpu(x, scale, bias):
     return _norm(x, scale, bias, epsilon, lax.optimization_barrier)
 
-  y, mean, var, kept = lax.platform_dependent(
-    x, scale, bias, cpu=cpu, default=plain
-  )
-  return (y, mean, var), (kept, scale, bias, var)
-
-
-def _batch_norm_backward(epsilon: float, residuals, gradients):
-  def plain(x, scale, bias, _, g):
+  def plain_backward(x, scale, bias, _, g):
     def normalised(x, scale, bias):
       return _norm(x, scale, bias, epsilon)[0]
 
     return jax.vjp(normalised, x, scale, bias)[1](g)
 
-  def cpu(centred, scale, bias, var, g):
+  def cpu_backward(centred, scale, bias, var, g):
     g = lax.optimization_barrier(g)
     axes = tuple(range(g.ndim - 1))
     n = math.prod(g.shape[:-1])
@@ -299,12 +315,23 @@ def _batch_norm_backward(epsilon: float, residuals, gradients):
     dscale = (along * deviation).astype(scale.dtype)
     return dx, dscale, total.astype(bias.dtype)
 
-  return lax.platform_dependent(
-    *residuals, gradients[0], cpu=cpu, default=plain
-  )
+  @jax.custom_vjp
+  def call(x, scale, bias):
+    return _norm(x, scale, bias, epsilon)[:3]
 
+  def forward(x, scale, bias):
+    y, mean, var, kept = lax.platform_dependent(
+      x, scale, bias, cpu=cpu, default=plain
+    )
+    return (y, mean, var), (kept, scale, bias, var)
 
-batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+  def backward(residuals, gradients):
+    return lax.platform_dependent(
+      *residuals, gradients[0], cpu=cpu_backward, default=plain_backward
+    )
+
+  call.defvjp(forward, backward)
+  return call
 
 
 # Pooling.
@@ -331,24 +358,30 @@ def _max_pool_2x2_forward(x):
 
 
 def _max_pool_2x2_backward(residuals, g):
-  def plain(x, _, g):
-    return jax.vjp(_plain_2x2, x)[1](g)[0]
+  return (
+    lax.platform_dependent(
+      *residuals, g, cpu=_cpu_backward_2x2, default=_plain_backward_2x2
+    ),
+  )
 
-  def cpu(x, y, g):
-    height, width = x.shape[1:3]
-    rows, columns = y.shape[1:3]
-    inside = x[:, : 2 * rows, : 2 * columns]
-    a, b, c = (inside[:, i::2, j::2] for i, j in ((0, 0), (0, 1), (1, 0)))
-    first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
-    place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
-    hit = first[:, :, None, :, None] == place
-    dx = jnp.where(hit, g[:, :, None, :, None], 0).reshape(inside.shape)
-    # Kept apart from what comes next, which would compute it again.
-    dx = lax.optimization_barrier(dx)
-    beside = ((0, 0), (0, height - 2 * rows), (0, width - 2 * columns), (0, 0))
-    return jnp.pad(dx, beside)
 
-  return (lax.platform_dependent(*residuals, g, cpu=cpu, default=plain),)
+def _plain_backward_2x2(x, _, g):
+  return jax.vjp(_plain_2x2, x)[1](g)[0]
+
+
+def _cpu_backward_2x2(x, y, g):
+  height, width = x.shape[1:3]
+  rows, columns = y.shape[1:3]
+  inside = x[:, : 2 * rows, : 2 * columns]
+  a, b, c = (inside[:, i::2, j::2] for i, j in ((0, 0), (0, 1), (1, 0)))
+  first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
+  place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
+  hit = first[:, :, None, :, None] == place
+  dx = jnp.where(hit, g[:, :, None, :, None], 0).reshape(inside.shape)
+  # Kept apart from what comes next, which would compute it again.
+  dx = lax.optimization_barrier(dx)
+  beside = ((0, 0), (0, height - 2 * rows), (0, width - 2 * columns), (0, 0))
+  return jnp.pad(dx, beside)
 
 
 max_pool_2x2.defvjp(_max_pool_2x2_forward, _max_pool_2x2_backward)
