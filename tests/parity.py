@@ -53,25 +53,25 @@ def main(name, path):
     for (layer, ours), part in zip(by_layer.items(), parts, strict=True):
       compare(f'{what} {layer}', ours, part)
 
-  x0, y0 = batch(golden, 0)
-
   @jax.jit
-  def first(state, x0, y0):
+  def step_and_more(state, x, y):
+    """`search.step`, with the logits and gradients that it computes."""
     logits, _ = module.apply(
-      state.variables, x0, train=True, mutable=('batch_stats',)
+      state.variables, x, train=True, mutable=('batch_stats',)
     )
     trained = {'params': state.params, 'gates': state.gates}
-    return logits, jax.grad(search.loss, has_aux=True)(trained, state, x0, y0)
+    grads, _ = jax.grad(search.loss, has_aux=True)(trained, state, x, y)
+    return search.step(state, x, y), logits, grads['gates']
 
-  logits, (grads, _) = first(state, x0, y0)
-  compare('logits0', logits, golden['logits0'])
-  compare_layers('grad0', grads['gates'], golden['grad0'])
   for step in range(len(golden['gates'])):
-    state, metrics = search.step(state, *batch(golden, step))
+    (state, metrics), logits, grads = step_and_more(state, *batch(golden, step))
+    if step == 0:
+      compare('logits0', logits, golden['logits0'])
+      compare_layers('grad0', grads, golden['grad0'])
     compare('ce', metrics['ce'], golden['ce'][step])
     compare('reg', metrics['reg'], golden['reg'][step])
     compare_layers('gates', state.gates, golden['gates'][step])
-  evaluated = jax.jit(module.apply)(state.variables, x0)
+  evaluated = jax.jit(module.apply)(state.variables, batch(golden, 0)[0])
   scale = np.abs(golden['eval_logits']).max()
   error = np.abs(np.asarray(evaluated) - golden['eval_logits']).max() / scale
   dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(state.variables)})
