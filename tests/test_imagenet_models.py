@@ -128,6 +128,7 @@ import json, sys
 import jax, jax.numpy as jnp
 sys.path.insert(0, 'benchmarks')
 import gate_sites
+gate_sites.BATCH = 16
 from pfs_jax import models
 
 def random_gates(name):
@@ -165,6 +166,7 @@ def gradients():
   )
 
 
+@pytest.mark.slow  # Compiles nine networks in float64.
 @pytest.mark.parametrize('name', MOBILENETS)
 def test_published_gates_are_cancelled_and_acting_ones_are_not(gradients, name):
   found = {
@@ -191,6 +193,7 @@ def test_published_gates_are_cancelled_and_acting_ones_are_not(gradients, name):
   assert min(last) > 3e-4  # It has no depthwise convolution behind it.
 
 
+@pytest.mark.slow
 def test_scale_of_a_layers_gates_is_free(gradients):
   """sum_k g_k dCE/dg_k = 0 where a convolution with BatchNorm consumes them."""
   scale = dict(gradients[1])
