@@ -195,13 +195,14 @@ def test_folded_gates_act_as_gates(name):
   )
   variables = {**variables, 'params': params}
   x = rng.random((4, 8, 8, 1)).astype(np.float32)
-  expected = model.gated.apply({**variables, 'gates': gates}, x)
+  apply = jax.jit(model.reference.apply)
+  expected = jax.jit(model.gated.apply)({**variables, 'gates': gates}, x)
   bare = {k: v for k, v in variables.items() if k != 'gates'}
   norms = {g.name: g.norms[0] for g in model.table.groups}
   folded = cells.folded(bare, model.by_layer(gates), norms)
-  found = model.reference.apply(folded, x)
+  found = apply(folded, x)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-  assert not np.allclose(found, model.reference.apply(bare, x), rtol=1e-3)
+  assert not np.allclose(found, apply(bare, x), rtol=1e-3)
 
 
 def test_scale_penalty_by_hand():
@@ -523,7 +524,8 @@ EXECUTED = ('headline', 'headline10', 'compare')
     for name in NAMES
   ],
 )
-def test_smoke(name, shared, capsys):
+def test_smoke(name, shared, capsys, monkeypatch):
+  monkeypatch.setattr(products, 'forget_programs', lambda: None)  # For speed.
   study = config_of(name)
   studies.run(study, shared)
   cells = plan.cells(study)
@@ -571,6 +573,32 @@ def test_finished_cells_are_taken_from_committed_results(shared, tmp_path):
   assert not list((tmp_path / 'fresh').glob('*/*'))
 
 
+def test_a_cell_that_another_workdir_finishes_is_not_run_again(
+  tmp_path, monkeypatch
+):
+  """Two processes with one folder of results, and a workdir each."""
+  study, done = config_of('headline'), []
+  study.results_dir = str(tmp_path / 'results')
+
+  def run(cell, root):
+    if not done:  # Meanwhile the other process does the last cell.
+      theirs = results.path(study, tmp_path), finished_cell(last)
+      results.merge(*theirs, [last.hash])
+    done.append(cell.hash)
+    return finished_cell(cell)
+
+  last = plan.cells(study)[-1]
+  monkeypatch.setattr(engine.cells, 'run', run)
+  studies.run(study, tmp_path / 'ours')
+  assert done == [cell.hash for cell in plan.cells(study)[:-1]]
+  assert len(results.read(results.path(study, tmp_path))) == len(done) + 1
+
+
+def finished_cell(cell):
+  """The record of a cell of which nothing was done."""
+  return record(cell.name, cell.seed, 0.5) | {'config_hash': cell.hash}
+
+
 def test_report_only_runs_nothing(tmp_path, capsys):
   study = config_of('headline')
   study.report_only = True
@@ -586,7 +614,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     if cell.name == 'uniform':
       raise errors.UserError('loss is nan')
     done.append(cell.name)
-    return record(cell.name, cell.seed, 0.5) | {'config_hash': cell.hash}
+    return finished_cell(cell)
 
   monkeypatch.setattr(engine.cells, 'run', run)
   with pytest.raises(errors.UserError, match='uniform, seed 0: loss is nan'):
@@ -603,7 +631,7 @@ def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch):
       busy[cell.name] -= 1
       raise products.Busy('search')
     order.append((cell.name, cell.seed))
-    return record(cell.name, cell.seed, 0.5) | {'config_hash': cell.hash}
+    return finished_cell(cell)
 
   monkeypatch.setattr(engine.cells, 'run', run)
   monkeypatch.setattr(engine, '_POLL_SECONDS', 0.01)

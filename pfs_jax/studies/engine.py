@@ -111,7 +111,9 @@ class _Work:
     with storage.locked(self.workdir / 'cells' / cell.hash) as held:
       if not held:
         return False
-      record = self.record(cell)  # Another process may have finished it.
+      # Another process may have finished it, here or in another workdir.
+      self.known = results.known(self.study, self.workdir)
+      record = self.record(cell)
       try:
         if record is None:
           record = cells.run(cell, self.workdir)

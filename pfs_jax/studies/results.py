@@ -59,10 +59,12 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     errors.UserError: It is no list of records with the fields above.
   """
-  if not file.exists():
-    return []
-  storage.read_json(file, list[_Fields])
-  return storage.read_json(file)
+  return _records(file, storage.read_bytes(file)) if file.exists() else []
+
+
+def _records(file: pathlib.Path, content: bytes) -> list[dict[str, Any]]:
+  storage.decode(content, list[_Fields], file)  # This drops other fields.
+  return storage.decode(content, Any, file)
 
 
 def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
@@ -86,8 +88,9 @@ def known(
   """{config hash: record} of every study beside this one's file."""
   found = {}
   for file in sorted(path(study, workdir).parent.glob('*.json')):
-    if isinstance(storage.read_json(file), list):  # Other files may lie there.
-      found |= {r['config_hash']: r for r in read(file)}
+    content = storage.read_bytes(file)
+    if content.lstrip().startswith(b'['):  # Other files may lie there.
+      found |= {r['config_hash']: r for r in _records(file, content)}
   return found
 
 
