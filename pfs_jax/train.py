@@ -305,7 +305,7 @@ def loop(
   evaluate: Callable[[Any, int], dict[str, float]] | None = None,
   finish: Callable[[Any], Any] | None = None,
 ) -> Any:
-  """Makes the steps of a plan that are not yet made.
+  """Makes the steps of a plan that are not yet made; gives the last state.
 
   Args:
     state: The state at step 0. The newest checkpoint in `folder` replaces it.
@@ -315,11 +315,7 @@ def loop(
     folder: Receives checkpoints and metrics.
     label: The name of the work in progress lines.
     evaluate: (state, step) -> numbers for the log.
-    finish: state -> state, called once after the last step, before the state is
-      evaluated and saved.
-
-  Returns:
-    The state after the last step.
+    finish: state -> state, once, before the last evaluation and checkpoint.
 
   Raises:
     errors.Interrupted: A signal came, and the state is saved.

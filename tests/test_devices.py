@@ -6,7 +6,6 @@ import socket
 import textwrap
 from concurrent import futures
 
-import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -129,26 +128,9 @@ COMMAND = """
   """
 
 
-class Net(nn.Module):
-  """One layer: what takes time are the starts of its processes."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Conv(8, (3, 3), strides=(2, 2), use_bias=False)(x)
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    return nn.Dense(self.num_classes)(x.mean((1, 2)))
-
-
 def two_runs(workdir, victim, fault, at):
   """The ends of (the victim, the other one)."""
-  fields = {
-    'model.factory': f'{__name__}:Net',
-    'search.epochs': 1,
-    'train.epochs': 200,
-    'checkpoint_steps': 4,
-  }
+  fields = {'search.epochs': 1, 'train.epochs': 200, 'checkpoint_steps': 4}
 
   def arguments(where, i):
     mine = [fault, at] if i == victim else ['none', -1]

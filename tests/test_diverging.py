@@ -19,11 +19,8 @@ def test_gates_that_are_all_at_one_end_are_refused(value):
   with pytest.raises(errors.UserError, match=f'all 3 gates are {value:g}'):
     searching.check(gates, steps=1)
   searching.check(gates, steps=0)  # No step leaves them at 1.
-
-
-def test_other_gates_are_not_refused():
-  searching.check(MIXED, steps=1)
-  searching.check({'a': np.full(3, 0.5)}, steps=1)
+  for others in (MIXED, {'a': np.full(3, 0.5)}):
+    searching.check(others, steps=1)
 
 
 @pytest.mark.parametrize(

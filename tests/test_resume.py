@@ -1,6 +1,5 @@
 """A run that was killed and continued is bit-equal to one left alone."""
 
-import json
 import random
 import signal
 import time
@@ -41,10 +40,6 @@ def metrics(folder):
   return [{k: v for k, v in r.items() if k != 'seconds'} for r in records]
 
 
-def read(path):
-  return json.loads(path.read_text())
-
-
 def outcome(workdir):
   """Everything that must be equal to the last bit."""
   arrays = storage.read_arrays(workdir / 'search' / 'gates.npz')
@@ -53,7 +48,7 @@ def outcome(workdir):
   return {
     'gates': {k: v.tobytes() for k, v in arrays.items()},
     'structure': (workdir / 'structure.json').read_text(),
-    'accuracy': read(workdir / 'result.json')['test_accuracy'],
+    'accuracy': storage.read_json(workdir / 'result.json')['test_accuracy'],
     'weights': (last / 'default' / 'check.json').read_text(),
     'metrics': [metrics(workdir / stage) for stage in ('search', 'train')],
   }
@@ -94,7 +89,9 @@ def test_a_finished_run_prints_its_table(finished, capsys):
 
 
 def test_eval_restores(finished, capsys):
-  correct = round(read(finished / 'result.json')['test_accuracy'] * 297)
+  correct = round(
+    storage.read_json(finished / 'result.json')['test_accuracy'] * 297
+  )
   execute('eval', finished)
   assert f'({correct} of 297 images)' in capsys.readouterr().out
 
@@ -102,14 +99,14 @@ def test_eval_restores(finished, capsys):
 def test_another_budget_needs_no_search(finished):
   gates = finished / 'search' / 'gates.npz'
   before = gates.stat().st_mtime
-  first = read(finished / 'structure.json')
+  first = storage.read_json(finished / 'structure.json')
   execute('prune', finished, budget__keep=(0.8,))
-  found = read(finished / 'keep0.8' / 'structure.json')
+  found = storage.read_json(finished / 'keep0.8' / 'structure.json')
   assert first['macs'] < found['macs'] <= found['budget']['max_macs']
   assert gates.stat().st_mtime == before
   execute('train', finished, budget__keep=(0.8,), train__epochs=1.0)
   results = [
-    read(finished / name)['macs']
+    storage.read_json(finished / name)['macs']
     for name in ('result.json', 'keep0.8/result.json')
   ]
   assert results == [first['macs'], found['macs']]
@@ -119,7 +116,10 @@ def test_a_structure_from_any_file(finished_run, tmp_path, capsys):
   path = finished_run / 'structure.json'
   execute('train', tmp_path, train__structure=str(path), train__epochs=1.0)
   assert 'test accuracy' in capsys.readouterr().out
-  assert read(tmp_path / 'result.json')['counts'] == read(path)['counts']
+  assert (
+    storage.read_json(tmp_path / 'result.json')['counts']
+    == storage.read_json(path)['counts']
+  )
 
 
 @pytest.mark.parametrize(

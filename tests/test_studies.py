@@ -18,23 +18,8 @@ from pfs_jax.studies import arms, cells, engine, plan, products, results, tables
 from pfs_jax.studies import statistics as stats
 from tests import processes
 
-NAMES = [
-  'compare',
-  'expansion',
-  'headline',
-  'headline10',
-  'long',
-  'mobile',
-  'pretrained',
-  'proportions',
-  'ratio',
-  'resnet20',
-  'search_length',
-  'similarity',
-  'similarity10',
-  'sparsity',
-  'tournament',
-]
+CONFIGS = (processes.ROOT / 'configs' / 'studies').glob('*.py')
+NAMES = sorted(path.stem for path in CONFIGS if path.stem != 'common')
 
 
 def config_of(name, variant='smoke'):
