@@ -8,6 +8,7 @@ from tests import processes
 
 DIGITS = '--config=configs/digits.py'
 INFO = '--mode=info'
+SMALL = '--config.model.name=resnet8'
 
 # Arguments and what the message must say.
 INFO_CASES = {
@@ -68,7 +69,7 @@ BAD = {
     k: ([DIGITS, INFO, *args], said) for k, (args, said) in INFO_CASES.items()
   },
   **{
-    k: ([DIGITS, '--mode=search', f'--config.{field}'], said)
+    k: ([DIGITS, '--mode=search', SMALL, f'--config.{field}'], said)
     for k, (field, said) in SEARCH_CASES.items()
   },
   'no flags': ([], '--config is required'),
@@ -100,6 +101,7 @@ BAD = {
     [
       '--config=configs/fashion.py',
       '--mode=search',
+      SMALL,
       '--config.data.source_dir=/nowhere',
     ],
     '/nowhere',
@@ -109,6 +111,7 @@ BAD = {
     [
       '--config=configs/resnet20.py',
       '--mode=search',
+      SMALL,
       '--config.data.download=False',
     ],
     'source_dir',
