@@ -5,28 +5,17 @@ import json
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pfs_jax import config, models, prune, train
 from tests import processes
+from tests.test_models import paths, shapes
 
 MOBILENETS = ['mobilenet_v1', 'mobilenet_v2']
 NAMES = [*MOBILENETS, 'resnet50']
 # Block outputs of these are narrow in the tests too.
 NARROW = {'mobilenet_v2': 0.25, 'resnet50': 1 / 16}
-
-
-def shapes(module, size=32):
-  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(module.init, key, x)
-
-
-def paths(tree):
-  flat = flax.traverse_util.flatten_dict(tree, sep='/')
-  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def test_published_cuts_count_for_count(golden):
