@@ -105,16 +105,14 @@ def convolution(
   >>> y.shape, float(y[0, 0, 0, 0])  # Four pixels of three channels.
   ((1, 2, 2, 5), 12.0)
   """
-  if not isinstance(padding, str):
-    padding = tuple(map(tuple, padding))
+  pads = padding if isinstance(padding, str) else tuple(map(tuple, padding))
   settings = tuple(
     (name, tuple(value) if isinstance(value, list) else value)
     for name, value in rest.items()
   )
-  strides = tuple(window_strides)
-  return _convolution(lhs.shape, rhs.shape, strides, padding, settings)(
-    lhs, rhs
-  )
+  shapes = lhs.shape, rhs.shape
+  call = _convolution(*shapes, tuple(window_strides), pads, settings)
+  return call(lhs, rhs)
 
 
 @functools.lru_cache(maxsize=1024)  # JAX traces a function that it knows once.
