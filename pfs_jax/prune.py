@@ -107,29 +107,22 @@ def cut(
 ) -> Structure:
   """The structure that keeps the best-ranked channels within a budget.
 
-  Channels are ranked over all layers (paper, section 3.3); channels with equal
-  scores are taken evenly from all layers, in a fixed order. The minimum width
-  of every layer comes first, then the longest prefix of the ranking that fits,
-  then the following channels, in rank order, that still fit. No structure is
-  ever over a ceiling, and raising one ceiling never lowers the quantity that it
-  bounds.
+  Channels are ranked over all layers (paper, section 3.3); equal scores are
+  taken evenly from all layers, in a fixed order. The minimum width of every
+  layer comes first, then the longest prefix of the ranking that fits, then the
+  following channels, in rank order, that still fit. No structure is ever over a
+  ceiling, and raising one ceiling never lowers the quantity that it bounds.
 
   With `budget.round_to` = b > 1 a layer's channels, sorted by score, form
-  blocks of b, and blocks are ranked by their mean score; counts are multiples
-  of b. A layer narrower than b is kept whole; the channels beyond the last
-  whole block of a layer are not kept.
+  blocks of b, and blocks are ranked by their mean score. A layer narrower than
+  b is kept whole; channels beyond the last whole block are not kept.
 
   Args:
-    gates: {layer name: [C] gates or other scores, finite}, named and ordered as
-      `cost_model.layers`.
+    gates: {layer: [C] finite scores}, ordered as `cost_model.layers`.
     cost_model: Costs of the searched network.
     budget: Ceilings, minimum widths and ranking.
-    latency: counts -> milliseconds, such as `latency.LatencyModel`; it must
-      never fall when a count grows. Needed with `budget.max_latency_ms`.
-
-  Returns:
-    The `Structure`; its `tie_share` says which share of the kept channels was
-    chosen among equal scores.
+    latency: counts -> milliseconds, such as `latency.LatencyModel`; it never
+      falls when a count grows. Needed with `budget.max_latency_ms`.
 
   Raises:
     Infeasible: If even the minimum widths cost more than a ceiling.

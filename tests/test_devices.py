@@ -131,6 +131,7 @@ COMMAND = """
 def two_runs(workdir, victim, fault, at):
   """The ends of (the victim, the other one)."""
   fields = {'search.epochs': 1, 'train.epochs': 200, 'checkpoint_steps': 4}
+  fields['model.factory'] = 'tests.test_tournament:Tiny'
 
   def arguments(where, i):
     mine = [fault, at] if i == victim else ['none', -1]
