@@ -15,7 +15,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, cpu, errors, peers, report, stages, studies
+from pfs_jax import console, errors, peers, report, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
@@ -59,7 +59,6 @@ def parse(argv: list[str]) -> list[str]:
 def main(_: list[str]) -> None:
   """Runs one mode in the workdir."""
   logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
-  cpu.keep_freed_memory()
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   c, mode = CONFIG.value, str(MODE.value)
   out = pathlib.Path(OUT.value) if OUT.value else None

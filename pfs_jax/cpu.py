@@ -53,7 +53,8 @@ def keep_freed_memory() -> None:
 
   XLA allocates the intermediate arrays of a program in each call. glibc would
   return blocks of this size to the system, which then clears every page again:
-  20 to 50 % of a step. Call it before JAX computes anything.
+  20 to 50 % of a step. Call it before JAX computes anything. Steps of a small
+  network get up to twice as slow, because all threads share one arena then.
   """
   if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
     mallopt = ctypes.CDLL(None).mallopt
@@ -174,10 +175,10 @@ def _cpu_form(
   given = {'strides': strides, 'padding': padding}
   if feature_group_count == image[-1] == features > 1:
     return functools.partial(_shifted, **given)
-  # Where the image is the larger one, only large products gain.
-  limit = 2 if min(window[2:]) >= 256 else 1
-  is_small = math.prod(image[1:3]) < limit * math.prod(taps)
-  if feature_group_count == 1 and is_small:
+  # Small products gain nothing; where pixels are many, only large ones do.
+  pixels, width = math.prod(image[1:3]), min(window[2:])
+  limit = 2 if width >= 256 else int(width >= 32)
+  if feature_group_count == 1 and pixels < limit * math.prod(taps):
     return functools.partial(_taps, **given)
   return None
 

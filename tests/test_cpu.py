@@ -1,6 +1,7 @@
 """CPU forms equal the plain operations, and stand in no other program."""
 
 import functools
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfs_jax import cpu, layers
+from pfs_jax import config, cpu, layers, stages
 from tests import processes
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
-# Image, kernel, strides, padding, groups; 6 channels in and out, 256 if wide.
+# Image, kernel, strides, padding, groups; 32 channels in and out, 256 if wide,
+# 6 in several groups.
 WINDOWS = {
   'one pixel': ((1, 1), (3, 3), (1, 1), [(1, 1)] * 2, 1),
   'one row': ((1, 4), (3, 3), (1, 1), [(1, 1)] * 2, 1),
@@ -36,7 +38,7 @@ WINDOWS = {
 def operands(name, dtype=None, images=4):
   image, kernel, *_, groups = WINDOWS[name]
   rng = np.random.default_rng(0)
-  channels = 256 if 'wide' in name else 6
+  channels = 256 if 'wide' in name else 32 if groups == 1 else 6
   x = rng.normal(size=(images, *image, channels))
   kernel = rng.normal(size=(*kernel, channels // groups, channels))
   return [jnp.asarray(a, dtype) for a in (x, kernel)]
@@ -100,7 +102,7 @@ def test_an_export_may_leave_the_batch_open(name):
   def call(x):
     return cpu.convolution(x, k, strides, padding, **rest)
 
-  shape = jax.export.symbolic_shape(f'n, {image[0]}, {image[1]}, 6')
+  shape = jax.export.symbolic_shape(f'n, {image[0]}, {image[1]}, {x.shape[-1]}')
   x_of_any_batch = jax.ShapeDtypeStruct(shape, x.dtype)
   exported = jax.export.export(jax.jit(call), platforms=('cpu', 'tpu'))
   found = exported(x_of_any_batch).call(x)
@@ -151,15 +153,15 @@ def test_accelerators_get_the_plain_operations(platform):
   """A large and a depthwise kernel, a plain one, BatchNorm and pooling."""
 
   def loss(x, kernels):
-    for kernel, groups in zip(kernels, (1, 6, 1), strict=True):
+    for kernel, groups in zip(kernels, (1, 32, 1), strict=True):
       rest = {'dimension_numbers': LAYOUT, 'feature_group_count': groups}
       x = cpu.convolution(x, kernel, (1, 1), 'SAME', **rest)
-    x, *_ = cpu.batch_norm(x, jnp.ones(6), jnp.ones(6), 1e-5)
+    x, *_ = cpu.batch_norm(x, jnp.ones(32), jnp.ones(32), 1e-5)
     return (cpu.max_pool_2x2(cpu.computed_once(x)) ** 2).sum()
 
-  kernels = [jnp.ones((k, k, c, 6)) for k, c in ((3, 6), (3, 1), (3, 6))]
+  kernels = [jnp.ones((k, k, c, 32)) for k, c in ((3, 32), (3, 1), (3, 32))]
   traced = jax.jit(jax.grad(loss, (0, 1))).trace(
-    jnp.ones((2, 2, 2, 6)), kernels
+    jnp.ones((2, 2, 2, 32)), kernels
   )
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   operations = 'convolution', 'optimization_barrier', 'select_and_scatter"'
@@ -173,7 +175,7 @@ def test_freed_memory_is_kept():
   code = """
     import resource
     import numpy as np
-    from pfs_jax import cpu
+    from pfs_jax import config, cpu, stages
     cpu.keep_freed_memory()
     for _ in range(3):
       before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -181,3 +183,14 @@ def test_freed_memory_is_kept():
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
   assert int(processes.output(code)) < 2000  # Of 80 MB in 19,500 pages.
+
+
+@pytest.mark.parametrize(('batch_size', 'kept'), [(63, False), (64, True)])
+def test_memory_is_kept_for_large_batches_alone(batch_size, kept, monkeypatch):
+  """64 images of 32x32 pixels are large; small networks lose by it."""
+  calls = []
+  monkeypatch.setattr(cpu, 'keep_freed_memory', lambda: calls.append(1))
+  c = config.default()
+  c.search.batch_size, c.train.batch_size = batch_size, 1
+  stages.Job(c, pathlib.Path('none'))
+  assert bool(calls) == kept

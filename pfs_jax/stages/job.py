@@ -15,6 +15,7 @@ import ml_collections
 from pfs_jax import (
   budgets,
   config,
+  cpu,
   data,
   devices,
   latency,
@@ -31,6 +32,8 @@ from pfs_jax import (
 FOLDERS = tuple(
   'search probe tournament train wide reference export report'.split()
 )
+# Pixels of a batch from which on steps gain by memory that is kept.
+_LARGE_BATCH = 2**16
 # A width profile of a probe keeps this share of each layer's uniform width.
 TRUST = 0.5
 
@@ -46,6 +49,9 @@ class Job:
     first = workdir / 'budget.txt'
     self._first = storage.read_text(first).strip() if first.exists() else None
     self.spec = data.configured(c.data)
+    batch = max(c.search.batch_size, c.train.batch_size)
+    if batch * self.spec.image_size**2 >= _LARGE_BATCH:
+      cpu.keep_freed_memory()
     self.network = self._network()
     self.budgets = budgets.from_section(c.budget, self.network.reference_macs)
 
