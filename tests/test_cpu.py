@@ -170,6 +170,22 @@ def test_accelerators_get_the_plain_operations(platform):
   assert found == [9, 0, 1] if platform != 'cpu' else found[::2] == [0, 0]
 
 
+def test_options_to_run_once_keep_the_bits(monkeypatch):
+  assert cpu.options_to_run_once() == {}  # conftest.py states a level.
+  monkeypatch.setenv('XLA_FLAGS', '')
+  options = cpu.options_to_run_once()
+  assert options
+  usual = {name: 3 for name in options}
+  once, plain = (
+    jax.jit(
+      lambda key: jax.random.normal(key, (3, 3, 40, 9)), compiler_options=o
+    )
+    for o in (options, usual)
+  )
+  key = jax.random.key(1)
+  np.testing.assert_array_equal(once(key), plain(key))
+
+
 def test_freed_memory_is_kept():
   """Pages of a freed block are cleared once, and not for each new block."""
   code = """

@@ -1,5 +1,6 @@
 """CIFAR ResNets and VGG: sizes, costs, collections, initialisation."""
 
+import functools
 import json
 
 import flax
@@ -97,7 +98,10 @@ def test_gates_carry_the_names_of_their_groups(name):
 
 def test_a_unit_gate_changes_nothing_and_a_zero_gate_removes():
   module = models.build('resnet8', 10, 4, gated=True)
-  variables = models.init(module, jax.random.key(0), (8, 8, 3))
+  draw = functools.partial(models.init, module, image_shape=(8, 8, 3))
+  variables = draw(jax.random.key(0))
+  inside = jax.jit(draw)(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, variables, inside)
   x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
   plain = models.build('resnet8', 10, 4)
   without = {k: v for k, v in variables.items() if k != 'gates'}

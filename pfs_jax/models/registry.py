@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pfs_jax import costs, errors, gating, groups, layers
+from pfs_jax import costs, cpu, errors, gating, groups, layers
 from pfs_jax.models import mobilenet, resnet, vgg
 
 
@@ -231,7 +231,6 @@ def cost_model(
   return table(name, *shape, width, multiplier).cost_model()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
 def init(
   module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
@@ -239,5 +238,15 @@ def init(
 
   Compiled, so that the forward pass that `module.init` contains is dropped.
   """
-  variables: Any = module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
-  return variables
+  is_compiled = isinstance(key, jax.core.Tracer)  # By the caller.
+  return (_drawn if is_compiled else _compiled())(module, key, image_shape)
+
+
+def _drawn(module: nn.Module, key: jax.Array, image_shape: Any) -> Any:
+  return module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+  options = cpu.options_to_run_once()
+  return jax.jit(_drawn, static_argnums=(0, 2), compiler_options=options)
