@@ -15,23 +15,26 @@ the gap shown; a budget in milliseconds is a budget on the *sum*.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
-from pfs_jax import costs, storage
+from pfs_jax import costs, errors, storage
 
 # Share of a layer's width at which it is timed.
 _GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 _REPEATS = 15
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 def _milliseconds(
@@ -88,7 +91,7 @@ class LatencyModel:
     cost_model: Costs of the searched network.
     batch_size: Images in a batch.
     cache: The JSON file of measured seconds, by device kind, dtype, batch size
-      and shapes. A file that cannot be read is written anew.
+      and shapes. A file of anything else is written anew.
     dtype: Dtype of the computation.
   """
 
@@ -101,8 +104,8 @@ class LatencyModel:
   ):
     self._batch_size, self._dtype = batch_size, jnp.dtype(dtype)
     self._seconds: dict[str, float] = {}
-    with contextlib.suppress(json.JSONDecodeError, OSError):
-      self._seconds = json.loads(cache.read_text())
+    with contextlib.suppress(errors.UserError):
+      self._seconds = storage.read_json(cache, dict[str, _Positive])
     self._tables = [
       (op, *self._table(op))
       for op in cost_model.ops
@@ -174,12 +177,9 @@ def measure(
   image_shape: tuple[int, int, int],
 ) -> tuple[float, float]:
   """(median, least) milliseconds of one batch through a whole network."""
-
-  def network(variables, x):
-    return module.apply(variables, x, train=False)
-
+  apply = functools.partial(module.apply, train=False)
   x = jnp.zeros((batch_size, *image_shape), jnp.float32)
-  times = _milliseconds(2 * _REPEATS, network, variables, x)
+  times = _milliseconds(2 * _REPEATS, apply, variables, x)
   return statistics.median(times), min(times)
 
 

@@ -67,6 +67,12 @@ def pytest_configure(config):
     )
 
 
+def pytest_itemcollected(item):
+  """A test of all families is fast on the small ones."""
+  if any(name in item.name for name in ('mobilenet_v2', 'resnet50')):
+    item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope='session')
 def golden():
   """The folder of values measured on the published implementation."""

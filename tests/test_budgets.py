@@ -307,6 +307,11 @@ def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path):
   assert clock.calls == measured  # All from the file.
   latency.LatencyModel(model, 8, tmp_path / 'l.json')
   assert clock.calls > measured  # Another batch size is another time.
+  for damage in (b'[]', b'\xff', b'{"a": "b"}', b'{"a": -1.0}'):
+    (tmp_path / 'l.json').write_bytes(damage)
+    before = clock.calls
+    latency.LatencyModel(model, 4, tmp_path / 'l.json')
+    assert clock.calls == before + measured
   gates = tied_gates(model, 1)
   full, floor = times(model.widths), times((1,) * 13)
   reached = []

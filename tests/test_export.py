@@ -582,6 +582,7 @@ def own(num_classes):
   return Own(num_classes)
 
 
+@pytest.mark.slow
 def test_own_model_in_a_fresh_process(tmp_path, monkeypatch):
   from pfs_jax import surgery
 

@@ -757,6 +757,7 @@ TRAINED = """
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_training_with_its_threads(folder, tmp_path):
   process = processes.start(['-c', textwrap.dedent(TRAINED), folder, tmp_path])
   deadline = time.monotonic() + 60

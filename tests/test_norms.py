@@ -178,6 +178,7 @@ def _run(searched, tmp_path, **fields):
   return job, runs.read_result(tmp_path / 'run' / 'result.json')
 
 
+@pytest.mark.slow
 def test_a_users_model_is_tested_as_it_was_trained(searched, tmp_path, capsys):
   job, result = _run(searched, tmp_path)
   (record,) = [r for r in runs.read_metrics(tmp_path / 'run/train')][-1:]

@@ -6,6 +6,7 @@ Costs about 10 s; the whole run from the command line is slow.
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 
@@ -322,7 +323,11 @@ def test_folders_that_are_wrong_are_named(tmp_path, monkeypatch):
   Image.new('L', (8, 8)).save(root / 'empty' / 'one.png')
   assert 'at least 2 images of every class' in _refusal(c)
   (root / 'empty' / 'one.png').rename(root / 'dog' / 'one.png')
-  (root / 'empty').rmdir()
+  (root / 'empty').rename(odd := root / os.fsdecode(b'odd\xff'))
+  for name in ('1', '2', '3', '4'):
+    Image.new('L', (8, 8)).save(odd / f'{name}.png')
+  assert r"class names must be printable text; got 'odd\udcff'" in _refusal(c)
+  shutil.rmtree(odd)
   (root / 'dog' / '5.png').write_bytes(b'no image')
   found = _refusal(c)
   assert 'dog/5.png cannot be decoded (neither JPEG nor PNG)' in found

@@ -224,6 +224,7 @@ def scale_sums():
   return [float(abs((g[k] * d[k]).sum()) / abs(g[k] * d[k]).sum()) for k in g]
 
 
+@pytest.mark.slow
 def test_scale_freedom():
   """The sums are 0 up to BN's eps where a conv + BN consumes."""
   code = 'from tests import test_search; print(test_search.scale_sums())'

@@ -193,6 +193,7 @@ class Cut(BaseException):
   """Ends a run as a signal would."""
 
 
+@pytest.mark.slow
 def test_what_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch):
   """Cut within the second training and within the last, then finished."""
   monkeypatch.setattr(products, 'forget_programs', lambda: None)  # For speed.

@@ -26,7 +26,7 @@ class Spec:
     std: For each channel, the divisor after that.
     flip: Whether a left-right flip keeps the meaning (a digit's it does not).
     crop_padding: Zero pixels on each side before a random crop; 0: no crop.
-    class_names: In label order; empty where folders give the names.
+    class_names: In label order, printable; empty where folders give them.
     train_examples: Images in the training split.
     test_examples: Images in the test split.
     in_memory: Whether all images are held in one array. Other sets (ImageNet)
@@ -52,6 +52,11 @@ class Spec:
   def __post_init__(self) -> None:
     assert len(self.mean) == len(self.std) == self.channels, self.name
     assert len(self.class_names) in (0, self.num_classes), self.name
+    for name in self.class_names:
+      if not name.isprintable():  # Such as a folder's that is not UTF-8.
+        raise errors.UserError(
+          f'{self.name}: class names must be printable text; got {name!a}.'
+        )
 
 
 def described(
