@@ -170,6 +170,7 @@ def test_accelerators_get_the_plain_operations(platform):
   assert found == [9, 0, 1] if platform != 'cpu' else found[::2] == [0, 0]
 
 
+@pytest.mark.slow  # Level 3 takes long for small arrays.
 def test_options_to_run_once_keep_the_bits(monkeypatch):
   assert cpu.options_to_run_once() == {}  # conftest.py states a level.
   monkeypatch.setenv('XLA_FLAGS', '')
