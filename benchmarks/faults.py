@@ -417,7 +417,7 @@ def table(found, minutes: float, seed: int) -> str:
   for name, counts in found.items():
     tried = counts['survived'] + counts['wrong']
     more = ''.join(f' ({k})' for k in counts if not counts[k] and 'min' in k)
-    skipped = ' (skipped: needs root)' if not tried else ''
+    skipped = next((f' ({k})' for k in counts if 'root' in k), '')
     lines.append(
       f'| {name}{skipped} | {tried} | {counts["survived"]} | '
       f'{PROMISES[name]}{more} |'

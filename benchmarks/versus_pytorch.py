@@ -71,7 +71,7 @@ def our_step(name, mode):
 
   width, batch, side = FAMILIES[name]
   network = models.network(name, 10, side, 3, base_width=width)
-  cpu.keep_freed_memory()  # As the command does.
+  cpu.keep_freed_memory()  # As a run of such batches does.
   key = jax.random.key(0)
   x = jax.random.normal(key, (batch, side, side, 3))
   y = jax.numpy.arange(batch) % 10

@@ -192,7 +192,7 @@ def test_freed_memory_is_kept():
   code = """
     import resource
     import numpy as np
-    from pfs_jax import config, cpu, stages
+    from pfs_jax import cpu
     cpu.keep_freed_memory()
     for _ in range(3):
       before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -99,8 +99,8 @@ def test_gates_carry_the_names_of_their_groups(name):
 def test_a_unit_gate_changes_nothing_and_a_zero_gate_removes():
   module = models.build('resnet8', 10, 4, gated=True)
   draw = functools.partial(models.init, module, image_shape=(8, 8, 3))
-  variables = draw(jax.random.key(0))
-  inside = jax.jit(draw)(jax.random.key(0))
+  key = jax.random.key(0)
+  variables, inside = draw(key), jax.jit(lambda: draw(key))()
   jax.tree.map(np.testing.assert_array_equal, variables, inside)
   x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
   plain = models.build('resnet8', 10, 4)

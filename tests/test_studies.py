@@ -498,7 +498,7 @@ def shared(tmp_path_factory):
   return tmp_path_factory.mktemp('studies')
 
 
-# With 'compare' they use every way to score and most ways to train.
+# The fast ones; with the slow 'compare': all scores, most ways to train.
 EXECUTED = ('headline', 'headline10')
 
 

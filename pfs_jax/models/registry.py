@@ -238,8 +238,9 @@ def init(
 
   Compiled, so that the forward pass that `module.init` contains is dropped.
   """
-  is_compiled = isinstance(key, jax.core.Tracer)  # By the caller.
-  return (_drawn if is_compiled else _compiled())(module, key, image_shape)
+  # Within a caller's program JAX allows no options of its own.
+  is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+  return (_drawn if is_traced else _compiled())(module, key, image_shape)
 
 
 def _drawn(module: nn.Module, key: jax.Array, image_shape: Any) -> Any:

@@ -307,11 +307,7 @@ def restore(
   step = runs.read_result(path)['steps']
   runs.claim(folder, _identity(job, structure))
   module = job.network.narrow(structure.counts)
-  image = jax.ShapeDtypeStruct((1, *job.image_shape), np.float32)
-  weights = jax.eval_shape(module.init, jax.random.key(0), image)
-  shapes = jax.eval_shape(
-    lambda w: _initial(job, module, 1, 'train', w), weights
-  )
+  shapes = jax.eval_shape(lambda: _initial(job, module, 1, 'train'))
   state = jax.tree.map(
     lambda leaf: leaf.update(sharding=devices.replicated()), shapes
   )

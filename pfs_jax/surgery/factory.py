@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,12 +51,17 @@ def network(
   )
   axes = sorted({c.axis_name for c in table.calls if c.axis_name})
   if axes:
-    console.note(
-      f"BatchNorm's axis_name={axes[0]!r} is left out: statistics are of the "
-      'whole batch, over all devices.'
-    )
+    _say_left_out(axes[0])
   made.gated  # noqa: B018  Refuses a model without a group.
   return made
+
+
+@functools.cache  # Said once by a process.
+def _say_left_out(axis_name: str) -> None:
+  console.note(
+    f"BatchNorm's axis_name={axis_name!r} is left out: statistics are of the "
+    'whole batch, over all devices.'
+  )
 
 
 def network_from_factory(
