@@ -1,6 +1,5 @@
 """CIFAR ResNets and VGG: sizes, costs, collections, initialisation."""
 
-import functools
 import json
 
 import flax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfs_jax import costs, errors, models
+from pfs_jax import costs, cpu, errors, models
+from pfs_jax.models import registry
 
 # (family, sides of images, channels, multiplier of block outputs).
 CASES = [
@@ -98,10 +98,7 @@ def test_gates_carry_the_names_of_their_groups(name):
 
 def test_a_unit_gate_changes_nothing_and_a_zero_gate_removes():
   module = models.build('resnet8', 10, 4, gated=True)
-  draw = functools.partial(models.init, module, image_shape=(8, 8, 3))
-  key = jax.random.key(0)
-  variables, inside = draw(key), jax.jit(lambda: draw(key))()
-  jax.tree.map(np.testing.assert_array_equal, variables, inside)
+  variables = models.init(module, jax.random.key(0), (8, 8, 3))
   x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
   plain = models.build('resnet8', 10, 4)
   without = {k: v for k, v in variables.items() if k != 'gates'}
@@ -117,6 +114,22 @@ def drawn(name, width, channels=3, seed=0):
   size = 32 if name.startswith('mobilenet') else 8
   variables = models.init(module, jax.random.key(seed), (size, size, channels))
   return flax.traverse_util.flatten_dict(variables['params'], sep='/')
+
+
+def test_init_within_a_callers_program(monkeypatch):
+  """There JAX allows no compiler options."""
+  options = {'xla_backend_optimization_level': 1}
+  monkeypatch.setattr(cpu, 'options_to_run_once', lambda: options)
+  registry._compiled.cache_clear()
+
+  def drawn(key=None):
+    key = jax.random.key(0) if key is None else key
+    return models.init(flax.linen.Dense(2), key, (2, 2, 3))
+
+  given = jax.random.key(0)
+  for inside in (jax.jit(drawn)(), jax.jit(lambda: drawn(given))()):
+    jax.tree.map(np.testing.assert_allclose, inside, drawn())
+  registry._compiled.cache_clear()
 
 
 @pytest.mark.parametrize('name', ['resnet8', 'vgg16', 'mobilenet_v1'])
