@@ -324,13 +324,11 @@ def loop(
   state = devices.replicate(state)
   call = compiled_call(step_fn, source.draw)
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(checkpointing.Checkpoints(folder))
+    enter = stack.enter_context
+    checkpoints = enter(checkpointing.Checkpoints(folder))
     done, state, values = checkpoints.restore(state) or (0, state, {})
-    log = stack.enter_context(runs.MetricsLog(folder, done))
-    stop = stack.enter_context(runs.StopSignal())
-    progress = stack.enter_context(
-      console.Progress(label, plan.total_steps, done)
-    )
+    log, stop = enter(runs.MetricsLog(folder, done)), enter(runs.StopSignal())
+    progress = enter(console.Progress(label, plan.total_steps, done))
     recent, clock = [values] if values else [], runs.Clock(folder)
     while done < plan.total_steps:
       k = plan.next_stop(done) - done

@@ -148,21 +148,21 @@ print(json.dumps([means, scale('mobilenet_v1')]))
 """
 
 
-@pytest.fixture(scope='module')
-def gradients():
+@pytest.mark.slow  # Compiles nine networks in float64.
+def test_gradients_of_mobilenets_gates():
   """Mean |dCE/dg| and scale sums in float64, in a process of its own."""
   fast_to_compile = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  return json.loads(
-    processes.output(GRADIENTS, x64=True, timeout=600, env=fast_to_compile)
-  )
+  out = processes.output(GRADIENTS, x64=True, timeout=600, env=fast_to_compile)
+  found, scale = json.loads(out)
+  for name in MOBILENETS:
+    published_gates_are_cancelled_and_acting_ones_are_not(found, name)
+  scale_of_a_layers_gates_is_free(scale)
 
 
-@pytest.mark.slow  # Compiles nine networks in float64.
-@pytest.mark.parametrize('name', MOBILENETS)
-def test_published_gates_are_cancelled_and_acting_ones_are_not(gradients, name):
+def published_gates_are_cancelled_and_acting_ones_are_not(gradients, name):
   found = {
     (site, float(epsilon)): means
-    for key, means in gradients[0].items()
+    for key, means in gradients.items()
     for family, site, epsilon in [key.split()]
     if family == name
   }
@@ -184,10 +184,8 @@ def test_published_gates_are_cancelled_and_acting_ones_are_not(gradients, name):
   assert min(last) > 3e-4  # It has no depthwise convolution behind it.
 
 
-@pytest.mark.slow
-def test_scale_of_a_layers_gates_is_free(gradients):
+def scale_of_a_layers_gates_is_free(scale):
   """sum_k g_k dCE/dg_k = 0 where a convolution with BatchNorm consumes them."""
-  scale = dict(gradients[1])
   assert list(scale) == list(models.gate_sizes('mobilenet_v1'))
   # The classifier consumes the last layer.
   assert scale.pop('block12/pointwise') > 1e-3

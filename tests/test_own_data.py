@@ -18,7 +18,7 @@ from sklearn import datasets
 
 from pfs_jax import config, data, errors, user_code
 from pfs_jax.data import own
-from tests import processes
+from tests import processes, small_run
 
 
 def _config(**fields):
@@ -419,10 +419,9 @@ def test_a_folder_from_the_command_line(tmp_path):
     path = tmp_path / 'digits' / f'digit_{label}' / f'scan{i}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((image * 15).astype(np.uint8)).save(path)
-  command = [
-    *('main.py', '--config', 'configs/digits.py:smoke', '--mode=run'),
-    *(f'--workdir={tmp_path / "run"}', '--config.data.name=folder'),
+  command = small_run.arguments(
+    *('run', tmp_path / 'run', '--config.data.name=folder'),
     f'--config.data.source_dir={tmp_path / "digits"}',
-  ]
+  )
   out = processes.output(command)
   assert 'keep0.5' in out or 'accuracy' in out
