@@ -5,15 +5,18 @@
 A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is that of
 a study. It compares the arms by accuracy; 'NAME loss' compares them by test
 loss. 'NAME similarity' is the study's table of structures, 'NAME counts' the
-mean share that the arms keep of each layer, and 'NAME picture P' the picture P
-of its report, kept as results/pictures/NAME-P.svg. What stands there is
-replaced. No study is run.
+mean share that the arms keep of each layer, 'NAME costs' what finding a
+structure took, and 'NAME picture P' the picture P of its report, kept as
+results/pictures/NAME-P.svg. What stands there is replaced. No study is run.
 """
 
+import collections
 import functools
 import importlib
 import pathlib
 import re
+
+import numpy as np
 
 from pfs_jax import tables as writers
 from pfs_jax.report import figures, study_page
@@ -22,7 +25,7 @@ from pfs_jax.studies import plan, results, tables
 ROOT = pathlib.Path(__file__).parents[1]
 PICTURES = 'results/pictures'
 _PLACE = re.compile(
-  r'<!-- (\w+)((?: loss| similarity| counts| picture \w+)?) -->\n'
+  r'<!-- (\w+)((?: loss| similarity| counts| costs| picture \w+)?) -->\n'
   r'.*?<!-- end -->',
   re.DOTALL,
 )
@@ -30,8 +33,15 @@ _PLACE = re.compile(
 
 @functools.cache
 def study_of(name):
-  """(study, finished records), from the committed results."""
-  study = importlib.import_module(f'configs.studies.{name}').get_config()
+  """(study, finished records), from the committed results.
+
+  The name is that of a config, or with '_front' the variant front of it.
+  """
+  folder, variant = ROOT / 'configs' / 'studies', 'full'
+  if not (folder / f'{name}.py').exists():
+    name, _, variant = name.rpartition('_')
+  module = importlib.import_module(f'configs.studies.{name}')
+  study = module.get_config(variant)
   study.results_dir = str(ROOT / 'results')
   return study, results.mine(study, ROOT)
 
@@ -64,6 +74,25 @@ def drawn(text):
   return found
 
 
+def costs(records):
+  """Seconds of search, probe or tournament, and what tournaments chose."""
+  rows = []
+  for label, group in tables.grouped(records).items():
+    found = [r.get('tournament', {}) for r in group]
+    seconds = [
+      r.get('search_seconds') or r.get('probe_seconds') or t.get('seconds', 0)
+      for r, t in zip(group, found, strict=True)
+    ]
+    trained = [r['seconds'] for r in group]
+    share = np.median(np.divide(seconds, trained))
+    chosen = collections.Counter(t['chosen'] for t in found if t)
+    said = ', '.join(f'{n} x {name}' for name, n in chosen.most_common())
+    medians = f'{np.median(seconds):.0f}', f'{np.median(trained):.0f}'
+    rows.append([label, str(len(group)), *medians, f'{share:.2f}', said])
+  columns = ('seconds to find', 'seconds to train', 'share', 'chosen')
+  return writers.Table('Costs, medians', ['arm', 'n', *columns], rows)
+
+
 def filled(text):
   """The text with every table and picture as the results are."""
 
@@ -79,6 +108,7 @@ def filled(text):
       table = {
         '': lambda: tables.comparison(study, records),
         'loss': lambda: tables.comparison(study, records, tables.LOSS),
+        'costs': lambda: costs(records),
         'counts': lambda: tables.counts(tables.grouped(records)),
         'similarity': lambda: tables.similarity(records),
       }[kind]()
