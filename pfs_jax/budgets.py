@@ -28,7 +28,7 @@ class Infeasible(errors.UserError):
     quantity: 'macs', 'params' or 'latency_ms', the first ceiling that cannot
       be met.
     floor: That quantity of the narrowest structure allowed.
-    ceiling: What was asked for.
+    ceiling: The ceiling that was asked for.
   """
 
   def __init__(self, quantity: str, floor: float, ceiling: float):
@@ -45,8 +45,8 @@ class Budget:
 
   Attributes:
     name: Such as 'keep0.5', 'macs20000000', 'params100000' or 'latency2.5ms',
-      with '-roundto8' and the like where the cut has more conditions. The
-      files of the budget carry it.
+      with a suffix such as '-roundto8' for each further condition. The folder
+      of the budget and its structure file carry this name.
     max_macs: Ceiling on the MACs of one image, or None.
     max_params: Ceiling on the parameters, or None.
     max_latency_ms: Ceiling on the predicted milliseconds of a batch, or None.
@@ -54,8 +54,8 @@ class Budget:
     min_channels: Channels that every layer keeps, >= 1.
     min_share: Share (0..1) of its channels that every layer keeps.
     round_to: Counts are multiples of it, >= 1.
-    ranking: What is compared across layers, see `scores.ranked`.
-    power: The exponent of the cost, with the ranking 'cost'.
+    ranking: How channels of different layers compare; see `scores.ranked`.
+    power: The exponent of the cost, for the ranking 'cost'.
   """
 
   name: str = ''
@@ -92,7 +92,7 @@ class Budget:
     return tuple(counts.tolist())
 
   def most(self, cost_model: costs.CostModel) -> tuple[int, ...]:
-    """The widest counts allowed: multiples, or all of a narrow layer."""
+    """The widest counts allowed; a layer below `round_to` stays whole."""
     return tuple(
       w // self.round_to * self.round_to or w for w in cost_model.widths
     )
@@ -100,7 +100,7 @@ class Budget:
   def ceilings(
     self, cost_model: costs.CostModel, latency: Latency | None = None
   ) -> dict[str, tuple[Latency, float]]:
-    """{quantity: (cost of counts, ceiling)} of the ceilings that are given."""
+    """{quantity: (counts -> cost, ceiling)} of the ceilings that are set."""
     if self.max_latency_ms is not None and latency is None:
       raise ValueError('max_latency_ms needs a latency model.')
     given: dict[str, tuple[Any, Any]] = {
@@ -148,7 +148,7 @@ def from_section(section: Any, reference_macs: int) -> tuple[Budget, ...]:
   common: dict[str, Any] = {n: section[n] for n in names}
   common['max_macs'] = section.max_macs or None
   common['max_params'] = section.max_params or None
-  suffix, found = _conditions(Budget(**common)), []
+  suffix, found = _name_suffix(Budget(**common)), []
   asked: list[tuple[str, str, float]] = []
   for share in section.keep:
     # A share such as 0.3 is meant exactly, not as the binary float below it.
@@ -166,8 +166,8 @@ def from_section(section: Any, reference_macs: int) -> tuple[Budget, ...]:
   return tuple(found)
 
 
-def _conditions(budget: Budget) -> str:
-  """The end of a budget's name: how it differs from a plain budget."""
+def _name_suffix(budget: Budget) -> str:
+  """The end of a budget's name, which lists its further conditions."""
   plain, found = Budget(), ''
   names = ['latency_batch', 'max_macs', 'max_params']
   for name in [*names, 'min_channels', 'min_share', 'round_to']:

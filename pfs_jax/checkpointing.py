@@ -1,8 +1,8 @@
 """Checkpoints of one stage, by Orbax.
 
-Orbax makes a checkpoint appear whole or not at all, keeps the newest two and
-lets several processes agree. The files in it are ours: the arrays of the state,
-and a checksum.
+Orbax writes a checkpoint completely or not at all, keeps the newest two and
+lets several processes agree. The files in a checkpoint have our own format: the
+arrays of the state, and a checksum.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _STATE, _CHECK = 'state.npz', 'check.json'
 
 
 class _Check(TypedDict):
-  """check.json; the checksum is of the arrays, the step and the notes.
+  """check.json, whose checksum covers the arrays, the step and the notes.
 
-  So neither a flipped byte nor a renamed checkpoint passes.
+  So it detects a changed byte, and also a renamed checkpoint.
   """
 
   step: int
@@ -52,12 +52,12 @@ class _Handler(ocp.CheckpointHandler):
     storage.write_json(pathlib.Path(directory) / _CHECK, args.check)
 
   def restore(self, directory: Any, args: _Restore) -> tuple[Any, Any]:
-    """(state, check); the target has the state's shapes and shardings."""
+    """(state, check); `args.target` has the state's shapes and shardings."""
     leaves, tree = jax.tree.flatten(args.target)
     arrays = storage.read_arrays(pathlib.Path(directory) / _STATE)
     check = storage.read_json(pathlib.Path(directory) / _CHECK, _Check)
     found = [
-      _like(leaf, array)
+      _on_devices_of(leaf, array)
       for leaf, array in zip(leaves, arrays.values(), strict=True)
     ]
     return jax.tree.unflatten(tree, found), check
@@ -76,8 +76,8 @@ class _Restore(ocp.args.CheckpointArgs):
   target: Any
 
 
-def _like(leaf: Any, array: np.ndarray) -> jax.Array:
-  """The array on the devices of a leaf of equal shape and type."""
+def _on_devices_of(leaf: Any, array: np.ndarray) -> jax.Array:
+  """Puts an array on the devices of a leaf of the same shape and type."""
   if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
     raise ValueError('another shape or type')
   return jax.make_array_from_callback(
@@ -96,36 +96,34 @@ class Checkpoints:
           read_only=read_only,
           cleanup_tmp_directories=not read_only,
           preservation_policy=checkpoint_managers.LatestN(2),
-          enable_async_checkpointing=False,  # An error shows where it happens.
+          enable_async_checkpointing=False,  # `save` raises its own errors.
         )
         self._manager = ocp.CheckpointManager(
           self._folder, options=options, item_handlers=_Handler()
         )
     except OSError as e:
       storage.refuse_write(self._folder, e, 0)
-    self._passed_over: list[int] = []
+    self._skipped: list[int] = []
 
   def __enter__(self) -> Checkpoints:
-    """Returns itself."""
     return self
 
   def __exit__(self, *_: object) -> None:
-    """Frees what Orbax holds."""
     with _quiet():
       self._manager.close()
 
   def save(self, step: int, state: Any, notes: Any = None) -> None:
-    """Saves a tree of arrays, and JSON beside it, unless the step is there.
+    """Saves a tree of arrays and JSON notes, unless the step is saved already.
 
     Raises:
-      errors.UserError: It cannot be written; no part of it is left behind.
+      errors.UserError: The checkpoint cannot be written; no part of it remains.
     """
-    digest = _sum(step, state, notes)
+    digest = _checksum(step, state, notes)
     check: _Check = {'step': step, 'notes': notes, 'sha256': digest}
     try:
       with _quiet():
-        while self._passed_over:  # Orbax would refuse to write over them.
-          self._manager.delete(self._passed_over.pop())
+        while self._skipped:  # Orbax would refuse to write over them.
+          self._manager.delete(self._skipped.pop())
         if self._manager.latest_step() != step:
           self._manager.save(step, args=_Save(state, check), force=True)
     except Exception as e:
@@ -141,16 +139,16 @@ class Checkpoints:
     raise e
 
   def restore(self, target: Any) -> tuple[int, Any, Any] | None:
-    """(step, state, notes) of the newest good checkpoint; None without any.
+    """(step, state, notes) of the newest good checkpoint; None if none exists.
 
-    A checkpoint that cannot be read or does not match its checksum is passed
-    over, and the next `save` deletes it.
+    A checkpoint that cannot be read or does not match its checksum is skipped,
+    and the next `save` deletes it.
 
     Args:
       target: A state with the shapes and shardings wanted.
 
     Raises:
-      errors.UserError: There are checkpoints, but no good one.
+      errors.UserError: There are checkpoints, but none of them is good.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     wrong: list[str] = []
@@ -159,7 +157,7 @@ class Checkpoints:
       if not isinstance(found, str):
         for line in wrong:
           logging.warning('%s; going on from step %d', line, candidate)
-        self._passed_over = [s for s in steps if s > candidate]
+        self._skipped = [s for s in steps if s > candidate]
         return candidate, *found
       wrong.append(f'checkpoint {candidate} {found}')
     if not steps:
@@ -183,18 +181,18 @@ class Checkpoints:
     try:
       with _quiet():
         state, check = self._manager.restore(step, args=_Restore(target))
-      if check['sha256'] == _sum(step, state, check['notes']):
+      if check['sha256'] == _checksum(step, state, check['notes']):
         return state, check['notes']
-    except Exception as e:  # Damaged files raise many kinds.
+    except Exception as e:  # Damaged files raise many types of errors.
       return f'cannot be read ({type(e).__name__})'
     return 'does not match its checksum'
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether some process of several was told to stop."""
+    """Whether one of several processes was told to stop."""
     return self._manager.reached_preemption(step)
 
 
-def _sum(step: int, state: Any, notes: Any) -> str:
+def _checksum(step: int, state: Any, notes: Any) -> str:
   text = json.dumps([step, notes, storage.checksum(state)])
   return storage.sha256(text.encode())
 

@@ -29,10 +29,10 @@ OUT = flags.DEFINE_string(
   'out', None, 'Folder of an export or report; default: in the workdir.'
 )
 COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'Of several processes: host:port of the first, or auto.'
+  'coordinator', None, 'For several processes: host:port of the first, or auto.'
 )
-PROCESSES = flags.DEFINE_integer('processes', 1, 'Their number.')
-PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is.')
+PROCESSES = flags.DEFINE_integer('processes', 1, 'How many there are.')
+PROCESS = flags.DEFINE_integer('process', 0, 'The number of this one.')
 
 
 def workdir() -> pathlib.Path:
@@ -45,20 +45,20 @@ def workdir() -> pathlib.Path:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """absl's flags, and the config file behind them."""
+  """Parses absl's flags, and loads the config file."""
   rest = flags.FLAGS(argv)
   for name in ('config', 'mode'):
     if flags.FLAGS[name].value is None:
       raise errors.UserError(f'--{name} is required; see README.md.')
   if len(rest) > 1:
     raise errors.UserError(f'unexpected argument {rest[1]!r}.')
-  CONFIG.value.is_locked  # A missing file shows only now.  # noqa: B018
+  CONFIG.value.is_locked  # This reads the file.  # noqa: B018
   return rest
 
 
 def main(_: list[str]) -> None:
   """Runs one mode in the workdir."""
-  logging.set_verbosity(logging.WARNING)  # JAX tells of TPUs not there.
+  logging.set_verbosity(logging.WARNING)  # JAX logs that it finds no TPU.
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   c, mode = CONFIG.value, str(MODE.value)
   out = pathlib.Path(OUT.value) if OUT.value else None
@@ -87,7 +87,7 @@ def configs() -> pathlib.Path:
 
 
 def located(argv: list[str]) -> list[str]:
-  """The command line with the path of a config that is given by its name.
+  """The command line, in which the path of a config replaces its name.
 
   >>> located(['pfs-jax', '--config=configs/digits.py', '--mode=run'])
   ['pfs-jax', '--config=configs/digits.py', '--mode=run']
@@ -108,6 +108,6 @@ def located(argv: list[str]) -> list[str]:
 
 def start() -> None:
   """Parses the command line and runs one mode; the console script pfs-jax."""
-  sys.argv[:] = located(sys.argv)  # ml_collections looks there.
+  sys.argv[:] = located(sys.argv)  # ml_collections reads it.
   parser = console.guarded_parser(parse)
   app.run(console.guarded(main), flags_parser=parser)

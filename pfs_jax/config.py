@@ -1,4 +1,4 @@
-"""Configs: made of the table of fields, changed by a file, and checked."""
+"""Configs: built from the table of fields, changed by a file, and checked."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def get(config: ml_collections.ConfigDict, field: str) -> Any:
 def validate(config: ml_collections.ConfigDict) -> None:
   """Raises a UserError with field, rule and value if a rule is broken."""
   given = [name.removeprefix('config.') for name in flat(config, *config)]
-  for name in [*fields.BY_NAME, *given]:  # A section may be given whole.
+  for name in [*fields.BY_NAME, *given]:  # A config may replace a section.
     if name not in given or name not in fields.BY_NAME:
       known = 'missing' if name in fields.BY_NAME else 'not a field'
       raise errors.UserError(f'config.{name} is {known}.')
@@ -122,9 +122,9 @@ def key(seed: int, purpose: str) -> jax.Array:
 
 
 def other_seed(seed: int, i: int) -> int:
-  """The i-th seed of a run; its own is number 0.
+  """The i-th seed of a run; for i = 0 it is the run's own seed.
 
-  They are far apart, so that runs with other small seeds do not share them.
+  The seeds are far apart, so that runs with small seeds do not share them.
   """
   return (seed + 1_000_003 * i) % 2**32
 

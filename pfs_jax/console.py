@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, tables, and errors in a line or three."""
+"""What the terminal shows: progress, tables and errors of a few lines."""
 
 from __future__ import annotations
 
@@ -81,16 +81,14 @@ class Progress:
     self._task = self._bar.add_task(label, **about)
 
   def __enter__(self) -> Progress:
-    """Starts the bar."""
     self._bar.start()
     return self
 
   def __exit__(self, *_: object) -> None:
-    """Ends the bar."""
     self._bar.stop()
 
   def _status(self, done: int) -> str:
-    """'20/100  2.0 steps/s' or '3.1/29.5 MB  1.2 MB/s  22 s left'."""
+    """The text of the bar, such as '20/100  2.0 steps/s  40 s left'."""
     text = f'{done}/{self._total}'
     if self._bytes:
       text = f'{done / 1e6:.1f}/{self._total / 1e6:.1f} MB'
@@ -101,9 +99,9 @@ class Progress:
     return f'{text}  {speed}  {duration((self._total - done) / rate)} left'
 
   def update(self, done: int) -> None:
-    """Says that so many steps or bytes are done."""
+    """Shows how many steps or bytes are done so far."""
     now = time.perf_counter()
-    if not self._started:  # The first step compiles: rates count from here.
+    if not self._started:  # The rate leaves out the first step, which compiles.
       self._started = True
       self._start, self._first = now, done
     self._bar.update(self._task, completed=done, status=self._status(done))
@@ -112,7 +110,7 @@ class Progress:
       note(f'{self._label} {self._status(done)}')
 
   def line(self, step: int, **scalars: float) -> None:
-    """Writes a line of numbers: above the bar, or plain with the time left."""
+    """Writes a line of numbers, above the bar if one is shown."""
     text = f'{self._label} {self._status(step)}'
     text += ''.join(f'  {name} {value:.4g}' for name, value in scalars.items())
     if self._shown:
@@ -124,7 +122,7 @@ class Progress:
 def table(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-  """Prints a table: the first column to the left, numbers to the right."""
+  """Prints a table: the first column left-aligned, the others right-aligned."""
   if jax.process_index() != 0:
     return
   shown = rich.table.Table(columns[0])
@@ -134,7 +132,7 @@ def table(
     shown.add_row(*row)
   width = None if sys.stdout.isatty() else 100
   console = rich.console.Console(width=width, highlight=False)
-  console.print(title, soft_wrap=True, markup=False)  # A path stays whole.
+  console.print(title, soft_wrap=True, markup=False)  # Breaks no path.
   console.print(shown)
 
 
@@ -142,7 +140,7 @@ def table(
 
 
 def _fail(text: str, code: int) -> NoReturn:
-  """Prints an error, tells other processes of it, and ends this one."""
+  """Prints an error, tells it to the other processes, and ends this one."""
   print(text, file=sys.stderr, flush=True)
   peers.tell(text.removeprefix('error: '))
   peers.leave(code)
@@ -153,8 +151,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
   A user error is printed as one to three lines on stderr, with exit code 2. An
   interrupted run ends with 128 + the signal's number. All other exceptions are
-  mistakes of ours and keep their traceback. Of several processes, one that
-  fails tells the others why.
+  our own mistakes and keep their traceback. If there are several processes, one
+  that fails tells the others why.
   """
 
   @functools.wraps(function)
@@ -203,7 +201,7 @@ def guarded_parser(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _last_line(e: Exception) -> str:
-  """The message of an exception of a flag, without a traceback it may quote."""
+  """The message of a flag's exception, without any traceback that is in it."""
   text = str(e.args[0]) if len(e.args) == 1 else str(e)
   text = text.strip() or type(e).__name__
   stripped = map(str.strip, text.replace('\\n', '\n').splitlines())

@@ -2,8 +2,8 @@
 
 `record` traces a network abstractly and lists the calls of its layers.
 `groups.Table` says which channels each layer reads and makes, so the cost of
-any narrower network is a small polynomial of degree two in the counts: exact
-integers in microseconds, and no formula is kept by hand for any family.
+any narrower network is a small polynomial of degree two in the counts. It is
+exact, takes microseconds, and needs no formula for each family.
 
 Counting rules (those of the published implementation; one multiply-accumulate
 is 1 MAC):
@@ -12,7 +12,7 @@ is 1 MAC):
 * transposed convolution: the same, for each input position;
 * dense: inputs * outputs per position;
 * other operations that multiply and accumulate (matrix products and
-  convolutions in the model's own code): counted from the traced program, fixed;
+  convolutions in the model's own code): a fixed number from the traced program;
 * global average pooling: its input elements (modules that declare
   `macs_per_input = 1`; VGG's pooling does not);
 * normalisation, activations, max pooling, additions: 0;
@@ -49,7 +49,7 @@ MIXING = ('conv', 'dense')  # Kinds of layers that make channels of their own.
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One call of a layer, as a trace showed it.
+  """One call of a layer, as recorded in a trace.
 
   `reads` and `makes` are `inputs` and `outputs` as functions of the counts. For
   'dense', `positions` is 1 on vectors; for 'pool' it counts input positions.
@@ -66,7 +66,7 @@ class Layer:
   input_size: tuple[int, ...] = ()
   kernel: tuple[int, ...] = ()
   strides: tuple[int, ...] = ()
-  again: bool = False  # Whether an earlier call already had the parameters.
+  again: bool = False  # Whether an earlier call used the same parameters.
   ndim: int = 0  # Rank of the input.
   obstacle: str = ''  # Why surgery cannot follow channels through it.
   dtype: Any = np.float32  # Dtype of the parameters.
@@ -86,7 +86,7 @@ class Layer:
       object.__setattr__(self, 'makes', ((FIXED, self.outputs),))
 
   def resized(self, inputs: int, outputs: int) -> Layer:
-    """The call with other widths, which are fixed."""
+    """The same call with other widths, which are fixed."""
     return dataclasses.replace(
       self, inputs=inputs, outputs=outputs, reads=(), makes=()
     )
@@ -169,11 +169,11 @@ def intercept(
 ) -> Callable[..., Any]:
   """A Flax interceptor that hands each outermost layer call to `around`.
 
-  A subclass that calls `super().__call__` is one call, not two.
+  A subclass that calls `super().__call__` counts as one call, not two.
 
   Args:
     around: (module, path, x, call: x -> y) -> y.
-    base: Components that paths leave out at their start.
+    base: How many components to remove from the start of each path.
   """
   active = set()
 
@@ -204,8 +204,8 @@ def intercept(
 def record(function: Callable[..., Any], *args: Any) -> list[Layer]:
   """The layer calls of `function(*args)`, in forward order.
 
-  `function` is traced abstractly (`jax.eval_shape`): nothing is computed and no
-  memory is used. Typically it is `module.init`.
+  `function`, typically `module.init`, is traced abstractly (`jax.eval_shape`):
+  nothing is computed and no memory is used.
   """
   found, seen = [], set()
 

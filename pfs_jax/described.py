@@ -1,4 +1,4 @@
-"""What the layers of Flax are, and those that a user makes known.
+"""Describes the layers of Flax, and layers that a user registers.
 
 A rule takes a bound layer, its input and its output, and returns the fields of
 `costs.Layer` that describe the call.
@@ -21,7 +21,7 @@ from pfs_jax import errors
 def convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
   """The fields of a convolution's record."""
   kernel = tuple(np.atleast_1d(module.kernel_size).tolist())
-  strides = getattr(module, 'strides', None) or 1  # One for all axes, or each.
+  strides = getattr(module, 'strides', None) or 1  # For all axes, or for each.
   groups = getattr(module, 'feature_group_count', 1)
   depthwise = groups > 1 and groups == x.shape[-1]
   space = y.shape[-1 - len(kernel) : -1]
@@ -92,7 +92,7 @@ def _pool(module: nn.Module, x, y) -> dict[str, Any]:
   return {'kind': 'pool', 'positions': math.prod(x.shape[1:-1])}
 
 
-# Classes that are layers, and how to describe them. The last that fits counts.
+# {class of layers: its rule}. If several classes fit, the last one counts.
 _RULES: dict[type, Callable[..., dict[str, Any]]] = {
   nn.ConvTranspose: transposed,
   nn.Conv: convolution,
@@ -106,21 +106,21 @@ _RULES: dict[type, Callable[..., dict[str, Any]]] = {
 
 
 def register_norm(cls: type[nn.Module]) -> None:
-  """Makes a class of the user's own known as a BatchNorm.
+  """Registers a class of the user's own as a BatchNorm.
 
-  Subclasses of Flax's normalisations, and classes that call them, need it not.
-  The class must treat each channel of the last axis alone and have its
-  parameters and statistics as vectors [C] of its own.
+  Subclasses of Flax's normalisations, and classes that call them, do not need
+  it. The class must normalise each channel of the last axis separately, and
+  hold its parameters and statistics itself, as vectors [C].
   """
   register(cls, norm)
 
 
 def register_conv(cls: type[nn.Module]) -> None:
-  """Makes a class of the user's own known as a convolution.
+  """Registers a class of the user's own as a convolution.
 
-  Subclasses of `nn.Conv`, and classes that call it, need it not. The class
-  needs the fields `features` (the number of outputs, which narrowing sets) and
-  `kernel_size`, and a kernel [..., inputs, outputs].
+  Subclasses of `nn.Conv`, and classes that call it, do not need it. The class
+  must have the fields `features` (the number of outputs, which narrowing sets)
+  and `kernel_size`, and a kernel [..., inputs, outputs].
 
   Raises:
     errors.UserError: A field is missing.
@@ -139,14 +139,14 @@ def register_conv(cls: type[nn.Module]) -> None:
 def register(
   cls: type[nn.Module], rule: Callable[[Any, Any, Any], dict[str, Any]]
 ) -> None:
-  """Makes a class known as a layer.
+  """Registers a class as a layer.
 
   Args:
     cls: A class of Linen modules.
     rule: (module, x, y) -> the fields of `Layer` that describe y = module(x).
 
   Raises:
-    errors.UserError: It is no such class.
+    errors.UserError: `cls` is not a class of Linen modules.
   """
   if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
     raise errors.UserError(f'{cls!r} must be a class of flax.linen.Module.')
@@ -154,8 +154,8 @@ def register(
 
 
 def rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
-  """How to describe a call of this module, None if it is no layer."""
-  for cls in reversed(_RULES):  # Those of the user come first.
+  """The rule that describes a call of this module; None if it is no layer."""
+  for cls in reversed(_RULES):  # The user's classes come first.
     if isinstance(module, cls):
       return _RULES[cls]
   if isinstance(module, nn.DenseGeneral):
@@ -165,5 +165,5 @@ def rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
 
 
 def is_pool(module: nn.Module) -> bool:
-  """Whether it counts its inputs as MACs, and does nothing else of note."""
+  """Whether a module is a pooling whose inputs count as MACs."""
   return rule(module) is _pool

@@ -40,12 +40,12 @@ def _put(x: Any, spec: PartitionSpec) -> jax.Array:
 
 
 def replicate(tree: Any) -> Any:
-  """Copies of a tree of arrays on every device; equal on every process."""
+  """Copies arrays, which are equal on every process, to every device."""
   return jax.tree.map(lambda x: _put(x, PartitionSpec()), tree)
 
 
 def split_batch(tree: Any, axis: int = 0) -> Any:
-  """Arrays split over the devices along `axis`; equal on every process."""
+  """Splits arrays, equal on every process, over the devices along `axis`."""
   spec = PartitionSpec(*[None] * axis, 'data')
   return jax.tree.map(lambda x: _put(x, spec), tree)
 
@@ -60,9 +60,9 @@ def check_batch(field: str, batch_size: int) -> None:
 
 
 def steps_per_call(asked: int) -> int:
-  """Steps compiled into one call: `asked`, or if that is 0 by the device.
+  """Steps compiled into one call: `asked`, or a default if that is 0.
 
-  1 on CPU, where gradient convolutions are 7 to 20 times slower in a loop; 16
-  on accelerators, so that they do not wait for the host.
+  The default is 1 on CPU, where gradient convolutions are 7 to 20 times slower
+  in a loop, and 16 on accelerators, so that they do not wait for the host.
   """
   return asked or (1 if jax.default_backend() == 'cpu' else 16)

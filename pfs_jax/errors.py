@@ -6,7 +6,7 @@ import signal
 class UserError(ValueError):
   """An error that the user can fix: one to three lines and exit code 2.
 
-  Every other exception is a mistake of ours and keeps its traceback.
+  Every other exception is our own mistake and keeps its traceback.
 
   >>> raise UserError('config.seed must be at least 0; got -1.')
   Traceback (most recent call last):
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-  """A signal (`.signal`) came during `where`, and the state is saved.
+  """The signal `.signal` stopped the work at `where`; the state is saved.
 
   >>> str(Interrupted(signal.SIGTERM, 'train step 7'))
   'stopped by SIGTERM at train step 7; saved. The same command continues.'

@@ -17,7 +17,7 @@ from typing import Any
 from pfs_jax import rankings
 
 
-def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _all_hold(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda values: all(holds(v) for v in values)
 
 
@@ -35,11 +35,11 @@ _RULES: dict[str, Callable[[Any], bool]] = {
   'in [0, 1)': lambda v: 0 <= v < 1,
   'in [0, 2**32)': lambda v: 0 <= v < 2**32,
   rankings.RULE: rankings.known,
-  'texts': _each(lambda v: isinstance(v, str)),
-  'numbers > 0': _each(lambda v: v > 0),
-  'integers >= 1': _each(lambda v: v >= 1 and v == int(v)),
-  'shares in (0, 1]': _each(lambda v: 0 < v <= 1),
-  'shares in [0, 1]': _each(lambda v: 0 <= v <= 1),
+  'texts': _all_hold(lambda v: isinstance(v, str)),
+  'numbers > 0': _all_hold(lambda v: v > 0),
+  'integers >= 1': _all_hold(lambda v: v >= 1 and v == int(v)),
+  'shares in (0, 1]': _all_hold(lambda v: 0 < v <= 1),
+  'shares in [0, 1]': _all_hold(lambda v: 0 <= v <= 1),
 }
 
 

@@ -1,8 +1,8 @@
-"""Gates and narrows a Linen module on the way, when it is called.
+"""Adds gates to a Linen module, or narrows it, while it is called.
 
 One interceptor multiplies the outputs of the layers that carry gates and sets
-the widths of those that are narrowed. A `groups.Table` says which layers these
-are. The module itself is neither edited nor copied.
+the widths of the layers that are narrowed. A `groups.Table` says which layers
+these are. The module itself is neither edited nor copied.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pfs_jax import costs, errors, groups
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-  """A module and how it is called; hidden from Flax, which would adopt it.
+  """A module and how to call it, hidden from Flax, which would make it a child.
 
   Attributes:
     model: A Linen module.
-    call: (module, x, *args, train, **kwargs) -> output. Where it has fields
-      `field` (true), `name` and `value(train)`, the module is told by that
-      field whether it trains.
+    call: (module, x, *args, train, **kwargs) -> output. If its attribute
+      `field` is true, the module's field `call.name` is set to
+      `call.value(train)`.
   """
 
   model: nn.Module
@@ -48,7 +48,7 @@ class Source:
 
 
 class Wrapped(nn.Module):
-  """A module with some of its layers changed on the way; itself a module.
+  """A module that calls another one and changes some of its layers meanwhile.
 
   Its variables are those of the model, under the same names, and the collection
   `gates` where it is gated: one [C] vector for each group, starting at 1. Two
@@ -109,7 +109,7 @@ class Wrapped(nn.Module):
     return groups.by_name((g.name for g in self.gated), gates)
 
   def _gates(self) -> list[jax.Array]:
-    """The gates of each group, in forward order; made if initialising."""
+    """The gates of each group, in forward order; `init` creates them."""
     found = []
     for group in self.gated:
       assert self.scope is not None
@@ -134,7 +134,7 @@ class Wrapped(nn.Module):
     carriers = dict(self.carriers)
 
     def around(module, path, x, call):
-      # A module is made anew at each call: nothing of the user's is changed.
+      # Flax makes a new module for each call, so the user's is not changed.
       def change(name, value):
         object.__setattr__(module, name, value)
 
@@ -145,8 +145,8 @@ class Wrapped(nn.Module):
         change('features', x.shape[-1] * multipliers[path])
       elif path in features:
         change('features', features[path])
-      if not _bound(getattr(module, 'axis_name', None)):
-        change('axis_name', None)  # One mesh: the statistics are of all images.
+      if not _axis_exists(getattr(module, 'axis_name', None)):
+        change('axis_name', None)  # The statistics cover all images anyway.
       y = call(x)
       if path in carriers:
         gate = _gates_of(gates, carriers[path]).astype(y.dtype)  # [C], [N, C]
@@ -157,8 +157,8 @@ class Wrapped(nn.Module):
     return costs.intercept(around, len(self.path))
 
 
-def _bound(axis: str | None) -> bool:
-  """Whether an axis that a layer averages over exists here; no axis does."""
+def _axis_exists(axis: str | None) -> bool:
+  """Whether an axis that a layer averages over exists here; true for None."""
   try:
     return axis is None or bool(jax.lax.axis_size(axis))
   except NameError:
@@ -166,7 +166,7 @@ def _bound(axis: str | None) -> bool:
 
 
 def _gates_of(gates: Sequence[jax.Array], units: tuple[int, ...]) -> jax.Array:
-  """[..., C] the gates of these units; 1 for unit -1."""
+  """The gates of these units, [..., C]; 1 for unit -1."""
   first = 0
   for gate in gates:  # Nearly always the units are one whole group.
     if units == tuple(range(first, first + gate.shape[-1])):
@@ -180,12 +180,12 @@ def gate(model: nn.Module, table: groups.Table) -> Wrapped:
   """The model with a gate on each channel of each group.
 
   `init` adds the collection `gates`, one [C] vector for each group, starting at
-  1; they multiply the outputs of the layers that `table.gated` names. With unit
-  gates the output is the untouched model's, bit for bit. A gate may also be
-  applied as [N, C], with one vector for each image.
+  1; they multiply the outputs of the layers that `table.gated` names. With all
+  gates at 1, the output equals that of the model, bit for bit. A gate may also
+  be applied as [N, C], with one vector for each image.
 
   Args:
-    model: A Linen module; also one that is narrowed, with the narrowed table.
+    model: A Linen module, or a narrowed one with its narrowed table.
     table: Its channel groups.
 
   Raises:
@@ -209,8 +209,8 @@ def narrowed(
 ) -> Wrapped:
   """A model whose layers have the given numbers of output channels.
 
-  Every width is set, also those that stay: the model's own code may derive
-  them from a width that does not.
+  Every width is set, even if it stays the same: the model's own code may derive
+  it from a width that changes.
 
   Args:
     source: The model.

@@ -1,13 +1,13 @@
-"""The table of channel groups: who makes a channel, gates it and reads it.
+"""The table of channel groups: which layers make, gate and read a channel.
 
-The built-in families state their groups (`models.registry`), `surgery` finds
-those of any other model. All else reads this one table: gates and narrowing
-(`gating`), costs (`costs`) and the slicing of weights, below.
+The built-in families state their groups (`models.registry`), and `surgery`
+finds those of any other model. Gates and narrowing (`gating`), costs (`costs`)
+and the slicing of weights, below, all read this one table.
 
-A *unit* is one channel of one group. Units are numbered through, group by
-group. For each layer the table holds the units that it reads and makes, -1
-where the width is fixed. With groups `a` (3 channels) and `b` (2 channels), a
-layer that reads all of `a` and a fixed channel, and makes `b`, has
+A *unit* is one channel of one group. Units are numbered group by group. For
+each layer the table holds the units that it reads and makes, with -1 where the
+width is fixed. With groups `a` (3 channels) and `b` (2 channels), a layer that
+reads all of `a` and a fixed channel, and makes `b`, has
 
   reads [0, 1, 2, -1], makes [3, 4].
 """
@@ -69,7 +69,7 @@ class Table:
     inputs: {path: [C_in] units}; a layer that is not named reads fixed widths.
     outputs: {path: [C_out] units} of convolutions and dense layers.
     gated: {path: [C] units} of the layers whose outputs gates multiply.
-    left_alone: {path: reason} of every layer that is not wholly in groups.
+    left_alone: {path: reason} of every layer with channels outside of groups.
     uncounted: Operations that may multiply and accumulate, but whose MACs
       cannot be counted, each with the place where it stands.
     call: How the model is called: (module, x, *args, train, **kwargs).
@@ -96,15 +96,15 @@ class Table:
 
   @functools.cached_property
   def offsets(self) -> np.ndarray:
-    """First unit of each group, and the number of units at the end."""
+    """The first unit of each group, then the number of all units."""
     return np.cumsum([0, *(g.size for g in self.groups)])
 
   def reads(self, layer: costs.Layer) -> np.ndarray:
-    """[C_in] units that a layer reads."""
+    """The units that a layer reads, [C_in]."""
     return self.inputs.get(layer.path, np.full(layer.inputs, -1))
 
   def makes(self, layer: costs.Layer) -> np.ndarray:
-    """[C_out] units of a layer's outputs, whether it makes or passes them."""
+    """The units of a layer's outputs, made or passed on by it, [C_out]."""
     if layer.path in self.outputs:
       return self.outputs[layer.path]
     units = np.repeat(self.reads(layer), layer.multiplier or 1)
@@ -121,7 +121,7 @@ class Table:
     )
 
   def features(self, counts: Sequence[int]) -> dict[str, int]:
-    """{path: channels} that convolutions and dense layers make at counts."""
+    """{path: channels that a convolution or dense layer makes} at counts."""
     return {
       path: costs.value(self._size_of(units), counts)
       for path, units in self.outputs.items()
@@ -133,8 +133,8 @@ class Table:
     """MACs and parameters as exact functions of the counts.
 
     Args:
-      calls: The layer calls to count, by default those of the table; others
-        are of the same model at another image size.
+      calls: The layer calls to count, by default those of the table; or those
+        of the same model at another image size.
     """
     ops = [
       dataclasses.replace(
@@ -148,7 +148,7 @@ class Table:
     return costs.CostModel(tuple(sizes), tuple(sizes.values()), ops)
 
   def counts(self, counts: Any) -> tuple[int, ...]:
-    """Counts in the order of the groups, given so or by name.
+    """Checks counts, and puts those that are given by name in order.
 
     Raises:
       errors.UserError: Names or number of counts are wrong, or a count is no
@@ -203,7 +203,7 @@ class Table:
     )
 
   def mask(self, kept: Mapping[str, Any]) -> np.ndarray:
-    """[units] whether each unit is kept.
+    """Whether each unit is kept, bool [units].
 
     Args:
       kept: {group name: sorted, distinct indices}, as from `prune.kept`.
@@ -230,8 +230,8 @@ class Table:
   def awake(self, variables: Mapping[str, Any]) -> dict[str, Any]:
     """New random variables to search with: scales that are all 0 become 1.
 
-    Many models start the last BatchNorm of a residual block at scale 0. Frozen,
-    it would hide the gates of the block from the loss.
+    Many models start the last BatchNorm of a residual block at scale 0. If that
+    scale is frozen, the gates of the block have no effect on the loss.
     """
 
     def changed(path, leaf):
@@ -246,28 +246,28 @@ class Table:
   ) -> dict[str, Any]:
     """The narrow network's variables: those of the channels that are kept.
 
-    The collection `gates` is left out; kept channels count as having gate 1.
+    The collection `gates` is left out; the gates of kept channels count as 1.
 
     Args:
       variables: The wide network's variables, gated or not.
       kept: {group name: sorted indices}, as from `prune.kept`.
 
     Raises:
-      errors.UserError: As for `mask`, or a group loses channels although a
-        gate of 0 is not a removed channel there.
+      errors.UserError: As for `mask`, or a group loses channels although it is
+        not `removable`.
     """
     for group in self.groups:
       if not group.removable and len(kept.get(group.name, ())) < group.size:
         raise errors.UserError(
-          f'weights of {group.name} cannot be sliced: what follows its gates '
-          'makes a constant of their zeros. Train the counts from new weights.'
+          f'weights of {group.name} cannot be sliced: a layer behind its gates '
+          'turns 0 into another constant. Train the counts from new weights.'
         )
     return self.taken(variables, kept)
 
   def taken(
     self, variables: Mapping[str, Any], kept: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """As `slice_variables`, also where a gate of 0 removes no channel."""
+    """As `slice_variables`, but also for groups that are not `removable`."""
     keeps = np.append(self.mask(kept), True)  # Unit -1 reads the last entry.
 
     def cut(leaf: Any, units: np.ndarray, axis: int) -> Any:
@@ -339,7 +339,7 @@ def tree(gates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def some(paths: Sequence[str]) -> str:
-  """The first paths, and how many more there are."""
+  """The first two paths, and the number of the others."""
   shown = ', '.join(paths[:2])
   return shown if len(paths) <= 2 else f'{shown} and {len(paths) - 2} more'
 
@@ -354,7 +354,7 @@ def from_marks(
 
   Args:
     calls: Layer calls of the network with `marks(len(sizes))` as counts: a
-      layer that shows a mark reads or makes exactly that group.
+      layer with a mark as a width reads or makes exactly that group.
     sizes: {group name: real number of channels}, forward order.
     carrier: Which BatchNorm of a group carries its gates: 0 is the first one,
       -1 the last.

@@ -1,4 +1,4 @@
-"""Weights from PyTorch: the names of the published implementation to ours."""
+"""Weights from PyTorch, under the names of the published implementation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEAVES = {
 
 
 def _vgg_prefixes(name: str) -> dict[str, tuple[str, str]]:
-  """{our layer: (torch convolution, torch normalisation)}; pools count."""
+  """{our layer: (torch convolution, torch normalisation)}."""
   prefixes, index = {}, 0
   for depth in vgg.DEPTHS[name]:
     for _ in range(depth):
@@ -35,7 +35,7 @@ def _vgg_prefixes(name: str) -> dict[str, tuple[str, str]]:
       layer = f'conv{len(prefixes)}'
       prefixes[layer] = f'{torch_name}.conv', f'{torch_name}.bn'
       index += 1
-    index += 1  # The max pool.
+    index += 1  # The max pool has a number, too.
   return prefixes
 
 
@@ -60,7 +60,7 @@ def _torch_names(name: str) -> tuple[str, Callable[[str], tuple[str, str]]]:
   raise errors.UserError(f'from_torch does not know the names of {name!r}.')
 
 
-def _key(path: str, linear: str, prefixes) -> str:
+def _torch_key(path: str, linear: str, prefixes) -> str:
   """The torch key of one of our leaves, such as `stem/bn/scale`."""
   layer, _, leaf = path.rpartition('/')
   if layer == 'classifier':
@@ -79,14 +79,14 @@ def from_torch(
   width: int | None = None,
   counts: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-  """Variables of ours from arrays under the published PyTorch names.
+  """Our variables, from arrays with the published PyTorch names.
 
   Args:
     name: A model name of the registry.
     arrays: {torch name: array}: convolutions [O, I, H, W], linear layers
       [out, in]. `num_batches_tracked` is ignored. Gates may be there as
       `<normalisation>.gates`, running statistics as `.running_mean` and
-      `.running_var`; where they are absent, statistics are 0 and 1.
+      `.running_var`; without these, means are 0 and variances 1.
     width: Base width.
     counts: Channels of the gated layers of a narrow network.
 
@@ -95,7 +95,8 @@ def from_torch(
     keeps its dtype.
 
   Raises:
-    errors.UserError: Naming every unknown, missing or misshaped key.
+    errors.UserError: Keys are unknown, missing or of another shape; it names
+      all of them.
   """
   arrays = {
     k: np.asarray(v)
@@ -112,8 +113,8 @@ def from_torch(
   x = jax.ShapeDtypeStruct((1, 32, 32, kernel.shape[1]), jnp.float32)
   shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), x)
   flat = flax.traverse_util.flatten_dict(shapes)
-  keys = {p: _key('/'.join(p[1:]), linear, prefixes) for p in flat}
-  # Statistics and gates may be absent, but only all of them.
+  keys = {p: _torch_key('/'.join(p[1:]), linear, prefixes) for p in flat}
+  # All statistics, or all gates, may be absent, but not only some of them.
   held = {path[0] for path, key in keys.items() if key in arrays} | {'params'}
   dtype = arrays[f'{linear}.bias'].dtype
   found, problems = {}, []

@@ -1,8 +1,8 @@
 """Walks through jaxprs, the traced programs of JAX.
 
 `walk` carries values of any kind through a program, equation by equation; the
-caller says what an equation makes of them. `surgery` carries channels so,
-`export` the operators of ONNX.
+caller computes the outputs of an equation. `surgery` follows channels in this
+way, and `export` writes the operators of ONNX.
 
 >>> import jax
 >>> def names(equation, inputs):

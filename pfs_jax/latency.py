@@ -1,4 +1,4 @@
-"""Latency of a network by its layers, measured on the device that is there.
+"""Latency of a network, predicted from measured times of its layers.
 
 The time of a narrower network is predicted as the sum of its layers' times.
 Each layer is timed alone, on a grid of channel counts, with BatchNorm and ReLU
@@ -7,9 +7,9 @@ into the convolution). Between grid points times are interpolated linearly; a
 time never falls when a count grows (running maximum), so that a ceiling on it
 can be searched like one on MACs.
 
-What the sum leaves out: fusion across layers, residual additions, pooling, and
-the overlap of layers. So the whole network is timed afterwards (`measure`) and
-the gap shown; a budget in milliseconds is a budget on the *sum*.
+The sum leaves out fusion across layers, residual additions, pooling, and the
+overlap of layers. So the whole network is timed afterwards (`measure`), and the
+difference is shown; a budget in milliseconds is a budget on the *sum*.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 
 from pfs_jax import costs, errors, storage
 
-# Share of a layer's width at which it is timed.
+# The shares of a layer's width at which it is timed.
 _GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 _REPEATS = 15
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -40,7 +40,6 @@ _Positive = Annotated[float, msgspec.Meta(gt=0)]
 def _milliseconds(
   repeats: int, function: Callable[..., Any], *args
 ) -> list[float]:
-  """Times of a compiled call."""
   call = jax.jit(function)
   jax.block_until_ready(call(*args))  # Compiles.
   times = []
@@ -54,7 +53,7 @@ def _milliseconds(
 def _time_layer(
   op: costs.Layer, inputs: int, outputs: int, batch: int, dtype: Any
 ) -> float:
-  """Least seconds of one layer: others on the machine only add to a time."""
+  """The least time of a layer in seconds: other programs only add to it."""
   depthwise, dense = op.kind == 'depthwise', op.kind == 'dense'
   size = () if dense else op.input_size
   rng = np.random.default_rng(0)
@@ -91,7 +90,7 @@ class LatencyModel:
     cost_model: Costs of the searched network.
     batch_size: Images in a batch.
     cache: The JSON file of measured seconds, by device kind, dtype, batch size
-      and shapes. A file of anything else is written anew.
+      and shapes. A file with other content is replaced.
     dtype: Dtype of the computation.
   """
 
@@ -115,8 +114,8 @@ class LatencyModel:
 
   def _table(self, op: costs.Layer):
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""
-    inputs = _points(op.inputs, op.reads)
-    outputs = _points(op.outputs, op.makes)
+    inputs = _timed_widths(op.inputs, op.reads)
+    outputs = _timed_widths(op.outputs, op.makes)
     if op.kind == 'depthwise':  # Inputs and outputs are the same channels.
       grid = np.array([[self._time(op, n, n)] for n in outputs])
       inputs, outputs = outputs, outputs[-1:]
@@ -157,7 +156,7 @@ class LatencyModel:
     return sum(self.layers(counts).values())
 
 
-def _points(width: int, size: costs.Size) -> list[int]:
+def _timed_widths(width: int, size: costs.Size) -> list[int]:
   """The numbers of channels at which a layer is timed."""
   if all(group == costs.FIXED for group, _ in size):
     return [width]
@@ -165,7 +164,7 @@ def _points(width: int, size: costs.Size) -> list[int]:
 
 
 def _interpolate(xs, ys, grid, x: int, y: int) -> float:
-  """Bilinear between the points of a grid; constant outside."""
+  """Bilinear interpolation in a grid; constant outside of it."""
   columns = [float(np.interp(x, xs, grid[:, j])) for j in range(len(ys))]
   return float(np.interp(y, ys, columns))
 
@@ -188,8 +187,8 @@ def padding_use(
 ) -> dict[str, float]:
   """{layer path: useful MACs over MACs with channels padded to a multiple}.
 
-  What a matrix unit that works on `multiple` channels at a time makes of a
-  layer: 8 for tensor cores, 128 for a TPU's.
+  That is the useful share of the work of a matrix unit that takes `multiple`
+  channels at a time: 8 for tensor cores, 128 for a TPU.
   """
 
   def share(channels: int) -> float:

@@ -35,7 +35,7 @@ def conv_init(
 
 
 def param_dtype(dtype: Any) -> Any:
-  """Parameters, gates and statistics: float32, or float64 if computing so."""
+  """Dtype of parameters, gates and statistics: `dtype`, at least float32."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -50,7 +50,7 @@ class BatchNorm(nn.BatchNorm):
     *,
     mask: jax.Array | None = None,
   ) -> jax.Array:
-    """[..., C] -> [..., C]; with a mask as `nn.BatchNorm` does it."""
+    """[..., C] -> [..., C]; with a mask, `nn.BatchNorm` computes it."""
     running = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
@@ -80,10 +80,10 @@ class ConvBN(nn.Module):
     params       conv/kernel [k, k, C_in / groups, C], bn/scale [C], bn/bias [C]
     batch_stats  bn/mean [C], bn/var [C]
 
-  Padding is k // 2 on each side ('SAME' pads differently at stride 2). Running
-  statistics keep 0.9 a step (PyTorch's momentum 0.1). The variance is biased,
-  and computed in two passes: the fast formula is badly wrong where the mean is
-  far larger than the deviation. Gates are put on by `gating`.
+  Padding is k // 2 on each side ('SAME' pads differently at stride 2). A step
+  keeps 0.9 of the running statistics (PyTorch's momentum 0.1). The variance is
+  biased, and computed in two passes: the fast formula is badly wrong where the
+  mean is far larger than the deviation. `gating` adds the gates.
 
   Attributes:
     features: Output channels C.
@@ -134,7 +134,7 @@ class ConvBN(nn.Module):
 class GlobalAvgPool(nn.Module):
   """Mean over all positions, [N, H, W, C] -> [N, C].
 
-  Counted as its input elements, as in the published implementation.
+  Its input elements count as MACs, as in the published implementation.
   """
 
   macs_per_input = 1
@@ -148,7 +148,7 @@ class GlobalAvgPool(nn.Module):
 def max_pool(
   x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0
 ) -> jax.Array:
-  """Max pooling, [N, H, W, C] -> [N, H', W', C]; the padding never wins.
+  """Max pooling, [N, H, W, C] -> [N, H', W', C]; padding counts as -infinity.
 
   The gradient goes to the first of equal values, row by row.
   """
@@ -160,7 +160,7 @@ def max_pool(
 
 
 class Classifier(nn.Module):
-  """What the networks of all families have; a base class.
+  """The base class of the networks of all families.
 
   Attributes:
     num_classes: Number of classes.

@@ -1,4 +1,4 @@
-"""A finished workdir as a network that can be called."""
+"""Loads the trained network of a finished workdir."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load(
 
   Args:
     workdir: The folder of a run with result.json.
-    budget: The name of one of its budgets, such as 'keep0.3'; empty: the one
-      whose result.json is in the workdir itself.
-    config: The config of the run; None: the one that result.json holds. A model
-      of your own (config.model.factory) needs it, since no code is imported
-      because a file names it.
+    budget: The name of one of its budgets, such as 'keep0.3'; if empty, the
+      budget whose result.json is in the workdir itself.
+    config: The config of the run; if None, the one that result.json holds. For
+      a model of your own (config.model.factory) it must be given: no code is
+      imported only because a file names it.
 
   Returns:
     (module, variables), with the collections 'params' and 'batch_stats'.
@@ -59,7 +59,7 @@ def load(
 def _config(
   path: pathlib.Path, result: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-  """The config in result.json, checked; one with code of its own is refused."""
+  """The config in result.json, checked; one that names code is refused."""
   c, there = configs.default(), result.get('config', {})
   for name, plain in configs.flat(c, *c).items():
     name = name.removeprefix('config.')
@@ -68,14 +68,14 @@ def _config(
       value = tuple(value) if isinstance(plain, tuple) else value
       c.update_from_flattened_dict({name: value})
     except KeyError:
-      continue  # A field that came later stays at its default.
+      continue  # A field newer than the file stays at its default.
     except (TypeError, ValueError) as e:
       raise errors.UserError(f'{path}: config.{name} is wrong: {e}') from e
   configs.validate(c)
   for name in _CODE:
     if configs.get(c, name):
       raise errors.UserError(
-        f'{path} names code of your own (config.{name}): give it, as in '
-        'load(workdir, config=...). No code runs because a file names it.'
+        f'{path} names code of your own (config.{name}): give the config, as '
+        'in load(workdir, config=...). No code runs because a file names it.'
       )
   return c

@@ -1,11 +1,11 @@
-"""BatchNorm's running statistics, estimated anew where a run is short.
+"""BatchNorm's running statistics, estimated again after a short run.
 
 A BatchNorm keeps running = m * running + (1 - m) * batch, with the momentum m.
-After T steps its first values still weigh m^T, and what it has averaged belongs
-to weights of the past. With flax's default m = 0.99, a network trained for 70
-steps classifies test images as if untrained, though its weights are good. The
-cure (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021): statistics of
-the present weights over some training batches.
+After T steps its first values still have the weight m^T, and the averages come
+from earlier weights of the network. With flax's default m = 0.99, a network
+trained for 70 steps classifies test images as if it were untrained, though its
+weights are good. The remedy (Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
+2021) is to compute the statistics of the present weights over some batches.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from pfs_jax import devices
 
 BATCHES = 50  # Training batches that the statistics are estimated from.
-_REMAINDER = 0.01  # A run is short where the first values weigh more than this.
-_FROZEN = 1 - 1e-5  # Statistics that a training step does not move.
+_REMAINDER = 0.01  # A run is short if the first values weigh more than this.
+_FROZEN = 1 - 1e-5  # From this momentum on, they count as frozen.
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
       )
       return found['batch_stats']
 
-    # (1 - m) * batch, and m + (1 - m) * batch: no layer has to say its m.
+    # (1 - m) * batch, and m + (1 - m) * batch: their difference is m.
     low, high = updated(0.0), updated(1.0)
     momenta = jax.tree.map(lambda a, b: jnp.median(b - a), low, high)
     moved = jax.tree.map(
@@ -60,7 +60,7 @@ def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
 
 
 def longest_momentum(state: Any, source: Any) -> float:
-  """The largest momentum of the module's BatchNorms below 1; 0 without any."""
+  """The largest BatchNorm momentum of the module below 1; 0 without any."""
   if not state.batch_stats:
     return 0.0
   call = _batch_statistics(state.module, source.draw)
@@ -70,7 +70,7 @@ def longest_momentum(state: Any, source: Any) -> float:
 
 
 def is_short(momentum: float, steps: int) -> bool:
-  """Whether first statistics still weigh more than 1 % after some steps.
+  """Whether the first statistics still weigh more than 1 % after `steps`.
 
   >>> is_short(0.9, 70), is_short(0.99, 70), is_short(0.99, 1000)
   (False, True, False)
@@ -82,14 +82,14 @@ def estimated(state: Any, source: Any, step: int) -> Any:
   """The state with statistics of its present weights over training batches.
 
   With means a_i and variances v_i of n batches, the mean is the mean of a_i and
-  the variance that of v_i plus the variance of a_i. Statistics that a training
-  step does not move (a frozen BatchNorm) stay.
+  the variance is the mean of v_i plus the variance of a_i. Statistics that a
+  training step does not change (a frozen BatchNorm) stay.
 
   Args:
-    state: Its `module`, `variables` and `batch_stats`.
+    state: A state with `module`, `variables` and `batch_stats`.
     source: Training batches, such as `pipeline.ArraySource`.
-    step: Steps made: the `BATCHES` batches before it, or the first ones of the
-      run, are used.
+    step: The number of steps made. The `BATCHES` batches before it are used,
+      or the first ones of the run.
   """
   call = _batch_statistics(state.module, source.draw)
   first = max(0, step - BATCHES)
@@ -114,13 +114,13 @@ def estimated(state: Any, source: Any, step: int) -> Any:
 def refresher(
   mode: str, is_own: bool, state: Any, source: Any
 ) -> Callable[[Any, int], Any]:
-  """(state, steps made) -> the state that is evaluated and saved.
+  """A function (state, steps made) -> the state to evaluate and save.
 
   Args:
     mode: `config.train.statistics`: 'running', 'estimated', or 'auto', which is
-      'estimated' for a model of the user's own while `is_short`.
+      'estimated' for a model of the user's own while the run `is_short`.
     is_own: Whether the model is the user's own.
-    state: At step 0.
+    state: The state at step 0.
     source: Training batches.
   """
   if mode == 'running' or (mode == 'auto' and not is_own):

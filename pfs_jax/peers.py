@@ -1,13 +1,13 @@
 """Several processes of one run: how they join, and how they end together.
 
 When a process dies, JAX's coordination service aborts the others with a long
-dump; an exception on one process leaves the others waiting in a collective. So
-that all of them end soon, with one line that says which process failed and why:
+dump; an exception on one process leaves the others waiting in a collective. Two
+things end all processes soon, with one line that says which one failed and why:
 
-- `start` forks. The child does the work. The parent keeps what libraries in C++
-  print, and says in one line why a child was aborted.
+- `start` forks. The child does the work. The parent collects what libraries in
+  C++ print, and says in one line why a child was aborted.
 - A process that fails tells the others through the coordination service
-  (`tell`), and a thread of each asks for such news.
+  (`tell`), and a thread in each process asks for such messages.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import jax
 
 from pfs_jax import errors
 
-# Seconds without a sign of life until a process counts as dead. All processes
-# end within twice this time of a failure.
+# Seconds without a heartbeat after which a process counts as dead. All
+# processes end within twice this time after a failure.
 _HEARTBEAT = 30
 _KEY = 'pfs_jax/failed'
 _CONTINUE = 'The same commands continue.'
@@ -37,7 +37,7 @@ _LOST = ('Gloo', 'NCCL', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'coordination')
 
 
 def start(coordinator: str | None, processes: int, process: int) -> None:
-  """Joins this process with the others; before anything else asks JAX.
+  """Joins this process with the others; call it before any other use of JAX.
 
   Args:
     coordinator: None for a single process; 'auto' where JAX finds the others by
@@ -83,7 +83,7 @@ def _heartbeat() -> int:
 
 
 def _grace() -> float:
-  """Seconds in which each process can say itself what fails on all of them."""
+  """Seconds in which each process can report an error that all of them have."""
   return min(2.0, _heartbeat() / 10)
 
 
@@ -93,9 +93,9 @@ def _fork(process: int) -> None:
   child = os.fork()
   if child == 0:
     os.close(read)
-    with contextlib.suppress(OSError, AttributeError):  # Linux: die with it.
+    with contextlib.suppress(OSError, AttributeError):  # Dies with its parent.
       ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # Python's own messages go where they went; what C++ prints to the parent.
+    # Python's messages stay on stderr; what C++ prints goes to the parent.
     sys.stderr = os.fdopen(os.dup(2), 'w', buffering=1)
     os.dup2(write, 2)
     os.close(write)
@@ -114,7 +114,7 @@ def _fork(process: int) -> None:
 
 
 def _reason(process: int, number: int, text: str) -> str:
-  """Why a child was ended by a signal, in one line."""
+  """One line that says why a signal ended a child."""
   if number == signal.SIGABRT and 'coordination' in text:
     named = re.search(r'heartbeats?\):\s*(\d+)|Task (\d+) heartbeat', text)
     who = next(filter(None, named.groups())) if named else '0'
@@ -126,7 +126,7 @@ def _reason(process: int, number: int, text: str) -> str:
 
 def _client():
   """The client of the coordination service; None for a single process."""
-  from jax._src import distributed  # There is no public way.
+  from jax._src import distributed  # It has no public name.
 
   return distributed.global_state.client
 
@@ -139,19 +139,19 @@ def joined() -> bool:
 def tell(reason: str) -> None:
   """Tells the other processes, if there are any, why this one fails.
 
-  Process 0 then waits until they have asked, because it holds the news.
+  Process 0 holds the message, so it waits until the others have asked for it.
   """
   client = _client()
   if client is None:
     return
-  with contextlib.suppress(Exception):  # Another one was first.
+  with contextlib.suppress(Exception):  # Another process was first.
     client.key_value_set(_KEY, f'process {jax.process_index()}: {reason}')
   if jax.process_index() == 0:
     time.sleep(2 * _grace())
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process; one of several does not wait for the others.
+  """Ends this process without waiting for the others.
 
   JAX would wait for them at a barrier, for minutes.
   """
@@ -165,7 +165,7 @@ def leave(code: int) -> NoReturn:
 def lost(e: Exception) -> bool:
   """Whether an exception says that the connection to another process broke.
 
-  It first gives JAX the time to find the process that died and to end this one.
+  If it does, JAX first gets time to find the dead process and to end this one.
   """
   if not joined() or not any(word in str(e) for word in _LOST):
     return False
@@ -176,7 +176,7 @@ def lost(e: Exception) -> bool:
 def _listen(ended: threading.Event) -> None:
   """Ends this process if another one fails and this one does not notice.
 
-  It asks, and does not wait inside the service: a thread that is inside C++
+  It polls, and does not wait inside the service: a thread that is inside C++
   when Python ends aborts the process.
   """
   client = _client()
@@ -186,7 +186,7 @@ def _listen(ended: threading.Event) -> None:
     except Exception as e:
       if 'NOT_FOUND' in str(e):
         continue
-      return  # The service is gone, and so is this process.
+      return  # The service has ended, and this process ends too.
     if reason.startswith(f'process {jax.process_index()}:'):
       return
     if ended.wait(_grace()):

@@ -1,4 +1,4 @@
-"""Names what is on images, by an exported network.
+"""Classifies images by an exported network.
 
 python -m pfs_jax.predict exported_dir image.png [image2.png ...]
 """
@@ -20,10 +20,10 @@ from pfs_jax.data import decoding
 def read_image(
   path: str, expected: Mapping[str, Any], invert: bool = False
 ) -> np.ndarray:
-  """An image file as the network was trained on them.
+  """Reads an image file in the form of the images that the network evaluates.
 
-  Upright, grey or RGB; the centre square is resized, or, for networks of large
-  images, the centre crop of the evaluation (`data.decoding.decode`).
+  It is upright, and grey or RGB. Its centre square is resized; for networks of
+  large images, the centre crop of the evaluation (`data.decoding.decode`) is.
 
   Args:
     path: Any file that Pillow reads.
@@ -34,7 +34,7 @@ def read_image(
     uint8 [H, W, C].
 
   Raises:
-    errors.UserError: It cannot be read.
+    errors.UserError: The file cannot be read.
   """
   _, size, _, channels = expected['shape']
   try:
@@ -43,7 +43,7 @@ def read_image(
     pixels = decoding.decode(
       content, size, keep=keep, channels=channels, formats=None
     )
-  except Exception as e:  # Damaged files raise many kinds.
+  except Exception as e:  # Damaged files raise many types of errors.
     reason = e.strerror if isinstance(e, OSError) and e.strerror else e
     reason = 'it is no image' if 'cannot identify' in str(e) else reason
     raise errors.UserError(f'{path} cannot be read: {reason}.') from e
@@ -53,7 +53,7 @@ def read_image(
 def probabilities(
   classify: export.Exported, pixels: Sequence[np.ndarray]
 ) -> np.ndarray:
-  """[N, classes] that sum to 1 for each image."""
+  """Probabilities [N, classes], which sum to 1 for each image."""
   expected = classify.manifest['input']
   logits = classify(
     export.normalised(np.stack(pixels), expected['mean'], expected['std'])
@@ -69,10 +69,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(prog='python -m pfs_jax.predict', description=__doc__)
-  parser.add_argument('directory', help='what --mode=export made')
+  parser.add_argument('directory', help='the folder of an export')
   parser.add_argument('images', nargs='+', metavar='image')
   parser.add_argument(
-    '--format', help='stablehlo, safetensors or onnx; default: the first there'
+    '--format', help='stablehlo, safetensors or onnx; default: the first found'
   )
   parser.add_argument(
     '--factory',
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @console.guarded
 def main(argv: Sequence[str]) -> None:
-  """Prints class and probability, one line an image and class."""
+  """Prints the likeliest classes of each image, each on a line."""
   asked = _parser().parse_args(argv)
   if asked.top < 1:
     raise errors.UserError(f'--top must be >= 1; got {asked.top}.')

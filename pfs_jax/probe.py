@@ -1,11 +1,12 @@
-"""Which layers are too wide or too narrow: the loss that dropped channels cost.
+"""Finds layers that are too wide or too narrow, by dropping channels.
 
 A narrow network is trained for a short while with mild channel dropout. Then
 channels are dropped in one layer at a time, so that every layer loses about the
 same MACs, and the rise of the loss on images that the training did not use is
-divided by the MACs. Where it is high, more channels are worth their MACs; where
-it is low, some can go (Network Adjustment, arXiv 2004.02767, section 3). What
-carries no gate, such as the residual stream of a ResNet, is not probed.
+divided by the MACs. A high result says that more channels are worth their MACs;
+a low one, that some can be removed (Network Adjustment, arXiv 2004.02767,
+section 3). Channels without gates, such as the residual stream of a ResNet, are
+not probed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import optax
 
 from pfs_jax import costs, devices, groups, scores
 
-# Of the cheapest layer's channels, the share that one draw drops.
+# The share of the cheapest layer's channels that one draw drops.
 _SHARE = 0.25
-# A layer is out of proportion where its loss per MAC lies this factor off.
+# A layer is out of proportion if its loss per MAC is off by this factor.
 FACTOR = 4.0
 
 
@@ -77,10 +78,10 @@ class ChannelDropout:
 
 
 def dropped(cost_model: costs.CostModel) -> np.ndarray:
-  """Channels of the narrow network to drop in each layer [L].
+  """The number of channels to drop in each layer of the narrow network, [L].
 
-  A quarter of the channels in the layer where that is cheapest, as many MACs
-  in the others, at least one channel, at most half of them.
+  It is a quarter of the channels in the layer where these cost the fewest MACs,
+  and about as many MACs in the others: at least one channel, at most half.
   """
   widths = np.array(cost_model.widths)
   spent = scores.channel_costs(cost_model)
@@ -92,9 +93,9 @@ def dropped(cost_model: costs.CostModel) -> np.ndarray:
 def drawn(
   width: int, number: int, n: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Gates [n, width] float32, `number` zeros at random for each image.
+  """Gates float32 [n, width], with `number` random zeros for each image.
 
-  The other gates are scaled so that the sum stays.
+  The other gates are scaled so that their sum stays the same.
   """
   ranks = rng.permuted(np.tile(np.arange(width), (n, 1)), axis=1)
   return (ranks >= number).astype(np.float32) * (width / max(1, width - number))
@@ -125,9 +126,9 @@ def rises(
     variables: Its trained `params` and `batch_stats`.
     cost_model: Costs of the narrow network: its widths are the module's.
     batches: Held-out images, such as `pipeline.ArrayEvaluation`; each draw
-      takes the next batch of them, with other channels for each image.
+      takes the next batch of them, and other channels for each image.
     n: Draws for each layer.
-    rng: Where the draws come from.
+    rng: The generator of the draws.
   """
   call = _loss(module, batches.augmentation)
   numbers = dropped(cost_model)
@@ -159,7 +160,7 @@ class Finding:
   Attributes:
     losses: {layer: rise of the loss for each million MACs, > 0}.
     errors: {layer: its standard error over draws}.
-    slope: Of the logarithm of the losses over depth, which runs from 0 to 1.
+    slope: The slope of the logarithm of the losses over depth, 0..1.
     wide: Layers that are too wide: fewer channels would cost little.
     narrow: Layers that are too narrow.
   """
@@ -195,16 +196,16 @@ class Finding:
 
 
 def finding(layers: Sequence[str], values: np.ndarray) -> Finding:
-  """What rises of the loss say.
+  """Finds the layers that are out of proportion, from rises of the loss.
 
-  A layer is out of proportion where its loss per MAC lies more than `FACTOR`
-  off the median layer's, by more than two standard errors. A loss that does not
-  rise by its standard error counts as that error.
+  In such a layer, the loss per MAC differs from the median layer's by more than
+  a factor of `FACTOR`, even after a change of two standard errors. A rise that
+  is smaller than its standard error counts as that error.
 
   Args:
     layers: Their names, forward order.
-    values: [trainings, draws, L], as from `rises`. The standard error is that
-      over all draws, or that over trainings where it is larger.
+    values: [trainings, draws, L], as from `rises`. The standard error is the
+      larger one of that over all draws and that over trainings.
   """
   flat = values.reshape(-1, len(layers))
   error = np.maximum(

@@ -44,7 +44,7 @@ def _checked(
 
 
 def _order(scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """All units, best first, as (layer, size-sorted position within the layer).
+  """All units, best first, as (layer, position in the sorted layer).
 
   Each vector of `scores` is sorted, best first. Ties at any value are spread in
   proportion: the i-th of the n tied units of a layer has tie key (i + 0.5) / n,
@@ -81,7 +81,7 @@ def fit(
   latency: Latency | None = None,
   **conditions: Any,
 ) -> Structure:
-  """`cut` to a budget that is given by its parts; see `Budget` and `cut`.
+  """Calls `cut` with a budget of these fields; see `Budget` and `cut`.
 
   >>> from pfs_jax import models, scores
   >>> model = models.cost_model('resnet20', 10, 32)
@@ -176,7 +176,7 @@ def _blocks(
 
 
 def _cut(blocks, steps, least, fits) -> np.ndarray:
-  """Minimum, longest prefix that fits, then the rest that still fits."""
+  """Counts: the minimum, the longest prefix that fits, the rest that fits."""
   layer, position = _order(blocks)
   steps = np.array(steps)
 
@@ -217,7 +217,7 @@ def published(
   reduction: float,
   reference_macs: int,
 ) -> Structure:
-  """The cut of the published implementation, to compare with.
+  """The cut of the published implementation, for comparisons.
 
   Bisects the share q of channels removed, from (0, 1), in at most 10 halvings:
   k = round(K * (1 - q)) channels (Python's half-to-even) with the largest gates

@@ -1,7 +1,7 @@
 """The names of rankings: how channels of different layers are compared.
 
-A name is a kind, for some kinds with a number behind it: `layer_mean`,
-`cost0.5`, `tilt-0.4`. `scores.ranked` says what each kind does.
+A name is a kind, followed by a number for some kinds: `layer_mean`, `cost0.5`,
+`tilt-0.4`. `scores.ranked` says what each kind does.
 """
 
 from __future__ import annotations

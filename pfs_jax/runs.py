@@ -34,7 +34,7 @@ _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-@functools.cache  # The code that runs is that of the start.
+@functools.cache  # The code was read at the start.
 def commit() -> str:
   """The commit of this checkout; '' outside one.
 
@@ -79,11 +79,11 @@ def hardware() -> str:
 
 
 def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
-  """Makes a new folder belong to an identity, or checks whose folder it is.
+  """Gives a new folder an identity, or checks that the folder has this one.
 
   Args:
     folder: The folder; its config.json holds the identity. Fields that are not
-      in it count as their defaults.
+      in it count as having their defaults.
     identity: {field: value}.
 
   Raises:
@@ -150,7 +150,7 @@ class Result(TypedDict):
 
 
 def read_result(path: pathlib.Path) -> Result:
-  """result.json; a UserError if it is missing or not a result."""
+  """Reads result.json; raises UserError if it is missing or not a result."""
   if not path.exists():
     raise errors.UserError(
       f'{path} does not exist: no training has finished here. Run --mode=train '
@@ -208,11 +208,10 @@ class MetricsLog:
         file.close()
 
   def __enter__(self) -> MetricsLog:
-    """Returns itself."""
     return self
 
   def __exit__(self, kind: type | None, *_: object) -> None:
-    """Closes the log; one that is complete is sealed."""
+    """Closes the log, and seals it unless an exception occurred."""
     self.close()
     if kind is None:
       storage.seal(self._path)
@@ -248,7 +247,7 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Seconds of work on a stage, with those in its metrics log."""
+  """Seconds of work on a stage, including earlier ones in its metrics log."""
 
   def __init__(self, folder: pathlib.Path):
     records = read_metrics(folder)
@@ -261,15 +260,15 @@ class Clock:
 
 
 def barrier(name: str) -> None:
-  """Waits for all processes, such as until the first one has written."""
+  """Waits for all processes, for example until the first one has written."""
   multihost_utils.sync_global_devices(name)
 
 
 class StopSignal:
-  """Keeps the number of a SIGTERM or SIGINT; the loop stops after its step.
+  """Remembers a SIGTERM or SIGINT, so that the loop stops after its step.
 
-  A second signal ends the process at once. With several processes nothing is
-  caught here: JAX's own handler tells all of them of a SIGTERM to one, and
+  A second signal ends the process at once. With several processes, no signal is
+  caught here: when one gets a SIGTERM, JAX's own handler tells all of them, and
   `Checkpoints.reached_preemption` says at which step they stop.
   """
 
@@ -277,14 +276,12 @@ class StopSignal:
     self.number: int | None = None
 
   def __enter__(self) -> StopSignal:
-    """Installs the handlers."""
     one = jax.process_count() == 1
     numbers = (signal.SIGTERM, signal.SIGINT) if one else ()
     self._before = {s: signal.signal(s, self._handle) for s in numbers}
     return self
 
   def __exit__(self, *_) -> None:
-    """Puts the former handlers back."""
     for number, handler in self._before.items():
       signal.signal(number, handler)
 

@@ -1,7 +1,7 @@
 """Scores: the numbers by which the channels of all layers are compared.
 
-`prune.cut` keeps the channels with the highest scores. Gates are scores as they
-are (the paper); here is everything else that a cut can start from. All scores
+`prune.cut` keeps the channels with the highest scores. In the paper the gates
+are the scores. This module has all other scores that a cut can start from. They
 are {layer name: [C] float}, in the order of the cost model.
 """
 
@@ -23,9 +23,9 @@ Scores = dict[str, np.ndarray]
 def over_layer_mean(gates: Mapping[str, Any]) -> Scores:
   """Each gate over its layer's mean: scores that favour no layer.
 
-  A layer's gates have no scale of their own where BatchNorm follows their
-  consumer, so the layer's mean says how fast the optimiser let them drift. The
-  mean of the scores of a layer is 1, or 0 where all its gates are 0.
+  If BatchNorm follows their consumer, the scale of a layer's gates has no
+  effect, and their mean only says how fast the optimiser let them drift. The
+  mean of the scores of a layer is 1, or 0 if all its gates are 0.
 
   >>> over_layer_mean({'conv': [1.0, 3.0]})
   {'conv': array([0.5, 1.5])}
@@ -35,10 +35,10 @@ def over_layer_mean(gates: Mapping[str, Any]) -> Scores:
 
 
 def channel_costs(cost_model: costs.CostModel) -> np.ndarray:
-  """MACs that the full network saves with one channel less, by layer: [L].
+  """MACs that the full network saves with one channel less in a layer, [L].
 
   They are the channel's own MACs and those of the layers that read it. A layer
-  of one channel cannot lose it, and counts it all the same.
+  with a single channel is counted in the same way.
   """
   full = np.array(cost_model.widths)
   total = cost_model.macs(full)
@@ -62,7 +62,7 @@ def over_cost(
   }
 
 
-# From nothing but the cost model and a seed.
+# From the cost model and a seed alone.
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
@@ -71,7 +71,7 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
 
 
 def equal(cost_model: costs.CostModel) -> Scores:
-  """All 1: equal scores are kept evenly in all layers: uniform widths."""
+  """Scores that are all 1, from which the cut makes uniform widths."""
   sizes = zip(cost_model.layers, cost_model.widths, strict=True)
   return {name: np.ones(width) for name, width in sizes}
 
@@ -156,7 +156,7 @@ def profile_scores(
     weights: {layer name: weight > 0}; only their ratios matter.
     gates: {layer name: [C]}: the size of each layer, and the order within it,
       the largest gate first, the earlier channel among equal ones.
-    least: {layer name: channels that come before those of every other layer}.
+    least: {layer name: number of channels to rank before all other channels}.
   """
   found, ahead = {}, {}
   for name, gate in gates.items():
@@ -183,8 +183,8 @@ def tilt(layers: Sequence[str], slope: float) -> dict[str, float]:
 def survivors(gates: Mapping[str, Any]) -> dict[str, float]:
   """The share of each layer's gates above 0, one gate at least.
 
-  In a search that is long enough, the gates of channels that carry nothing
-  reach 0; those that are left say how wide the layer needs to be.
+  In a search that is long enough, the gates of useless channels reach 0; the
+  number of the other gates says how wide the layer needs to be.
   """
   return {
     layer: max(1, int((np.asarray(g) > 0).sum())) / len(g)
@@ -199,7 +199,7 @@ def damped(
 ) -> dict[str, float]:
   """Weights times (loss per MAC over its geometric mean) ** damping.
 
-  Layers that hurt most for each MAC get wider.
+  Layers whose MACs change the loss most get wider.
 
   Args:
     losses: {layer: rise of the loss for each MAC removed there, > 0}.
@@ -215,13 +215,13 @@ def damped(
 
 
 class Probe(TypedDict):
-  """What is read of probe.json; `stages.probing` writes more.
+  """The fields of probe.json that a cut reads; `stages.probing` writes more.
 
   Attributes:
     mean: {layer: rise of the loss for each million MACs, > 0}.
     before: {layer: weight of the widths that were probed}.
-    damping: That of the config.
-    sentence: What it comes to.
+    damping: The damping of the config.
+    sentence: The result in words.
   """
 
   mean: dict[str, float]
@@ -231,7 +231,7 @@ class Probe(TypedDict):
 
 
 def probed(found: Probe, damping: float | None = None) -> dict[str, float]:
-  """The width profile of a probe; without a damping, with that of its file."""
+  """The width profile of a probe, by default with the damping of its file."""
   number = found['damping'] if damping is None else damping
   return damped(found['mean'], number, found['before'])
 
@@ -249,8 +249,8 @@ def ranked(
   """The scores that a ranking makes of gates; see docs/tournament.md.
 
   Within a layer the order stays that of the gates. 'global' leaves the gates as
-  they are (paper, section 3.3). So do 'random' and 'sensitivity': who calls has
-  made these scores.
+  they are (paper, section 3.3). So do 'random' and 'sensitivity', for which the
+  caller has computed the scores already.
 
   Args:
     gates: {layer name: [C] gates, >= 0}, in the order of the cost model.

@@ -11,8 +11,8 @@ BatchNorm's scale and bias, are frozen; BatchNorm uses batch statistics.
 
 Random frozen weights include those of the classifier, which keep the
 cross-entropy near chance. `init(..., classifier=path)` trains that one layer
-along with the gates, by the same optimiser; the paper does not, and no weight
-is part of what a search gives.
+along with the gates, by the same optimiser. The paper does not do this. The
+result of a search is its gates alone, in both cases.
 
 A gate that reaches 0 never returns: ReLU'(0) = 0 stops the gradient of the
 cross-entropy (`jax.nn.relu`; `jnp.maximum(x, 0)` would give 0.5), sign(0) = 0
@@ -259,7 +259,7 @@ def step(
 
 
 def _moved_classifier(state: SearchState, updates: Any) -> Any:
-  """The weights after a step: those of the classifier, if any, are moved.
+  """The weights after a step, which changes those of the classifier alone.
 
   The other updates are zeros. Adding them would copy every weight in every step
   (and turn -0.0 into 0.0).

@@ -1,8 +1,8 @@
-"""Files are written whole or not at all and read as a type; folders are locked.
+"""Writes files whole or not at all, reads them as a type, and locks folders.
 
 Every write goes to a temporary name in the same folder, which is then renamed.
-With several processes the first one writes. What cannot be read or written is a
-`UserError` of one line.
+With several processes the first one writes. A file that cannot be read or
+written raises a `UserError` of one line.
 
 A finished file can be *sealed*: its SHA-256 is noted in checksums.json beside
 it, and a reader refuses the file if it differs. A writer removes the note
@@ -32,7 +32,7 @@ import numpy as np
 from pfs_jax import errors
 
 CHECKSUMS = 'checksums.json'
-_LARGEST = 2**28  # Bytes of a file of text or JSON.
+_LARGEST = 2**28  # Most bytes of a file of text or JSON.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -47,7 +47,7 @@ def write_bytes(
 ) -> None:
   """Writes a file, unless it already holds the content.
 
-  So a finished run can be used without the right to write.
+  So a finished run can be used without the permission to write.
 
   Args:
     path: The file; its folder is made if it does not exist.
@@ -55,11 +55,11 @@ def write_bytes(
     sealed: Whether its checksum is noted.
 
   Raises:
-    errors.UserError: It cannot be written; the file before it is kept.
+    errors.UserError: It cannot be written; an earlier file is kept.
   """
   if not is_first_process():
     return
-  notes = _notes(path.parent)
+  notes = _noted_checksums(path.parent)
   others = {k: v for k, v in notes.items() if k != path.name}
   wanted = {**others, path.name: sha256(content)} if sealed else others
   if notes == wanted and _holds(path, content):
@@ -135,7 +135,10 @@ def write_arrays(
 def seal(path: pathlib.Path) -> None:
   """Notes the checksum of a file that was written piece by piece."""
   if is_first_process():
-    notes = {**_notes(path.parent), path.name: sha256(path.read_bytes())}
+    notes = {
+      **_noted_checksums(path.parent),
+      path.name: sha256(path.read_bytes()),
+    }
     _replace(path.parent / CHECKSUMS, _json(notes))
 
 
@@ -143,10 +146,10 @@ def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   """The content of a file of at most `largest` bytes.
 
   Raises:
-    errors.UserError: It cannot be read, or is not as it was when it was sealed.
+    errors.UserError: It cannot be read, or has changed since it was sealed.
   """
-  content = _bytes(path, largest)
-  noted = _notes(path.parent).get(path.name)
+  content = _read_regular_file(path, largest)
+  noted = _noted_checksums(path.parent).get(path.name)
   if noted not in (None, sha256(content)):
     raise errors.UserError(
       f'{path} is damaged or was changed: its SHA-256 is not the one in '
@@ -156,7 +159,7 @@ def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   return content
 
 
-def _bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
+def _read_regular_file(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   try:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -173,16 +176,16 @@ def _bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
     raise errors.UserError(f'{path} cannot be read: {e.strerror}.') from e
 
 
-def _notes(folder: pathlib.Path) -> dict[str, str]:
+def _noted_checksums(folder: pathlib.Path) -> dict[str, str]:
   """checksums.json of a folder; {} if there is none."""
   path = folder / CHECKSUMS
   if not path.exists():
     return {}
-  return decode(_bytes(path), dict[str, str], path)
+  return decode(_read_regular_file(path), dict[str, str], path)
 
 
 def decode(content: bytes | str, kind: Any, where: object) -> Any:
-  """JSON as a type that msgspec knows, such as `dict[str, int]`.
+  """Decodes JSON as a type that msgspec knows, such as `dict[str, int]`.
 
   Raises:
     errors.UserError: It is not JSON of this type. The message begins with
@@ -206,12 +209,12 @@ def decode(content: bytes | str, kind: Any, where: object) -> Any:
 
 
 def read_json(path: pathlib.Path, kind: Any = Any) -> Any:
-  """A JSON file as a type; see `decode` and `read_bytes`."""
+  """Reads a JSON file as a type; see `decode` and `read_bytes`."""
   return decode(read_bytes(path), kind, path)
 
 
 def read_text(path: pathlib.Path) -> str:
-  """A text file in UTF-8; see `read_bytes`."""
+  """Reads a text file in UTF-8; see `read_bytes`."""
   try:
     return read_bytes(path).decode()
   except UnicodeDecodeError as e:
@@ -235,7 +238,7 @@ def read_arrays(
   try:
     with np.load(io.BytesIO(content), allow_pickle=False) as f:
       arrays = {name: f[name] for name in f.files}
-  except Exception as e:  # numpy and zipfile raise many kinds.
+  except Exception as e:  # numpy and zipfile raise many types of errors.
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise errors.UserError(f'{path} cannot be read: {reason}') from e
   if shapes is not None:
@@ -277,19 +280,19 @@ def sha256(content: bytes) -> str:
 def locked(
   folder: pathlib.Path, wait: Callable[[], object] | None = None
 ) -> Iterator[bool]:
-  """Locks a folder, by the file .lock in it, for the time of the context.
+  """Locks a folder, by the file .lock in it, during the context.
 
-  The lock ends with the process, however it ends. A folder in which nothing can
-  be written and a file system without locks count as locked. Of several
-  processes of one run the first holds the lock for all.
+  The lock ends with the process, however it ends. A folder that is read-only,
+  or on a file system without locks, counts as locked by this process. If a run
+  has several processes, the first one holds the lock for all.
 
   Args:
-    folder: It is made if it does not exist.
-    wait: Is called before waiting for another process that holds the folder;
-      None: do not wait.
+    folder: The folder; it is made if it does not exist.
+    wait: A function to call before waiting for another process that holds the
+      folder; None: do not wait.
 
   Yields:
-    Whether this process holds the folder; False only without `wait`.
+    Whether this process holds the lock; it can be False only without `wait`.
 
   Raises:
     errors.UserError: The folder cannot be made.

@@ -28,7 +28,7 @@ class Structure:
     budget: What was asked: ceilings, minimum width, multiple; {} if nothing.
     floor: MACs and parameters of the narrowest structure allowed.
     binding: The ceiling of which the largest share is used ('macs', 'params',
-      'latency_ms'), '' where none stopped the cut.
+      'latency_ms'), '' if no ceiling stopped the cut.
     tie_share: Share (0..1) of the kept channels whose gate equals that of some
       channel that was dropped: these were chosen by the tie rule, not by the
       search.
@@ -76,10 +76,10 @@ class Structure:
 
     Args:
       text: The JSON text.
-      where: What the error calls it, such as the path of the file.
+      where: The name of the text in errors, such as the path of the file.
 
     Raises:
-      errors.UserError: If it is no structure; one line that names the field.
+      errors.UserError: The text is no structure; one line names the field.
 
     >>> Structure.from_json('{"counts": 3}', 'x')
     Traceback (most recent call last):

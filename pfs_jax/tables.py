@@ -28,7 +28,7 @@ class Table(NamedTuple):
 def markdown(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> str:
-  r"""A table in Markdown: the first column to the left, numbers to the right.
+  r"""A table in Markdown, with all columns but the first right-aligned.
 
   >>> print(markdown('', ['layer', 'kept'], [['a|b', '8']]))
   | layer | kept |
@@ -84,7 +84,7 @@ def escape(text: str) -> str:
 
 
 def anchor(title: str, kind: str = 'table') -> str:
-  """The id of what has a title on a page.
+  """The id of a titled part of a page.
 
   >>> anchor('Test accuracy in %')
   'table-test-accuracy-in'
@@ -93,7 +93,7 @@ def anchor(title: str, kind: str = 'table') -> str:
 
 
 def is_number(text: str) -> bool:
-  """Whether a cell is set to the right: a number with its unit, or a gap.
+  """Whether a cell is right-aligned: a number with its unit, or no value.
 
   >>> [is_number(x) for x in ('1,234', '+0.12', '45 ms', '-', 'conv1')]
   [True, True, True, True, False]

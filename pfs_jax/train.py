@@ -83,7 +83,7 @@ def schedule(
     recipe: The section `train` of a config. 'step' multiplies the rate by
       `decay_factor` from each share of `decay_at` on. With `scale_rate`,
       `learning_rate` is the rate of a batch of 256.
-    total_steps: Steps of the training, with those of the warm-up.
+    total_steps: Steps of the training, including those of the warm-up.
   """
   rate = recipe.learning_rate
   if recipe.scale_rate:
@@ -93,7 +93,7 @@ def schedule(
     main = optax.cosine_decay_schedule(rate, max(1, total_steps - warmup))
   else:
     boundaries = {}
-    for share in recipe.decay_at:  # Equal boundaries of a short run multiply.
+    for share in recipe.decay_at:  # Factors at equal boundaries multiply.
       boundary = round(share * total_steps) - warmup
       factor = boundaries.get(boundary, 1.0) * recipe.decay_factor
       boundaries[boundary] = factor
@@ -106,7 +106,7 @@ def schedule(
 
 
 def decay_mask(rule: str) -> Callable[[Any], Any]:
-  """A function from parameters to which of them (bool) decay.
+  """A function from parameters to booleans that say which of them decay.
 
   With 'all' every parameter decays. With 'dense' only the kernels of dense
   convolutions and linear layers do. Depthwise layers are recognised by their
@@ -275,7 +275,7 @@ def compiled_call(step_fn: Callable, draw: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How many steps a loop makes, and after how many it does something else.
+  """How many steps a loop makes, and how often it logs, evaluates and saves.
 
   The last step is always logged, evaluated and saved. `steps_per_call` steps
   are compiled into one call.
@@ -305,7 +305,7 @@ def loop(
   evaluate: Callable[[Any, int], dict[str, float]] | None = None,
   finish: Callable[[Any], Any] | None = None,
 ) -> Any:
-  """Makes the steps of a plan that are not yet made; gives the last state.
+  """Makes the remaining steps of a plan and returns the last state.
 
   Args:
     state: The state at step 0. The newest checkpoint in `folder` replaces it.
@@ -319,7 +319,7 @@ def loop(
 
   Raises:
     errors.Interrupted: A signal came, and the state is saved.
-    errors.UserError: A number in a record or before a checkpoint is not finite.
+    errors.UserError: A metric in a record or before a checkpoint is not finite.
   """
   state = devices.replicate(state)
   call = compiled_call(step_fn, source.draw)
@@ -352,7 +352,7 @@ def loop(
         progress.line(done, **record)
       interrupted = stop.number or checkpoints.reached_preemption(done)
       if done % plan.checkpoint_steps == 0 or last or interrupted:
-        _check_finite(_means(recent), label, done)  # Never saved over a good.
+        _check_finite(_means(recent), label, done)  # Save only finite ones.
         checkpoints.save(done, state, _values(recent))
       if interrupted:
         number = stop.number or int(runs.signal.SIGTERM)

@@ -1,8 +1,8 @@
-"""Code of the user that a config names: importing it, and blaming it.
+"""Imports code of the user that a config names, and reports its errors.
 
 A config is code: what `config.model.factory` and `config.data.factory` name is
-imported and called. Data files (manifests, structures, checkpoints) never are:
-nothing that they name comes here.
+imported and called. What data files (manifests, structures, checkpoints) name
+is never imported or called.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def imported(field: str, spec: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def blamed(field: str, spec: str) -> Iterator[None]:
-  """Turns an exception inside the user's code into one line that names it.
+  """Turns an exception inside the user's code into an error of one line.
 
-  The line says what was raised, and where: the last place in the traceback
-  that is neither this package nor an installed one.
+  The line says what was raised, and the last place in the traceback that is
+  outside of this package and of installed packages.
 
   Raises:
     errors.UserError: In place of any other exception.

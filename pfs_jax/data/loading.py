@@ -120,7 +120,7 @@ class Batches:
           )
           weights[i] = 1
           break
-        except Exception as e:  # Pillow raises many kinds.
+        except Exception as e:  # Pillow raises many types of errors.
           corrupt.append((image, reason(e)))
     arrays = dict(zip(ARRAYS, (pixels, labels, weights), strict=True))
     return {**arrays, 'corrupt': corrupt}

@@ -249,7 +249,7 @@ def _first_size(train: listing.Folder) -> int:
   """The shorter side of the first image of the first class."""
   try:
     return min(decoding.size(train.read(0)[0]))
-  except Exception as e:  # Pillow raises many kinds.
+  except Exception as e:  # Pillow raises many types of errors.
     raise errors.UserError(
       f'{train.where(0)} cannot be decoded ({loading.reason(e)}), and '
       'config.data.image_size is 0 (the size of the first image).'
