@@ -7,8 +7,8 @@
 
 `trace` marks the calls of layers, `flow` follows channels through the trace,
 `discover` makes groups of them, `check` narrows and compares, `factory` hands
-the result to the stages. All else is shared with our own families: `groups`,
-`gating`, `costs`.
+the result to the stages. The other modules are shared with the built-in
+families: `groups`, `gating`, `costs`.
 """
 
 from collections.abc import Mapping
@@ -42,14 +42,14 @@ __all__ = [
 def cost_model(model: Any, table: Table, x: Any, *args: Any) -> costs.CostModel:
   """MACs and parameters of the narrow models, exact functions of the counts.
 
-  Whatever multiplies and accumulates is counted (`costs`), but for what
-  `table.uncounted` names. Sums, such as a model's own `x.mean()`, cost nothing.
+  All operations that multiply and accumulate are counted (`costs`), but for
+  those in `table.uncounted`. Sums, such as a model's own mean, cost nothing.
 
   Args:
     model: The model of `discover`.
     table: What `discover` found.
     x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`; its size may differ
-      from the one that was discovered with.
+      from that of the images given to `discover`.
     *args: Further arguments of the model.
   """
   plain = narrow_linen(model, table, list(table.sizes.values()))
@@ -59,6 +59,6 @@ def cost_model(model: Any, table: Table, x: Any, *args: Any) -> costs.CostModel:
 def slice_variables(
   model: Any, table: Table, variables: Any, kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The narrow model's variables; as `Table.slice_variables`."""
-  del model  # The table says all.
+  """The narrow model's variables; see `Table.slice_variables`."""
+  del model  # The table is enough.
   return table.slice_variables(variables, kept)

@@ -1,4 +1,4 @@
-"""How a model is told whether it trains."""
+"""How a call tells a model whether it trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
-# Names under which models are told whether to train: {name: value in training}.
+# Arguments that tell models whether they train: {name: value in training}.
 NAMES = {
   'train': True,
   'training': True,
@@ -25,15 +25,15 @@ class TrainArgument:
   """Calls a model, and tells it by an argument or a field whether it trains.
 
   Attributes:
-    name: One of `NAMES`, or '' if the model is not told.
-    field: Whether it is a field of the module, not an argument of the call.
+    name: One of `NAMES`, or '' if the model has none of them.
+    field: Whether it names a field of the module, not an argument of the call.
   """
 
   name: str
   field: bool = False
 
   def value(self, train: bool) -> bool:
-    """What the argument is set to."""
+    """The value that says whether the model trains."""
     return NAMES[self.name] == train
 
   def __call__(
@@ -46,7 +46,7 @@ class TrainArgument:
 
 
 def train_argument(model: nn.Module) -> TrainArgument:
-  """How a model is told whether to train; arguments go before fields."""
+  """The way to tell a model whether it trains; arguments before fields."""
   arguments = inspect.signature(type(model).__call__).parameters
   fields = [f.name for f in dataclasses.fields(model)]
   for is_field, there in ((False, arguments), (True, fields)):

@@ -1,4 +1,4 @@
-"""What is known of the elements of an array: which channel, and what is left.
+"""What a walk knows of the elements of an array: their channels and states.
 
 A walk through a traced model (`flow`) carries, instead of numbers, one *cell*
 for each element. Cells are kept in arrays whose axes have length 1 where
@@ -17,21 +17,21 @@ import numpy as np
 
 
 class State(enum.IntEnum):
-  """What is left of an element when the gates of its channel are 0."""
+  """What an element is when the gates of its channel are 0."""
 
-  ZERO = 0  # Zero, exactly: the channel can be removed.
-  CONST = 1  # Something that does not depend on the images.
-  LIVE = 2  # It still depends on the images: no gate stands before it.
+  ZERO = 0  # Exactly zero: the channel can be removed.
+  CONST = 1  # A value that does not depend on the images.
+  LIVE = 2  # A value that still depends on the images: no gate acts on it.
 
 
 class Cell(NamedTuple):
   """What is known of one element.
 
-  `channel`: > 0 a channel, 0 none (the same for any channel), < 0 something
-  whose width the model fixes, by `Cells.origins[-channel - 1]`. `gates`: the
-  (path, index) of the layer outputs whose gates act on it last. `past`: a hash
-  of the operations that made it. If the narrow model has another hash there,
-  the model's code treats other channels in another way.
+  `channel`: > 0 is a channel, 0 is none (the same for any channel), < 0 is
+  something of a fixed width, which `Cells.origins[-channel - 1]` describes.
+  `gates`: the (path, index) of the layer outputs whose gates act on it last.
+  `past`: a hash of the operations that made it. If the narrow model has another
+  hash there, the model's code treats channels by their number.
   """
 
   channel: int
@@ -55,7 +55,7 @@ class Channels:
   """
 
   def __init__(self, number: int = 0):
-    """`number`: channels that there are already, made elsewhere."""
+    """`number`: how many channels exist already."""
     self.owners = [('', 0)]
     self._parent = list(range(number + 1))
     self._ties = collections.defaultdict(set)
@@ -69,14 +69,14 @@ class Channels:
     return np.arange(first, first + number)
 
   def find(self, channel: int) -> int:
-    """The channel that stands for all that are tied to this one."""
+    """The one channel that represents all channels tied to this one."""
     while self._parent[channel] != channel:
       self._parent[channel] = self._parent[self._parent[channel]]
       channel = self._parent[channel]
     return channel
 
   def tie(self, channels: Iterable[int], how: str) -> int:
-    """Makes channels one: they can only be removed together."""
+    """Ties channels, so that they can only be removed together; see `find`."""
     roots = sorted({self.find(c) for c in channels})
     for other in roots[1:]:
       self._parent[other] = roots[0]
@@ -86,7 +86,7 @@ class Channels:
     return roots[0]
 
   def fix(self, channels: Iterable[int], reason: str) -> None:
-    """Says that channels cannot be removed, and why."""
+    """Notes that channels cannot be removed, with the reason."""
     for channel in channels:
       if channel > 0:
         self._fixed.setdefault(self.find(channel), reason)
@@ -131,7 +131,7 @@ class Cells:
     return Value(np.full((1,) * ndim, self.number(Cell(channel, state))))
 
   def origin(self, text: str) -> int:
-    """The channel of a kind of fixed element; `text` says what it is."""
+    """The (negative) channel of fixed elements that `text` describes."""
     if text not in self.origins:
       self.origins.append(text)
     return -self.origins.index(text) - 1
@@ -147,16 +147,16 @@ class Cells:
     return self.value(known.ndim, channel, state)._replace(known=known)
 
   def by_channel(self) -> int:
-    """The channel of constants that differ by channel."""
+    """The (negative) channel of constants that differ by channel."""
     return self.origin('a constant that differs by channel')
 
   def found(self, numbers: np.ndarray) -> list[int]:
-    """The channels among cells."""
+    """The channels, > 0, of the cells with these numbers."""
     channels = {self._table[i].channel for i in np.unique(numbers)}
     return sorted(c for c in channels if c > 0)
 
   def merge(self, numbers: Sequence[int], how: str) -> Cell:
-    """The cell of an element that is made of the cells `numbers`.
+    """The cell of an element that is computed from the cells `numbers`.
 
     Args:
       numbers: The cells.
@@ -234,7 +234,7 @@ _BY_INDEX = frozenset(['dynamic_slice', 'gather'])
 
 
 def moved(equation: Any, values: Sequence[Value]) -> list[Value] | None:
-  """The outputs of an operation that moves elements, None for any other."""
+  """The outputs of an operation that moves elements; None for any other."""
   name, moves = equation.primitive.name, _MOVES.get(equation.primitive.name)
   if name in _BY_INDEX and any(v.known is None for v in values[1:]):
     return None
@@ -251,7 +251,7 @@ def moved(equation: Any, values: Sequence[Value]) -> list[Value] | None:
   arrays = list(map(np.broadcast_to, arrays, shapes))
   if moves:
     out = moves(equation.params, *arrays)
-  else:  # Rare: let JAX move the numbers of the cells.
+  else:  # These are rare, so JAX moves the numbers of the cells.
     arrays[0] = arrays[0].astype(np.int32)
     if name == 'pad':
       arrays[1] = arrays[1].astype(np.int32)

@@ -30,14 +30,14 @@ def narrow(
     table: What `discover` found.
     counts: Channels to keep of each group, 1 to its size, in forward order or
       by name.
-    verify: Whether to check, with `check` below, that it computes what the
-      gated model does.
-    x: Images to check it on, needed if `verify`.
+    verify: Whether to check, by `check` below, that the narrow model computes
+      the same as the gated one.
+    x: Images for the check, needed if `verify`.
     args: Further arguments of the model, for the check.
 
   Returns:
-    A Linen module: it can be bound, tabulated and used inside other modules.
-    For an NNX module an NNX module, with the weights of the first channels of
+    A Linen module, which can be bound, tabulated and used inside other modules.
+    For an NNX module, an NNX module with the weights of the first channels of
     each group: train it from new weights, or use `nnx_models.narrowed`.
 
   Raises:
@@ -56,13 +56,13 @@ def narrow(
 def narrow_linen(
   model: Any, table: groups.Table, counts: Sequence[int]
 ) -> gating.Wrapped:
-  """As `narrow`, a Linen module also for a model of flax.nnx."""
+  """As `narrow`, but a Linen module even for a model of flax.nnx."""
   source = gating.Source(nnx_models.as_linen(model), table.call)
   return gating.narrowed(source, table.layers, table.features(counts))
 
 
 def gate(model: Any, table: groups.Table) -> gating.Wrapped:
-  """As `gating.gate`, also for a model of flax.nnx; a Linen module."""
+  """As `gating.gate`, also for a model of flax.nnx; returns a Linen module."""
   return gating.gate(nnx_models.as_linen(model), table)
 
 
@@ -77,11 +77,11 @@ def check(
 
   The wide model with random weights, statistics and biases, and with gates of 0
   for the channels that are not kept (a random choice), must give the logits of
-  the narrow one with sliced weights. It is computed in float64 where the model
-  follows its inputs and parameters, so that depth does not blur it. Groups
-  where a gate of 0 is not a removed channel are kept whole. The largest error
-  allowed is 1e-5, or 5e-2 for models that compute in 16 bits, relative to the
-  largest logit where that is over 1.
+  the narrow one with sliced weights. If the dtype of the model is that of its
+  inputs and parameters, both compute in float64, so that rounding errors stay
+  small in deep models. Groups that are not `removable` are kept whole. The
+  largest error allowed is 1e-5, or 5e-2 for models that compute in 16 bits,
+  relative to the largest logit if that is over 1.
 
   Args:
     model: The model of `discover`.
@@ -94,7 +94,7 @@ def check(
     The largest error.
 
   Raises:
-    errors.UserError: It is larger.
+    errors.UserError: The error is larger.
   """
   counts = table.counts(counts)
   random = np.random.default_rng(0)
@@ -105,12 +105,12 @@ def check(
   try:
     with jax.enable_x64(True):
       x64 = np.asarray(x, np.float64)
-      error = _error(model, table, kept, (x64, *args), random)
+      error = _max_error(model, table, kept, (x64, *args), random)
   except TypeError:  # The model does not take float64.
-    error = _error(model, table, kept, (x, *args), random)
+    error = _max_error(model, table, kept, (x, *args), random)
   low = any(layer.low_precision for layer in table.calls)
   tolerance = 5e-2 if low else 1e-5  # bfloat16 keeps 8 bits.
-  if not error <= tolerance:  # Also if it is not a number.
+  if not error <= tolerance:  # A NaN fails, too.
     raise errors.UserError(
       f'surgery: the narrow model differs from the gated one by {error:.3g}, '
       f'more than {tolerance:g}: some layer is not what it looks like.'
@@ -118,8 +118,8 @@ def check(
   return error
 
 
-def _error(model, table: groups.Table, kept, arguments, random) -> float:
-  """The largest difference of the logits, relative where they are large."""
+def _max_error(model, table: groups.Table, kept, arguments, random) -> float:
+  """The largest difference of the logits, relative if they are over 1."""
   wide = gate(model, table)
   variables = _random_variables(wide, arguments, random)
   by_name = groups.by_name(table.sizes, variables[groups.GATES])
@@ -144,7 +144,7 @@ def _error(model, table: groups.Table, kept, arguments, random) -> float:
 def _random_variables(wide: gating.Wrapped, arguments, random) -> Any:
   """Random weights, and statistics and biases that are not 0 and 1.
 
-  Drawn by NumPy: `init` would compile one program for each shape.
+  NumPy draws them, because `init` would compile one program for each shape.
   """
   shapes = jax.eval_shape(wide.init, jax.random.key(0), *arguments)
   precise = jax.dtypes.canonicalize_dtype(np.float64)

@@ -32,14 +32,14 @@ def discover(
   """Finds where a model's channels can carry gates and be removed.
 
   The model is traced in evaluation mode and its channels are followed through
-  the trace; nothing is computed. What was found is then tried: the model is
-  traced once more with a random part of every group removed, and a group whose
-  channels do not arrive where they should (the model's code splits them at a
-  fixed place, say) is left alone.
+  the trace; nothing is computed. Then the groups are tried out: the model is
+  traced once more with a random part of every group removed. A group whose
+  channels do not arrive where they should is left alone, for example because
+  the model's code splits them at a fixed place.
 
   Args:
     model: Any Linen module, or an instance of an NNX module, untouched.
-    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 will do.
+    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 is enough.
     *args: Further arguments of the model's `__call__`.
     call: (module, x, train) -> logits, for models that have no argument or
       field in `calling.NAMES`; further arguments are passed on.
@@ -49,13 +49,13 @@ def discover(
     **kwargs: Further arguments of `__call__`, by name.
 
   Returns:
-    The table of channel groups; printed, it says what was found and why the
-    rest was left alone.
+    The table of channel groups. Its printed form says what was found and why
+    the rest was left alone.
 
   Raises:
-    errors.UserError: Not a module of Flax, no layer, no known way to say
-      whether to train, a collection `gates` of the model's own, or `leave`
-      names no layer.
+    errors.UserError: The model is no module of Flax, has no layer, has no known
+      way to say whether it trains, or has a collection `gates` of its own; or
+      `leave` names no layer.
   """
   model = nnx_models.as_linen(model)
   if not isinstance(model, nn.Module):
@@ -89,7 +89,7 @@ def discover(
         f'surgery: no layer {path!r}; the layers are {", ".join(flow.outputs)}.'
       )
     flow.channels.fix(flow.outputs[path].tolist(), 'left alone on request')
-  found = _Found(flow, residual)
+  found = _FoundGroups(flow, residual)
   _try_out(source, arguments, found)
   return dataclasses.replace(
     found.table(calls), uncounted=uncounted, call=source.call
@@ -97,7 +97,7 @@ def discover(
 
 
 def layer_calls(plain: gating.Wrapped, x: Any, *args: Any) -> list[costs.Layer]:
-  """All that costs something in a model, at this size of images."""
+  """The calls in a model that cost something, at this size of images."""
   arguments = (x, args, {})
   return _follow(plain, _init_shapes(plain, arguments), arguments)[1]
 
@@ -105,8 +105,8 @@ def layer_calls(plain: gating.Wrapped, x: Any, *args: Any) -> list[costs.Layer]:
 # Tracing.
 
 
-def _split(arguments) -> tuple[dict[int, Any], Callable[[Mapping], Any]]:
-  """The shapes of a tree's arrays, and the way back from arrays to the tree."""
+def _shapes_and_merge(arguments) -> tuple[dict[int, Any], Callable]:
+  """The shapes of a tree's arrays, and a function from arrays to the tree."""
   leaves, tree = jax.tree.flatten(arguments)
   shapes = {
     i: jax.ShapeDtypeStruct(
@@ -124,7 +124,7 @@ def _split(arguments) -> tuple[dict[int, Any], Callable[[Mapping], Any]]:
 
 
 def _init_shapes(plain: gating.Wrapped, arguments) -> Any:
-  arrays, merge = _split(arguments)
+  arrays, merge = _shapes_and_merge(arguments)
 
   def init(key, arrays):
     x, args, kwargs = merge(arrays)
@@ -139,7 +139,7 @@ def _follow(
   """Traces a model and walks through the trace.
 
   Returns:
-    The walk, all that costs something, and what cannot be counted.
+    The walk, the calls that cost something, and what cannot be counted.
 
   Args:
     plain: The model, wide or narrowed.
@@ -148,7 +148,7 @@ def _follow(
     emitted: The channels that layers of the narrowed model make.
     wide: {path: layer} of the wide model, if this is the narrowed one.
   """
-  arrays, merge = _split(arguments)
+  arrays, merge = _shapes_and_merge(arguments)
 
   def apply(variables, arrays):
     x, args, kwargs = merge(arrays)
@@ -188,8 +188,8 @@ def _follow(
 # Groups.
 
 
-class _Found:
-  """Groups of channels in a flow; `refuse` takes some back."""
+class _FoundGroups:
+  """Groups of channels in a flow; `refuse` removes some of them."""
 
   def __init__(self, flow: Flow, residual: bool):
     self.flow, self.residual = flow, residual
@@ -206,12 +206,12 @@ class _Found:
     self._regroup()
 
   def _makers(self, root: int) -> dict[str, int]:
-    """{path: how many of the channels tied to `root` this layer makes}."""
+    """{path: number of channels tied to `root` that this layer makes}."""
     owners = self.flow.channels.owners
     return collections.Counter(owners[c][0] for c in self._members[root])
 
   def _obstacle(self, root: int) -> str:
-    """Why the channels tied to `root` cannot carry a gate, '' if they can."""
+    """Why the channels tied to `root` cannot carry a gate; '' if they can."""
     uses, channels = self._uses[root], self.flow.channels
     if channels.reason(root):
       return channels.reason(root)
@@ -232,7 +232,7 @@ class _Found:
     return ''
 
   def _regroup(self) -> None:
-    """Sorts the channels without an obstacle into groups."""
+    """Makes groups of the channels without an obstacle."""
     channels = self.flow.channels
     self.classes = collections.defaultdict(list)
     for root in self._members:
@@ -253,7 +253,7 @@ class _Found:
     self._regroup()
 
   def _gated(self) -> dict[str, np.ndarray]:
-    """{path: [C] units that the gates at a layer's output stand for}."""
+    """{path: [C] units whose gates multiply the layer's output}."""
     gated = {}
     for root in itertools.chain(*self.classes.values()):
       for _, gates, _ in self._uses[root]:
@@ -340,31 +340,32 @@ class _Found:
     return self.flow.channels.reason(next(filter(None, alone)))
 
 
-# The trial: does the narrowed model send the right channels to the right place?
+# The trial: do the right channels of the narrowed model reach the right layers?
 
 
-def _try_out(source: gating.Source, arguments, found: _Found) -> None:
-  """Leaves groups alone that the model's own code does not let narrow."""
-  if not _objection(source, arguments, found, list(found.classes)):
+def _try_out(source: gating.Source, arguments, found: _FoundGroups) -> None:
+  """Leaves groups alone if the model's own code cannot be narrowed there."""
+  if not _failure(source, arguments, found, list(found.classes)):
     return
   reasons = {
-    made: _objection(source, arguments, found, [made]) for made in found.classes
+    made: _failure(source, arguments, found, [made]) for made in found.classes
   }
   found.refuse({made: reason for made, reason in reasons.items() if reason})
-  reason = _objection(source, arguments, found, list(found.classes))
+  reason = _failure(source, arguments, found, list(found.classes))
   if reason:  # Groups that only fail together.
     found.refuse(dict.fromkeys(found.classes, reason))
 
 
-def _objection(source, arguments, found: _Found, chosen) -> str:
-  """What goes wrong when the chosen groups are narrowed, '' if nothing."""
+def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
+  """What goes wrong when the chosen groups are narrowed; '' if nothing does."""
   if not chosen:
     return ''
   flow, random = found.flow, np.random.default_rng(0)
   kept = np.ones(len(flow.channels.owners), bool)
   for made in chosen:
     roots = np.array(found.classes[made])
-    # The first goes, so that a split at a fixed place shows; half of them stay.
+    # At least half stay. The first channel is removed, so that a split at a
+    # fixed place is noticed.
     number = int(random.integers(1, (len(roots) + 1) // 2, endpoint=True))
     number = min(number, len(roots) - 1)
     dropped = [roots[0], *random.permutation(roots[1:])[: number - 1]]
@@ -375,7 +376,7 @@ def _objection(source, arguments, found: _Found, chosen) -> str:
   try:
     shapes = _init_shapes(narrow, arguments)
     seen, *_ = _follow(narrow, shapes, arguments, emitted, flow.layers)
-  except Exception as e:  # Whatever the model's own code raises.
+  except Exception as e:  # The model's own code may raise anything.
     text = (str(e).strip() or type(e).__name__).splitlines()[0]
     return f"the model's code fixes this width: {text}"
   for path, channels in flow.inputs.items():

@@ -25,14 +25,14 @@ def network(
   description: Mapping[str, Any] | None = None,
   **options: Any,
 ) -> models.Network:
-  """A model of the user's own, as the stages take it.
+  """A model of the user's own as a `models.Network`, which the stages take.
 
   The reference network is the model itself at full width.
 
   Args:
     model: A Linen module, or an NNX module.
     x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`.
-    description: What structures say of the model.
+    description: What structure files say about the model.
     **options: `call`, `residual` and `leave`, as for `discover`.
 
   Raises:
@@ -56,7 +56,7 @@ def network(
   return made
 
 
-@functools.cache  # Said once by a process.
+@functools.cache  # Each process says it once.
 def _say_left_out(axis_name: str) -> None:
   console.note(
     f"BatchNorm's axis_name={axis_name!r} is left out: statistics are of the "
@@ -93,14 +93,14 @@ def network_from_factory(
     residual: As for `discover`.
     leave: As for `discover`.
     call: 'package.module:function', (module, x, train) -> logits; '' if the
-      callable says it, or the model is called in a usual way.
+      callable returns it, or the model needs none (see `discover`).
     norm: 'package.module:Class' of a BatchNorm of the user's own
       (`described.register_norm`); '' for none.
     conv: The same for a convolution (`described.register_conv`).
 
   Raises:
-    errors.UserError: A spec, module, attribute or result is not right, the
-      user's code raises, or as for `network`.
+    errors.UserError: A spec, module, attribute or result is wrong, the user's
+      code raises an error, or as for `network`.
   """
   registers: Any = {'norm': described.register_norm}
   registers['conv'] = described.register_conv
@@ -110,12 +110,12 @@ def network_from_factory(
       registers[field](user_code.imported(f'model.{field}', name))
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
-  available['rngs'] = nnx.Rngs(0)  # An NNX module is drawn when it is made.
+  available['rngs'] = nnx.Rngs(0)  # NNX draws weights at once.
   how = user_code.imported('model.call', call) if call else None
   x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
   given = {'leave': list(leave), 'call': call, **classes}
   with user_code.blamed('model.factory', spec):
-    model = _made(spec, factory, available)
+    model = _model_from(spec, factory, available)
     if isinstance(model, tuple) and len(model) == 2:
       model, how = model[0], how or model[1]
     if not isinstance(model, nn.Module | nnx.Module):
@@ -135,7 +135,7 @@ def network_from_factory(
         **{k: v for k, v in given.items() if v},
       },
     )
-    # Labels beyond the logits would only show as a loss that is not a number.
+    # A label without a logit would only be noticed as a loss of NaN.
     logits, _ = jax.eval_shape(
       made.reference.init_with_output, jax.random.key(0), x
     )
@@ -153,10 +153,10 @@ def _error(spec: str, problem: str) -> errors.UserError:
   return errors.UserError(f'config.model.factory={spec}: {problem}.')
 
 
-def _made(
+def _model_from(
   spec: str, factory: Callable[..., Any], available: Mapping[str, Any]
 ) -> Any:
-  """Calls a factory with what it has arguments for."""
+  """The model of a factory, called with those values that it can take."""
   make: Any = factory
   if isinstance(make, type):
     if not issubclass(make, nn.Module | nnx.Module):

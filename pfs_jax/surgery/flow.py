@@ -1,11 +1,11 @@
-"""Follows channels through a model: which layer reads which channel of which.
+"""Follows channels through a model: from the layers that make them to readers.
 
 The model is traced to a jaxpr (nothing is computed) in which the calls of its
 layers are marked (`trace`). A walk through the jaxpr then carries cells
 (`cells`) instead of numbers. Reshapes, concatenations, splits and poolings move
-the cells as they move the numbers, so index maps come out exact; an elementwise
-operation on two channels ties them; whatever mixes channels outside a known
-layer fixes them, with the reason.
+the cells as they move the numbers, so index maps are exact. An elementwise
+operation on two channels ties them. An operation that mixes channels outside a
+known layer marks them as fixed, with the reason.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Flow:
     layers: Mapping[str, costs.Layer],
     emitted: Mapping[str, np.ndarray] | None = None,
   ):
-    """`emitted`: channels that layers make; by default new ones."""
+    """`emitted`: {path: channels that a layer makes}; by default new ones."""
     self.layers = dict(layers)
     self.bare = all(
       c.kind != 'norm' or c.obstacle or c.joint for c in layers.values()
@@ -92,17 +92,17 @@ class Flow:
     def outputs(equation, values):
       return self._equation(equation, values, trace.place(equation, where))
 
-    return jaxprs.walk(program, values, outputs, self._of_constant)
+    return jaxprs.walk(program, values, outputs, self._constant_value)
 
-  def _of_constant(self, array) -> Value:
+  def _constant_value(self, array) -> Value:
     if math.prod(np.shape(array)) <= _KNOWN_SIZE:
       try:
         return self.cells.constant(array)
-      except TypeError:  # A random key has no numbers.
+      except TypeError:  # Random keys are no numbers.
         pass
     return self.cells.value(len(np.shape(array)), 0, State.CONST)
 
-  def _alike(self, eqn, channel: int, state: State) -> list[Value]:
+  def _uniform(self, eqn, channel: int, state: State) -> list[Value]:
     """Outputs of an equation whose elements are all the same cell."""
     return [
       self.cells.value(len(v.aval.shape), channel, state) for v in eqn.outvars
@@ -114,10 +114,10 @@ class Flow:
       self._in_layer = False
       return self._leave(title.removeprefix(trace.LEAVE), eqn, values)
     if self._in_layer:  # `_leave` knows what the layer does.
-      return self._alike(eqn, 0, State.LIVE)
+      return self._uniform(eqn, 0, State.LIVE)
     if title.startswith(trace.ENTER):
       self._in_layer = bool(eqn.outvars)
-      return self._alike(eqn, 0, State.LIVE)
+      return self._uniform(eqn, 0, State.LIVE)
     if title.startswith(trace.PEEK):
       path = title.removeprefix(trace.PEEK)
       columns = self.cells.columns(values[0], self.layers[path].inputs)
@@ -126,14 +126,14 @@ class Flow:
     if name in jaxprs.CALLS:
       return self._call(eqn, values, where)
     if name == 'cond' and eqn.params.get('branches_platforms'):
-      # Of the forms of one computation for several platforms, the default.
+      # One computation has forms for several platforms; this is the default.
       return self.run(eqn.params['branches'][-1], values[1:], where)
-    if (known := self._known(eqn, values)) is not None:
+    if (known := self._known_outputs(eqn, values)) is not None:
       return known
     if name == 'iota':
       last = eqn.params['dimension'] == len(eqn.params['shape']) - 1
       channel = self.cells.by_channel() if last else 0
-      return self._alike(eqn, channel, State.CONST)
+      return self._uniform(eqn, channel, State.CONST)
     if name in _IDENTITY:
       return values
     if name in _ELEMENTWISE:
@@ -146,8 +146,8 @@ class Flow:
       return moved
     return self._opaque(eqn, values, where)
 
-  def _known(self, eqn, values) -> list[Value] | None:
-    """The outputs of an equation whose inputs are all known, if small."""
+  def _known_outputs(self, eqn, values) -> list[Value] | None:
+    """The outputs of an equation with known inputs; None if they are large."""
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
     if any(v.known is None for v in values) or max(sizes) > _KNOWN_SIZE:
       return None
@@ -168,7 +168,7 @@ class Flow:
       return None
 
   def _opaque(self, eqn, values, where: str) -> list[Value]:
-    """An operation that is not understood: it fixes the channels it reads."""
+    """Outputs of an unknown operation, which fixes the channels it reads."""
     name = eqn.primitive.name
     reason = f'mixed by {name} in {where or "the model"}'
     read = [self.cells[i] for v in values for i in np.unique(v.cells)]
@@ -176,7 +176,7 @@ class Flow:
     seen = any(c.channel for c in read)
     channel = self.cells.origin(f'the result of {name}') if seen else 0
     live = any(c.state == State.LIVE for c in read)
-    return self._alike(eqn, channel, State.LIVE if live else State.CONST)
+    return self._uniform(eqn, channel, State.LIVE if live else State.CONST)
 
   def _call(self, eqn, values, where: str) -> Sequence[Value]:
     """Walks through the program that an equation calls."""
@@ -196,11 +196,11 @@ class Flow:
 
   def _leave(self, path: str, eqn, values: list[Value]) -> list[Value]:
     """The output of a layer, which reads the first of the values."""
-    if not eqn.outvars:  # In nested functions JAX may see through it.
+    if not eqn.outvars:  # In nested functions JAX may remove the output.
       return []
     layer, x = self.layers[path], values[0]
     ndim, out_ndim = (len(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars))
-    if self._jit_depth:  # Its cache would not see the surgery.
+    if self._jit_depth:  # The cache of nn.jit would ignore changed widths.
       self.unseen[path] = NESTED
     elif {ndim, out_ndim} != {layer.ndim}:
       self.unseen[path] = 'inside nn.vmap: one layer here is several'
@@ -211,17 +211,17 @@ class Flow:
         self.cells.found(x.cells), f'read by {path}: {self.unseen[path]}'
       )
       origin = self.cells.origin(f'the output of {path}')
-      return self._alike(eqn, origin, State.LIVE)
+      return self._uniform(eqn, origin, State.LIVE)
     columns = self.cells.columns(x, layer.inputs)
     self.pasts[path].append([self.cells[i].past for i in columns])
-    self._share(path, columns)
+    self._tie_to_earlier_call(path, columns)
     rules = {'norm': self._norm, 'depthwise': self._depthwise}
     out = rules.get(layer.kind, self._mix)(layer, columns)
     numbers = np.array([self.cells.number(cell) for cell in out])
     return [Value(numbers.reshape((1,) * (out_ndim - 1) + (-1,)))]
 
-  def _share(self, path: str, columns: list[int]) -> None:
-    """Ties what a layer reads to what it read in an earlier call."""
+  def _tie_to_earlier_call(self, path: str, columns: list[int]) -> None:
+    """Ties the channels that a layer reads to those of its earlier call."""
     channels = self._channels_of(columns)
     before = self.inputs.setdefault(path, channels)
     for old, new in zip(before.tolist(), channels.tolist(), strict=True):
@@ -232,7 +232,7 @@ class Flow:
         self.channels.fix((old, new), reason)
 
   def _norm(self, layer: costs.Layer, columns: list[int]) -> list[Cell]:
-    # A channel with gate 0 still counts in statistics over all channels.
+    # In statistics over all channels, a channel with gate 0 still counts.
     gated, out = State.CONST if layer.joint else State.ZERO, []
     for i, number in enumerate(columns):
       channel, _, _, past = self.cells[number]
@@ -303,21 +303,21 @@ class Flow:
     else:
       operands = tuple([c.state for c in cells])
       if operands not in states:
-        states[operands] = _state(eqn, operands, known)
+        states[operands] = _result_state(eqn, operands, known)
       state = states[operands]
     return self.cells.number(Cell(channel, state, gates, past))
 
   # Reductions.
 
-  def _fold(self, cells: np.ndarray, axes, name: str, where: str) -> np.ndarray:
-    """Cells with the given axes brought to length 1."""
+  def _merged(self, cells, axes, name: str, where: str) -> np.ndarray:
+    """Cells of which those along the given axes are merged, to length 1."""
     rest = [i for i in range(cells.ndim) if i not in axes]
     shape = [1 if i in axes else n for i, n in enumerate(cells.shape)]
     flat = cells.transpose(*rest, *axes).reshape(math.prod(shape), -1)
-    folded = [self._folded(np.unique(row), name, where) for row in flat]
+    folded = [self._merged_cell(np.unique(row), name, where) for row in flat]
     return np.array(folded, int).reshape(shape)
 
-  def _folded(self, numbers: np.ndarray, name: str, where: str) -> int:
+  def _merged_cell(self, numbers: np.ndarray, name: str, where: str) -> int:
     channels = {self.channels.find(c) for c in self.cells.found(numbers)}
     if len(channels) > 1:
       self.channels.fix(channels, f'mixed by {name} in {where or "the model"}')
@@ -327,7 +327,7 @@ class Flow:
 
   def _reduce(self, eqn, value: Value, where: str) -> Value:
     axes = tuple(eqn.params['axes'])
-    cells = self._fold(value.cells, axes, eqn.primitive.name, where)
+    cells = self._merged(value.cells, axes, eqn.primitive.name, where)
     return Value(np.squeeze(cells, axes))
 
   def _window(self, eqn, value: Value, where: str) -> Value:
@@ -338,11 +338,11 @@ class Flow:
     over = [
       i for i, (w, s, pad) in enumerate(sizes) if w > 1 or s > 1 or any(pad)
     ]
-    return Value(self._fold(value.cells, over, eqn.primitive.name, where))
+    return Value(self._merged(value.cells, over, eqn.primitive.name, where))
 
 
-def _state(eqn, states: Sequence[State], known) -> State:
-  """What an operation leaves of what its operands leave."""
+def _result_state(eqn, states: Sequence[State], known) -> State:
+  """The state of an operation's result, from the states of its operands."""
   name, zeros = eqn.primitive.name, [s == State.ZERO for s in states]
   if name == 'select_n' and all(zeros[1:]):
     return State.ZERO
@@ -352,13 +352,13 @@ def _state(eqn, states: Sequence[State], known) -> State:
   if None not in numbers:
     params = tuple(eqn.params.items())
     dtypes = tuple(v.aval.dtype for v in eqn.invars)
-    if _evaluated(eqn.primitive, params, tuple(numbers), dtypes) == 0:
+    if _result_number(eqn.primitive, params, tuple(numbers), dtypes) == 0:
       return State.ZERO
   return max(State.CONST, *states)
 
 
 @functools.cache
-def _evaluated(primitive, params, numbers, dtypes) -> float | None:
+def _result_number(primitive, params, numbers, dtypes) -> float | None:
   """The result of an elementwise operation on numbers; None if unknown."""
   try:
     args = map(np.asarray, numbers, dtypes)

@@ -2,9 +2,9 @@
 
 An NNX module holds its arrays. `Adapter` runs a copy of it in which each layer
 takes its parameters from Linen variables, which are named by the layer's path
-in the NNX module. All else (`discover`, gates, costs, slicing, the stages) then
-works as for a Linen model. `narrowed` goes the way back: it gives an ordinary
-NNX module with fewer channels.
+in the NNX module. Everything else (`discover`, gates, costs, slicing, the
+stages) then works as for a Linen model. `narrowed` does the reverse: it returns
+an ordinary NNX module with fewer channels.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _COLLECTIONS = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats'}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-  """An NNX module or layer, hidden from Linen; equal if the same object.
+  """An NNX module or layer, hidden from Linen and compared by identity.
 
   Attributes:
     model: The module.
     transformed: Paths of the layers that it calls inside a transform of NNX
-      (jit, remat, scan, vmap), found at the first call. They are not layers to
-      surgery: their arrays are variables of the model itself.
+      (jit, remat, scan, vmap), found at the first call. Surgery does not treat
+      them as layers: their arrays are variables of the model itself.
     called: Not empty after the first call.
   """
 
@@ -64,17 +64,17 @@ class Adapter(nn.Module):
   """An NNX module as a Linen module.
 
   `init` draws new weights: matrices and kernels from a normal distribution with
-  the spread of the module's own array, for the number of inputs that there are
-  now; vectors keep their values.
+  the deviation of the module's own array, scaled to the present number of
+  inputs; vectors keep their values.
 
   Attributes:
-    held: The NNX module; its arrays say shapes and spreads.
+    held: The NNX module; its arrays have the shapes and deviations.
   """
 
   held: Held
 
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
-    """The module's output; it is told by `train()` or `eval()`, too."""
+    """The module's output; calls the module's `train()` or `eval()` first."""
     for name in inspect.signature(type(self.held.model).__call__).parameters:
       if name in calling.NAMES:
         kwargs[name] = calling.NAMES[name] == train
@@ -87,9 +87,9 @@ class Adapter(nn.Module):
       nnx.reseed(model, dropout=key, default=key)
     own = self._own_variables(model)
     for path, layer in self._layers(model):
-      _mark(layer, functools.partial(self._run, path))
+      _replace_calls(layer, functools.partial(self._run, path))
     out = model(x, *args, **kwargs)
-    _keep(self.scope, own)
+    _copy_statistics(self.scope, own)
     return out
 
   def _copy(self, train: bool) -> nnx.Module:
@@ -103,24 +103,24 @@ class Adapter(nn.Module):
     return [(p, v) for p, v in layers if p not in self.held.transformed]
 
   def _find_transformed(self, x, args, kwargs, train: bool) -> None:
-    """Notes the layers whose calls are those of copies, which NNX makes."""
+    """Finds the layers of which NNX calls copies, inside its transforms."""
     model = self._copy(train)
     for path, layer in _layers(model):
 
       def run(layer, x, *args, path=path, original=layer, **kwargs):
         if layer is not original:
           self.held.transformed.add(path)
-        return _own_call(layer)(x, *args, **kwargs)
+        return _original_call(layer)(x, *args, **kwargs)
 
-      _mark(layer, run)
+      _replace_calls(layer, run)
     model(x, *args, **kwargs)
 
   def _own_variables(self, model: nnx.Module) -> list[tuple[Any, Any]]:
-    """Variables outside of layers, set: pairs of Linen's and NNX's."""
+    """Sets variables outside of layers; returns pairs (Linen's, NNX's)."""
     layers = self._layers(model)
     inside = {id(v) for _, layer in layers for _, v in _variables(layer)}
     return [
-      _lent(_child(self.scope, path[:-1]), path[-1], v, v[...].shape)
+      _linked(_child_scope(self.scope, path[:-1]), path[-1], v, v[...].shape)
       for path, v in nnx.iter_graph(model)
       if _collection(v) and id(v) not in inside
     ]
@@ -132,7 +132,7 @@ class Adapter(nn.Module):
       getattr(layer, 'out_features', getattr(layer, 'num_features', 0)),
       getattr(layer, 'feature_group_count', 1),
       getattr(layer, 'axis_name', None),
-      parent=_child(self.scope, path),
+      parent=_child_scope(self.scope, path),
     )
     return module(x, *args, **kwargs)
 
@@ -163,17 +163,17 @@ class NnxLayer(nn.Module):
     shapes = _resize(layer, x.shape[-1], self.features, feature_groups)
     if hasattr(layer, 'axis_name'):
       layer.axis_name = self.axis_name
-    lent = [
-      _lent(self.scope, name, variable, shapes.get(name, shapes['']))
+    linked = [
+      _linked(self.scope, name, variable, shapes.get(name, shapes['']))
       for name, variable in _variables(layer)
     ]
-    y = _own_call(layer)(x, *args, **kwargs)
-    _keep(self.scope, lent)
+    y = _original_call(layer)(x, *args, **kwargs)
+    _copy_statistics(self.scope, linked)
     return y
 
 
 def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
-  """As `described` describes Linen's layers."""
+  """The fields of the call's record, as `described` gives them for Linen."""
   layer = module.held.model
   view = types.SimpleNamespace(**{**vars(layer), 'variables': module.variables})
   if isinstance(layer, nnx.Linear):
@@ -188,16 +188,16 @@ def _describe(module: NnxLayer, x: Any, y: Any) -> dict[str, Any]:
 described.register(NnxLayer, _describe)
 
 
-def _mark(layer: Any, run: Callable[..., Any]) -> None:
-  """Lets run(layer, x, ...) stand for a layer's calls."""
+def _replace_calls(layer: Any, run: Callable[..., Any]) -> None:
+  """Replaces the calls of a layer by run(layer, x, ...)."""
   kind: Any = type(layer)
   object.__setattr__(layer, 'surgery', run)
-  object.__setattr__(layer, '__class__', _marked(kind))
+  object.__setattr__(layer, '__class__', _class_with_replaced_call(kind))
 
 
 @functools.cache
-def _marked(cls: type) -> type:
-  """A class like this one whose instances are called through `surgery`."""
+def _class_with_replaced_call(cls: type) -> type:
+  """A subclass whose instances are called through their field `surgery`."""
 
   def call(self, x, *args, **kwargs):
     return self.surgery(self, x, *args, **kwargs)
@@ -205,8 +205,8 @@ def _marked(cls: type) -> type:
   return type(cls.__name__, (cls,), {'__call__': call})
 
 
-def _own_call(layer: Any) -> Callable[..., Any]:
-  """What a marked layer does without the mark."""
+def _original_call(layer: Any) -> Callable[..., Any]:
+  """The call of a layer as it was before `_replace_calls`."""
   return super(type(layer), layer).__call__
 
 
@@ -218,7 +218,7 @@ def _layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def _collection(node: Any) -> str:
-  """The Linen collection of an NNX variable, '' for anything else."""
+  """The Linen collection of an NNX variable; '' for anything else."""
   return next((c for t, c in _COLLECTIONS.items() if isinstance(node, t)), '')
 
 
@@ -227,16 +227,16 @@ def _variables(layer: Any) -> list[tuple[str, Any]]:
   return [(name, v) for name, v in vars(layer).items() if _collection(v)]
 
 
-def _child(scope: Any, path: Sequence[Any]) -> Any:
+def _child_scope(scope: Any, path: Sequence[Any]) -> Any:
   for part in path:
     scope = scope.push(str(part), reuse=True)
   return scope
 
 
-def _lent(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
-  """A Linen variable and the NNX variable that it lends its value.
+def _linked(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
+  """(Linen variable, NNX variable), the second set to the value of the first.
 
-  It is drawn anew with this shape where it does not exist.
+  If the Linen variable does not exist, it is drawn with this shape.
   """
   collection, like = _collection(variable), variable[...]
 
@@ -252,9 +252,9 @@ def _lent(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
   return linen, variable
 
 
-def _keep(scope: Any, lent: Iterable[tuple[Any, Any]]) -> None:
-  """Takes statistics that the NNX module has updated over to Linen."""
-  for linen, variable in lent:
+def _copy_statistics(scope: Any, linked: Iterable[tuple[Any, Any]]) -> None:
+  """Copies statistics that the NNX module has updated to Linen."""
+  for linen, variable in linked:
     kind = linen.collection
     if kind != 'params' and scope.is_mutable_collection(kind):
       linen.value = variable[...]
@@ -263,7 +263,7 @@ def _keep(scope: Any, lent: Iterable[tuple[Any, Any]]) -> None:
 def _resize(
   layer: Any, inputs: int, outputs: int, feature_groups: int
 ) -> dict[str, tuple[int, ...]]:
-  """Sets the sizes of a layer; the shapes of its variables, '' of vectors."""
+  """Sets the sizes of a layer; returns {variable: shape}, '' for vectors."""
   if isinstance(layer, _NORMS):
     if isinstance(layer, nnx.GroupNorm):
       layer.num_groups = inputs // layer.group_size
@@ -307,8 +307,8 @@ def narrowed(
     table: What `discover` found.
     counts: Channels of each group, forward order.
     variables: The arrays of the narrow module, as Linen names them (from a
-      training, or `table.slice_variables`); None: those of the first channels
-      of each group, for shapes. Train them anew, or say which are kept.
+      training, or `table.slice_variables`). None: those of the first channels
+      of each group, which only have the right shapes and must be trained again.
 
   Raises:
     errors.UserError: The variables do not fit.

@@ -1,4 +1,4 @@
-"""Traces a model with marked layers, and counts what multiplies between them.
+"""Traces a model with marked layers, and counts the MACs between the layers.
 
 A model's own code may hold matrix products and convolutions (`jnp.einsum`,
 `nn.MultiHeadDotProductAttention`, `jax.lax.conv`). They are read from the
@@ -20,10 +20,10 @@ from jax.extend import core
 
 from pfs_jax import costs, described, groups
 
-# Names of equations: a layer begins, a layer ends, a layer that is looked into.
+# Names of equations: a layer begins, a layer ends, a layer that is walked into.
 ENTER, LEAVE, PEEK = 'pfs_enter:', 'pfs_leave:', 'pfs_peek:'
 
-# Operations of which nobody knows here how much they multiply.
+# Operations whose MACs cannot be counted here.
 _UNKNOWN = frozenset(
   """cholesky custom_linear_solve eigh ffi_call fft io_callback lu pallas_call
   pure_callback qr ragged_dot ragged_dot_general scaled_matmul svd
@@ -55,7 +55,7 @@ def trace(
   def around(module, path, x, call):
     looked_into = described.is_pool(module)
     mark = PEEK if looked_into else ENTER
-    axis = getattr(module, 'axis_name', None) or ''  # Before it is left out.
+    axis = getattr(module, 'axis_name', None) or ''  # `gating` removes it.
     y = call(_mark(mark + path, lambda x: x, x))
     layer = costs.describe(module, path, x, y)
     again = path in seen
@@ -88,7 +88,7 @@ def fixed_cost(path: str, macs: int = 0, params: int = 0) -> costs.Layer:
 def rest(
   program: Any, calls: Sequence[costs.Layer], images: int
 ) -> tuple[list[costs.Layer], tuple[str, ...]]:
-  """What a marked program computes beside one run of each layer call.
+  """What a marked program computes besides one run of each layer call.
 
   Args:
     program: The jaxpr, from `trace`.
@@ -101,14 +101,14 @@ def rest(
   """
   layers = groups.first_calls(calls)
   unknown: dict[str, None] = {}
-  macs = _count(program, layers, images, 1, '', unknown)
+  macs = _macs_by_place(program, layers, images, 1, '', unknown)
   for call in calls:
     macs[f'{call.path} (repeated)'] -= call.macs() * images
   found = [fixed_cost(path, n // images) for path, n in macs.items() if n > 0]
   return found, tuple(unknown)
 
 
-def _count(
+def _macs_by_place(
   program, layers, images, times, where, unknown
 ) -> collections.Counter:
   """{place: MACs of the batch} of a program that runs `times` times."""
@@ -121,22 +121,22 @@ def _count(
     elif title.startswith(LEAVE):
       inside -= 1
       layer = layers[title.removeprefix(LEAVE)]
-      # More than one call has, where several layers are one under nn.vmap.
+      # Under nn.vmap several layers are one call, with more outputs.
       size = sum(math.prod(v.aval.shape) for v in equation.outvars)
       one = math.prod(layer.output_size) * layer.outputs
       macs[f'{layer.path} (repeated)'] += times * layer.macs() * size // one
     elif inside:
       continue  # `costs` counts the layer.
     elif name == 'dot_general':
-      macs[here] += times * _dot(equation)
+      macs[here] += times * _dot_macs(equation)
     elif name == 'conv_general_dilated':
-      macs[here] += times * _convolution(equation)
+      macs[here] += times * _convolution_macs(equation)
     elif name in _UNKNOWN:
       unknown[f'{name} in {here}'] = None
     else:
       length = equation.params['length'] if name == 'scan' else 1
       parts = [
-        _count(part, layers, images, times * length, here, unknown)
+        _macs_by_place(part, layers, images, times * length, here, unknown)
         for part in _programs(equation)
       ]
       if name == 'while' and any(part.total() for part in parts):
@@ -158,7 +158,7 @@ def _programs(equation) -> list[Any]:
   ]
 
 
-def _dot(equation) -> int:
+def _dot_macs(equation) -> int:
   """Multiply-accumulates of a dot_general."""
   (contracted, _), _ = equation.params['dimension_numbers']
   shape = equation.invars[0].aval.shape
@@ -166,8 +166,8 @@ def _dot(equation) -> int:
   return math.prod(equation.outvars[0].aval.shape) * summed
 
 
-def _convolution(equation) -> int:
-  """Multiply-accumulates of a conv_general_dilated, zeros between left out."""
+def _convolution_macs(equation) -> int:
+  """Multiply-accumulates of a conv_general_dilated, without inserted zeros."""
   p = equation.params
   kernel = equation.invars[1].aval.shape
   out_features = kernel[p['dimension_numbers'].rhs_spec[0]]
