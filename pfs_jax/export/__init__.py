@@ -4,7 +4,7 @@
   classify = export.load('out', format='onnx')
   logits = classify(images)  # Normalised float [N, H, W, C].
 
-`bundle` writes and reads the folder, `manifest` and `card` say what is in it,
+`bundle` writes and reads the folder, `manifest` describes what is in it, and
 `check` reads it back in a fresh process. `stablehlo`, `weights` and `onnx` are
 the formats; `onnx` writes `operators` into a `graph`.
 """

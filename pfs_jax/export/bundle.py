@@ -1,11 +1,11 @@
-"""The folder of an export: how it comes to be, how it is read.
+"""Writes and reads the folder of an export.
 
     directory/  manifest.json structure.json README.md
                 model.stablehlo model.safetensors model.onnx
 
-Everything is written into a folder beside the target, read back from there in a
-fresh process, compared, and only then given the target's name: a folder that is
-there is one that was right.
+All files are written into a folder beside the target, read back from there in a
+fresh process, and compared. Only then is the folder renamed to the target, so
+that every export that exists has passed the check.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pfs_jax.export import manifest, weights
 from pfs_jax.export.manifest import BATCH_SIZES, FORMATS, TOLERANCES
 from pfs_jax.structures import Structure
 
-_TIMEOUT = 1800  # Seconds until the fresh process is given up.
-_LARGEST = 2**34  # Bytes of a file that is read.
+_TIMEOUT = 1800  # Seconds that the fresh process may take.
+_LARGEST = 2**34  # Most bytes of a file that is read.
 
 
 # Writing.
@@ -49,12 +49,12 @@ def save(
 ) -> manifest.Manifest:
   """Writes a trained network in several formats, each checked.
 
-  In a fresh process on the CPU each is read back; its logits of fixed random
-  images, batches of 1 and 5, must be those of `module.apply(variables, x)` to
-  1e-5 of the largest (ONNX: 1e-4).
+  A fresh process on the CPU reads each format back. For fixed random images, in
+  batches of 1 and 5, its logits must equal those of `module.apply(variables,
+  x)` up to 1e-5 of the largest logit (ONNX: 1e-4).
 
   Args:
-    directory: What to make; its parent is made too.
+    directory: The folder to make; its parent is made too.
     module: Anything with `apply(variables, images) -> logits [N, classes]`;
       images are normalised float32 [N, H, W, C]. Must take any N.
     variables: Its collections, in evaluation mode.
@@ -64,16 +64,16 @@ def save(
     factory: 'package.module:callable' that makes a network of the user's own,
       as in config.model.factory; '' for one of the registry. Only safetensors
       need it, because their reader builds the network anew.
-    measured: What the model card says besides, such as the test accuracy.
+    measured: Further rows of the model card, such as the test accuracy.
     overwrite: Whether an export of another structure in `directory` is
-      replaced; one of the same structure always is, anything else never.
+      replaced. One of the same structure always is, and anything else never.
 
   Returns:
     The manifest; see docs/export.md.
 
   Raises:
     errors.UserError: A format or operator is unknown, `directory` holds
-      something else, or an export differs. Then nothing is left behind.
+      something else, or the logits differ. Then nothing is written.
   """
   target = pathlib.Path(os.path.abspath(directory))
   _check_formats(formats)
@@ -114,7 +114,7 @@ def _check_formats(formats: Sequence[str]) -> None:
 def _check_target(
   target: pathlib.Path, structure: Structure, overwrite: bool
 ) -> None:
-  """Refuses to replace what is not an export, or not one of this structure."""
+  """Refuses to replace other files, or an export of another structure."""
   if not target.exists() or (target.is_dir() and not os.listdir(target)):
     return
   if not (target / manifest.FILE).is_file():
@@ -140,10 +140,10 @@ def _batches(shape: Sequence[int], spec: data.Spec) -> list[np.ndarray]:
 
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
-  """The checkpoint's answer, in full precision."""
+  """The logits of the module itself, in full precision."""
   try:
     device = jax.devices('cpu')[0]
-  except RuntimeError:  # Only an accelerator: then its highest precision.
+  except RuntimeError:  # No CPU: the accelerator's highest precision.
     device = None
   apply = jax.jit(lambda variables, x: module.apply(variables, x))
   with jax.default_device(device), jax.default_matmul_precision('highest'):
@@ -161,9 +161,9 @@ def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
 def _read_back(
   folder: pathlib.Path, batches: Sequence[np.ndarray], factory: str
 ) -> dict[str, list[np.ndarray]]:
-  """{format: [logits of each batch]} as another process reads the export.
+  """{format: [logits of each batch]} of the export in another process.
 
-  On the CPU: it is everywhere, and a TPU belongs to one process at a time.
+  That process uses the CPU, because a TPU belongs to one process at a time.
   """
   asked, answered = (folder.with_name(name) for name in ('x.npz', 'y.npz'))
   storage.write_arrays(asked, {str(i): x for i, x in enumerate(batches)})
@@ -201,7 +201,7 @@ def _error(
     same = x.shape == y.shape
     largest = max(float(np.abs(y).max()), 1e-38)
     difference = float(np.abs(x - y).max()) / largest if same else np.inf
-    if not difference <= TOLERANCES[name]:  # Not even a NaN passes.
+    if not difference <= TOLERANCES[name]:  # A NaN fails, too.
       raise errors.UserError(
         f'{name}: the logits read back differ from those of the checkpoint by '
         f'{difference:.2g} of the largest; allowed are {TOLERANCES[name]:g}. '
@@ -216,7 +216,7 @@ def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A new folder that becomes the target if no error occurs."""
   scratch = target.with_name(f'.{target.name}.{os.getpid()}')
   try:
-    shutil.rmtree(scratch, ignore_errors=True)  # Of a process that was killed.
+    shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
     (scratch / 'new').mkdir(parents=True)
     yield scratch / 'new'
     if target.exists():
@@ -281,8 +281,8 @@ def load(
     [N, classes].
 
   Raises:
-    errors.UserError: It is no export, has not this format, or a file is not
-      what was written or is that of another structure.
+    errors.UserError: The folder holds no export, the format is missing, or a
+      file was changed or belongs to another structure.
   """
   folder = pathlib.Path(directory)
   found = manifest.read(folder)
@@ -311,19 +311,19 @@ def load(
   for file, name in {**names, room.FILE: network}.items():
     if name != manifest.network_name(found['structure']):
       raise errors.UserError(
-        f'{folder / file} is not of the structure in {manifest.FILE}: it is '
-        'that of another network. Export again.'
+        f'{folder / file} is not of the structure in {manifest.FILE}: it '
+        'belongs to another network. Export again.'
       )
   return Exported(format, found, function)
 
 
 @contextlib.contextmanager
 def _blamed(file: str) -> Iterator[None]:
-  """Turns whatever a library raises about a file into one line."""
+  """Turns any exception of a library about a file into an error of one line."""
   try:
     yield
   except errors.UserError:
     raise
-  except Exception as e:  # Every library has kinds of its own.
+  except Exception as e:  # Every library has its own types.
     reason = next(iter(str(e).strip().splitlines()), '') or type(e).__name__
     raise errors.UserError(f'{file} cannot be used: {reason}') from e

@@ -12,7 +12,7 @@ from pfs_jax.export import bundle, manifest
 
 @console.guarded
 def main(directory: str, asked: str, answered: str, factory: str = '') -> None:
-  """Writes '<format>/<i>' for each format there and each batch asked."""
+  """Writes the logits '<format>/<i>' of each format and each batch i."""
   batches = storage.read_arrays(pathlib.Path(asked))
   logits = {}
   for name in manifest.read(directory)['formats']:

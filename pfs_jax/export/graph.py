@@ -1,4 +1,4 @@
-"""An ONNX graph in the making: nodes, constants, and what is folded at the end.
+"""An ONNX graph that is being built: nodes, constants, and folding at the end.
 
 The file needs opset 17 (2022), which all current runtimes read.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 OPSET = 17
-IR_VERSION = 8  # That of opset 17.
+IR_VERSION = 8  # The version of opset 17.
 INPUT, OUTPUT = 'images', 'logits'
 
 
@@ -56,7 +56,7 @@ class Graph:
 
   def finish(self, result: str) -> None:
     """Names the result, folds what can be folded and drops what is unused."""
-    if self.maker(result) is None:  # The input itself.
+    if self.maker(result) is None:  # The result is the input.
       result = self.add('Identity', [result])
     for node in self.nodes:
       node.output = OUTPUT if node.output == result else node.output
@@ -73,8 +73,8 @@ class Graph:
   def _fold_into(self, node: Node) -> None:
     """Folds constant factors and terms behind a Conv or Gemm into its weights.
 
-    In evaluation mode that is all of BatchNorm, and the bias. Done in float64,
-    rounded once.
+    In evaluation mode that is all of BatchNorm, and the bias. It is computed in
+    float64 and rounded once.
     """
     kernel = self.constants[node.inputs[1]]
     axis = 0 if node.op == 'Conv' else 1

@@ -1,4 +1,4 @@
-"""What an export says of itself: manifest.json, metadata, a model card."""
+"""Describes an export: manifest.json, metadata, and a model card."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pfs_jax.structures import Structure
 
 SCHEMA = 'pfs_jax.export/2'
 FILE, CARD = 'manifest.json', 'README.md'
-# In the order in which a reader tries them.
+# By default the first of them that is there is read.
 FORMATS: dict[str, Any] = {
   'stablehlo': stablehlo,
   'safetensors': weights,
   'onnx': onnx,
 }
-# Largest difference of a logit, over the largest logit.
+# The largest difference allowed of a logit, over the largest logit.
 TOLERANCES = {'stablehlo': 1e-5, 'safetensors': 1e-5, 'onnx': 1e-4}
-BATCH_SIZES = (1, 5)  # Of the random images that are compared.
-# Centre crop of evaluation on sets that are streamed (`data.decoding`).
+BATCH_SIZES = (1, 5)  # Batches of random images for the comparison.
+# The centre crop of the evaluation on streamed data sets (`data.decoding`).
 _CROP = 224 / 256
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
@@ -47,14 +47,14 @@ class Input(TypedDict):
 
 
 class Output(TypedDict):
-  """What the network answers."""
+  """The output of the network."""
 
   shape: tuple[Literal['N'], _Size]
   meaning: str
 
 
 class Format(TypedDict):
-  """One format, and how far its logits are from the checkpoint's."""
+  """One format, and the largest difference of its logits."""
 
   file: str
   bytes: int
@@ -84,7 +84,7 @@ def of(
   spec: data.Spec,
   formats: Sequence[str],
 ) -> Manifest:
-  """The manifest of a folder in which the files of all formats are."""
+  """The manifest of a folder that holds the files of all formats."""
   rooms = {name: FORMATS[name] for name in formats}
   packages = sorted({p for room in rooms.values() for p in room.PACKAGES})
   files = [weights.STRUCTURE, CARD, *(room.FILE for room in rooms.values())]
@@ -122,18 +122,18 @@ def of(
 
 
 def described(structure: Structure) -> dict[str, Any]:
-  """What a manifest says of a structure."""
+  """What a manifest says about a structure."""
   found = {
     'model': dict(structure.model),
     'counts': dict(zip(structure.layers, structure.counts, strict=True)),
     'macs': structure.macs,
     'params': structure.params,
   }
-  return cast(dict[str, Any], json.loads(json.dumps(found)))  # As it is read.
+  return cast(dict[str, Any], json.loads(json.dumps(found)))  # As in the file.
 
 
 def network_name(description: Mapping[str, Any]) -> str:
-  """A name of what `described` gives, which each file of a network carries."""
+  """A name made of what `described` returns; each file of an export has it."""
   text = json.dumps(description, sort_keys=True)
   return f'pfs_jax_{storage.sha256(text.encode())[:16]}'
 
@@ -150,7 +150,7 @@ def version(package: str) -> str:
 
 
 def read(directory: str | os.PathLike[str]) -> Manifest:
-  """manifest.json of an export; raises UserError where it is none."""
+  """Reads manifest.json of an export; raises UserError if there is none."""
   path = pathlib.Path(directory) / FILE
   schema = storage.read_json(path, dict[str, Any]).get('schema')
   if schema != SCHEMA:
@@ -193,7 +193,7 @@ def facts(structure: Structure, spec: data.Spec) -> dict[str, str]:
 def card(
   structure: Structure, spec: data.Spec, measured: Mapping[str, str]
 ) -> str:
-  """The model card in Markdown; `measured` is what else is known, in words."""
+  """The model card in Markdown; `measured` has further rows of its table."""
   name = structure.model.get('name') or structure.model.get('factory')
   size, colour = spec.image_size, 'grey' if spec.channels == 1 else 'RGB'
   shape = f'float32 [N, {size}, {size}, {spec.channels}], {colour}'

@@ -1,9 +1,9 @@
 """ONNX: the traced program, operator by operator.
 
-The forward pass is traced with a symbolic batch size, calls in it are inlined,
-what depends on no image is computed here and now, and each operator that is
-left becomes one of ONNX. So this knows no family: any module can be written
-whose operators are in `operators.TABLE`; another one is refused by its name.
+The forward pass is traced with a symbolic batch size. Calls in it are inlined,
+values that depend on no image are computed at once, and each operator that
+remains becomes one of ONNX. This works for any module whose operators are in
+`operators.TABLE`. Any other operator is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pfs_jax.export.operators import Refused, Tensor
 FILE = 'model.onnx'
 PLATFORMS = ('any ONNX runtime with opset 17',)
 PACKAGES = ('onnx', 'onnxruntime')
-# Computed by NumPy where no image is involved: JAX would compile each shape.
+# If no image is involved, NumPy computes these; JAX would compile each shape.
 _NUMPY: dict[str, Callable[..., Any]] = {
   'add': np.add,
   'sub': np.subtract,
@@ -47,14 +47,14 @@ def write(
   """Writes `module.apply(variables, x)` as operators of ONNX.
 
   Args:
-    folder: Gets the file.
+    folder: Receives the file.
     module: Anything with `apply(variables, images) -> logits`.
     variables: Its collections.
     shape: (H, W, C) of the images.
     facts: Metadata of the file.
 
   Raises:
-    errors.UserError: It uses an operator that is not known here.
+    errors.UserError: The module uses an operator that is not known here.
   """
   variables = jax.tree.map(np.asarray, variables)
   images = stablehlo.images(shape)
@@ -75,8 +75,8 @@ def read(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
   """(the graph in onnxruntime on the CPU, the name of its network).
 
-  It is read from memory, so that it cannot ask for files outside of the folder.
-  It needs no factory.
+  The graph is read from memory, so that it cannot refer to files outside of the
+  folder. It needs no factory.
   """
   import onnxruntime
 
@@ -117,7 +117,7 @@ def _refusal(equation, why: str) -> errors.UserError:
 def _write(graph: Graph, equation, inputs) -> Sequence[Any]:
   """The results of one equation."""
   name, params = equation.primitive.name, equation.params
-  if name == 'platform_index':  # The branch of accelerators is not for CPUs.
+  if name == 'platform_index':  # The branch for all platforms is written.
     operators.refuse(
       None not in params['platforms'], 'without a branch for all platforms'
     )
@@ -153,7 +153,7 @@ def _computed(equation, inputs) -> list[np.ndarray]:
   arrays = map(jnp.asarray, inputs)
   try:
     found = equation.primitive.bind(*arrays, **equation.params)
-  except NotImplementedError as e:  # It depends on the batch size.
+  except NotImplementedError as e:  # The batch size is a symbol.
     raise Refused from e
   found = found if equation.primitive.multiple_results else [found]
   return [np.asarray(x) for x in found]

@@ -1,9 +1,8 @@
 """Operators of JAX as operators of ONNX: one table.
 
-JAX's convolutions take images as [N, H, W, C], ONNX's as [N, C, H, W]. A value
-is therefore kept with the order in which the graph holds its axes; a Transpose
-is written only where two orders meet: behind the input and, as a rule, nowhere
-else.
+JAX's convolutions take images as [N, H, W, C], ONNX's as [N, C, H, W]. Each
+value therefore has the order in which the graph holds its axes. A Transpose is
+written only where two orders meet, which as a rule is only behind the input.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ class Tensor(NamedTuple):
 
 
 class Refused(Exception):
-  """An operator, or this use of it, has no counterpart; the message ends so."""
+  """An operator, or its use, has no counterpart; the text ends the message."""
 
 
 def refuse(condition: bool, why: str) -> None:
-  """Refuses a use of an operator."""
+  """Refuses a use of an operator if the condition holds."""
   if condition:
     raise Refused(f' {why}')
 
@@ -51,7 +50,7 @@ def in_order(graph: Graph, value: Any, order: tuple[int, ...]) -> str:
   return graph.add('Transpose', [value.name], perm=moves)
 
 
-def _plain(graph, value) -> str:
+def _in_jax_order(graph, value) -> str:
   """The name of a value with its axes as JAX has them."""
   rank = len(value.order) if isinstance(value, Tensor) else np.ndim(value)
   return in_order(graph, value, tuple(range(rank)))
@@ -71,27 +70,27 @@ def _elementwise(graph, op: str, *inputs: Any) -> Tensor:
   return Tensor(graph.add(op, names), order)
 
 
-def _by(op: str) -> Callable[..., Tensor]:
+def _elementwise_op(op: str) -> Callable[..., Tensor]:
   return lambda graph, equation, *inputs: _elementwise(graph, op, *inputs)
 
 
-def _limit(a, b) -> tuple[Tensor, float | None]:
-  """The tensor of two operands, and the other if it is a constant scalar."""
+def _tensor_and_limit(a, b) -> tuple[Tensor, float | None]:
+  """(tensor, constant scalar or None) of two operands in any order."""
   x, limit = (a, b) if isinstance(a, Tensor) else (b, a)
   scalar = not isinstance(limit, Tensor) and np.ndim(limit) == 0
   return x, limit if scalar else None
 
 
 def _maximum(graph, equation, a, b) -> Tensor:
-  x, limit = _limit(a, b)
+  x, limit = _tensor_and_limit(a, b)
   if limit is not None and limit == 0:
     return _elementwise(graph, 'Relu', x)
   return _elementwise(graph, 'Max', a, b)
 
 
 def _minimum(graph, equation, a, b) -> Tensor:
-  """Min, or Clip where it limits a Relu (ReLU6)."""
-  x, limit = _limit(a, b)
+  """Min; or Clip, if it limits a Relu (ReLU6)."""
+  x, limit = _tensor_and_limit(a, b)
   relu = graph.maker(x.name)
   if relu and relu.op == 'Relu' and limit is not None and limit >= 0:
     bounds = [graph.constant(np.zeros_like(limit)), graph.constant(limit)]
@@ -139,7 +138,7 @@ def _converted(graph, equation, x, *_) -> Tensor:
   return Tensor(graph.add('Cast', [x.name], to=kind), x.order)
 
 
-def _same(graph, equation, x) -> Tensor:
+def _identity(graph, equation, x) -> Tensor:
   return x
 
 
@@ -147,7 +146,7 @@ def _same(graph, equation, x) -> Tensor:
 
 
 def _pads(padding) -> list[int]:
-  """[(before, after) of each axis] as ONNX has it: all befores, all afters."""
+  """ONNX's order of [(before, after) of each axis]: first all before."""
   pads = [int(v) for side in (0, 1) for v in (pair[side] for pair in padding)]
   refuse(min(pads) < 0, 'with negative padding')
   return pads
@@ -181,7 +180,7 @@ def _dense(graph, equation, x, kernel) -> Tensor:
   other = any(batched) or contracted != ((last,), (0,)) or ranks[1] != 2
   refuse(other, 'but for the last axis by the first one of a matrix')
   op = 'Gemm' if last == 1 else 'MatMul'
-  output = graph.add(op, [_plain(graph, x), graph.constant(kernel)])
+  output = graph.add(op, [_in_jax_order(graph, x), graph.constant(kernel)])
   return Tensor(output, tuple(range(last + 1)))
 
 
@@ -241,7 +240,7 @@ def _with_shape(graph, x, sizes) -> Tensor:
   shape = [size if isinstance(size, int) else -1 for size in sizes]
   several = shape.count(-1) > 1
   refuse(several, 'with two axes that depend on the batch size')
-  name = graph.add('Reshape', [_plain(graph, x), graph.integers(shape)])
+  name = graph.add('Reshape', [_in_jax_order(graph, x), graph.integers(shape)])
   return Tensor(name, tuple(range(len(shape))))
 
 
@@ -280,7 +279,7 @@ def _broadcast(graph, equation, x, *_) -> Tensor:
       shape = graph.add('Shape', [INPUT])
       parts.append(graph.add('Gather', [shape, graph.integers([0])], axis=0))
   shape = graph.add('Concat', parts, axis=0)
-  name = graph.add('Expand', [_plain(graph, x), shape])
+  name = graph.add('Expand', [_in_jax_order(graph, x), shape])
   return Tensor(name, tuple(range(len(sizes))))
 
 
@@ -293,7 +292,7 @@ def _padded(graph, equation, x, value) -> Tensor:
   config = equation.params['padding_config']
   refuse(any(interior for _, _, interior in config), 'between elements')
   pads = _pads([config[axis][:2] for axis in x.order])
-  inputs = [x.name, graph.integers(pads), _plain(graph, value)]
+  inputs = [x.name, graph.integers(pads), _in_jax_order(graph, value)]
   return Tensor(graph.add('Pad', inputs), x.order)
 
 
@@ -325,22 +324,22 @@ def _joined(graph, equation, *parts) -> Tensor:
 _SAME_NAME = 'abs add div erf exp log mul neg pow sqrt sub tanh'
 # {operator of JAX: (graph, equation, *inputs) -> Tensor}.
 TABLE: dict[str, Callable[..., Tensor]] = {
-  **{name: _by(name.capitalize()) for name in _SAME_NAME.split()},
+  **{name: _elementwise_op(name.capitalize()) for name in _SAME_NAME.split()},
   'broadcast_in_dim': _broadcast,
   'concatenate': _joined,
   'conv_general_dilated': _convolution,
   'convert_element_type': _converted,
-  'copy': _same,
-  'copy_p': _same,
+  'copy': _identity,
+  'copy_p': _identity,
   'dot_general': _dense,
-  'eq': _by('Equal'),
+  'eq': _elementwise_op('Equal'),
   'expm1': _exponential_minus_one,
-  'ge': _by('GreaterOrEqual'),
-  'gt': _by('Greater'),
+  'ge': _elementwise_op('GreaterOrEqual'),
+  'gt': _elementwise_op('Greater'),
   'integer_pow': _power,
-  'le': _by('LessOrEqual'),
-  'logistic': _by('Sigmoid'),
-  'lt': _by('Less'),
+  'le': _elementwise_op('LessOrEqual'),
+  'logistic': _elementwise_op('Sigmoid'),
+  'lt': _elementwise_op('Less'),
   'max': _maximum,
   'min': _minimum,
   'pad': _padded,
@@ -355,6 +354,6 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'slice': _sliced,
   'square': _square,
   'squeeze': _reshaped,
-  'stop_gradient': _same,
+  'stop_gradient': _identity,
   'transpose': _transposed,
 }

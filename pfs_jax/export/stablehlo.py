@@ -38,7 +38,7 @@ def write(
 ) -> None:
   """Writes the program of `module.apply(variables, x)`.
 
-  It has no place for facts but the name of its function, which is 'network'.
+  Of the facts, the file holds 'network' alone, as the name of its function.
   """
 
   def program(x):
@@ -55,8 +55,8 @@ def read(
   """(the function in the file, the name of its network); needs no factory.
 
   Raises:
-    errors.UserError: It calls anything outside of StableHLO: such a call could
-      run any code of this process.
+    errors.UserError: The file calls something outside of StableHLO, since such
+      a call could run any code of this process; or it takes other images.
   """
   del factory
   exported = jax.export.deserialize(bytearray((folder / FILE).read_bytes()))
@@ -65,5 +65,5 @@ def read(
   if foreign:
     raise errors.UserError(f'{FILE} calls {", ".join(foreign)}: not allowed.')
   if [a.shape[1:] for a in exported.in_avals] != [shape]:
-    raise errors.UserError(f'{FILE} is of other images than {list(shape)}.')
+    raise errors.UserError(f'{FILE} takes other images than {list(shape)}.')
   return jax.jit(exported.call), exported.fun_name

@@ -1,4 +1,4 @@
-"""safetensors: the variables by path; the network is built anew from counts."""
+"""safetensors: the variables by path; a reader builds the network again."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def build(structure: Structure, factory: str = '') -> Any:
   """The narrow network of a structure: the registry's, or a user's own.
 
   Building a user's own network runs the code of its factory. A structure is
-  data, possibly a stranger's, so it must not choose that code: the caller names
-  the factory, and the structure must name the same one.
+  data, possibly from a stranger, so it must not choose that code: the caller
+  names the factory, and the structure must name the same one.
 
   Args:
-    structure: Counts, and under `model` what they belong to.
+    structure: The counts, and in `model` the network that they belong to.
     factory: 'package.module:callable', as in config.model.factory; '' for a
       network of the registry.
 
