@@ -705,11 +705,11 @@ def test_two_processes_at_once(fakes, tmp_path):
     from pfs_jax import console, data
     from pfs_jax.data import prepare
     from tests import test_data
-    made = prepare._made
+    made = prepare._build
     def counted(*args):
       print('made', file=sys.stderr)
       return made(*args)
-    prepare._made = counted
+    prepare._build = counted
     note = console.note
     def noted(text):
       note(text)

@@ -1,7 +1,7 @@
 """Data sets: `spec`, `configured`, `open_set`; as arrays: `load`, `split`.
 
-Importing this package brings in NumPy only; TFDS and scikit-learn are imported
-by the data sets that need them, when they need them.
+This package imports neither TFDS nor scikit-learn; a data set that needs one of
+them imports it when it is read.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def open_set(config: Any, workdir: pathlib.Path) -> Any:
 
   Args:
     config: The whole configuration.
-    workdir: Where files that are made on the way may be kept.
+    workdir: The folder of the run; files made from the data may be kept there.
 
   Returns:
     `opened.Arrays` or `opened.Streamed`, which have the same methods.
 
   Raises:
-    errors.UserError: The data are missing or not what they should be.
+    errors.UserError: The data are missing or wrong.
   """
   from pfs_jax.data import opened
 

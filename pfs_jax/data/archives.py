@@ -1,8 +1,8 @@
 """The archives of MNIST, Fashion-MNIST and CIFAR, read in memory.
 
-Nothing is unpacked to the disk, so no name, link or device in an archive can
-reach a file. Only regular members with the expected names are read, and none
-beyond `MAX_BYTES`.
+The archives are unpacked in memory, so no name, link or device in them can
+reach a file. Only regular members with the expected names are read, and at most
+`MAX_BYTES` are unpacked.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 
 from pfs_jax import errors
 
-MAX_BYTES = 1 << 28  # Of one unpacked file; the largest archive has 184 MB.
+MAX_BYTES = 1 << 28  # Per unpacked file; the largest archive has 184 MB.
 
 # {'train': (images, labels), 'test': (images, labels)}.
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def parse(name: str, files: dict[str, bytes]) -> Splits:
-  """Images (uint8 [N, H, W, C]) and labels (int32 [N]) in upstream's order.
+  """Images (uint8 [N, H, W, C]) and labels (int32 [N]) in the original order.
 
   Args:
     name: mnist, fashion_mnist, cifar10 or cifar100.
-    files: File name to content, see `upstream`.
+    files: {file name: content}, see `upstream`.
 
   Raises:
-    errors.UserError: An archive lacks something, or is not what it should be.
+    errors.UserError: An archive is incomplete or wrong.
   """
   try:
     splits = _mnist(files) if 'mnist' in name else _cifar(files)
@@ -104,12 +104,12 @@ def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
   """{name: content} of regular files in the folder `prefix` of a .tar.gz.
 
   Raises:
-    ValueError: One of them is not there, is no regular file, comes twice or is
-      too large.
-    tarfile.TarError: It is no such archive.
+    ValueError: A file is missing, is no regular file, occurs twice or is too
+      large.
+    tarfile.TarError: The content is no such archive.
   """
   found: dict[str, bytes] = {}
-  # A limit on all that is unpacked, also to find the next member.
+  # The limit covers all that is unpacked, also to find the next member.
   unpacked = io.BytesIO(_unpacked(content))
   with tarfile.open(fileobj=unpacked, mode='r:') as archive:
     for member in archive:

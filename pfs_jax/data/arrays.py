@@ -21,8 +21,8 @@ class Dataset:
     train_labels: int32 [N], 0..num_classes-1.
     test_images: uint8 [M, H, W, C].
     test_labels: int32 [M].
-    spec: The facts. Its `train_examples` counts the whole training split, also
-      where `load` was asked for fewer.
+    spec: The facts. Its `train_examples` counts the whole training split, even
+      if `load` was asked for fewer.
   """
 
   train_images: np.ndarray
@@ -35,7 +35,7 @@ class Dataset:
     """The data set with the first `count` training images; 0 keeps all.
 
     Raises:
-      errors.UserError: There are not so many.
+      errors.UserError: There are fewer.
     """
     if not 0 <= count <= len(self.train_labels):
       raise errors.UserError(
@@ -71,16 +71,16 @@ def load(
 
   Args:
     name: digits, mnist, fashion_mnist, cifar10 or cifar100.
-    data_dir: Where data are kept and TFDS's are found; '' is TFDS's default,
-      $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    source_dir: A directory with upstream's files, used in place of the network
-      when `data_dir` has nothing yet. It may be read-only.
+    data_dir: The directory of prepared data, TFDS's and ours; '' is TFDS's
+      default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    source_dir: A directory with the original files, used instead of a download
+      if `data_dir` has no data yet. It may be read-only.
     download: Whether to use the network: one attempt, checksums verified.
     train_examples: See `Dataset.first`.
 
   Raises:
-    errors.UserError: The name is unknown, there are not so many examples, or
-      the data are missing or not what they should be.
+    errors.UserError: The name is unknown, there are fewer examples, or the data
+      are missing or wrong.
   """
   facts = specs.spec(name)
   if not facts.in_memory:
@@ -100,8 +100,8 @@ def load(
 def _digits(facts: specs.Spec) -> dict[str, np.ndarray]:
   """scikit-learn's 8x8 digits, 0..16 scaled to 0..255 (half to even).
 
-  Sorted by class, 297 evenly spaced images are the test set: the same on every
-  machine, with each class's share to within one image.
+  The test set is 297 evenly spaced images of those sorted by class. It is the
+  same on every machine, and has each class's share to within one image.
   """
   from sklearn import datasets
 

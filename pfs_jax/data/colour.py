@@ -50,9 +50,9 @@ def lighting(x: jax.Array, key: jax.Array, strength: float) -> jax.Array:
   """AlexNet's PCA lighting: adds a random colour to each image.
 
   The colour is sum_k a_k * eigenvalue_k * eigenvector_k, where a_k is normal
-  with deviation `strength`. Pixels are in 0..1, but the result may leave it.
-  (The published code adds the same number to pixels in 0..255, where it is next
-  to nothing.)
+  with deviation `strength`. Pixels are in 0..1; the result may be outside.
+  (The published code adds the same number to pixels in 0..255, where it has
+  almost no effect.)
   """
   a = strength * jax.random.normal(key, (x.shape[0], 3), x.dtype)
   values = jnp.asarray(EIGENVALUES, x.dtype).reshape(1, 3)

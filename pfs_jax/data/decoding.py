@@ -1,4 +1,4 @@
-"""One image file to uint8 pixels, on the host. Imports no JAX."""
+"""Decodes an image file to uint8 pixels, on the host. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def decode(
 ) -> np.ndarray:
   """Decodes one image: upright, cropped, resized (bilinear, antialiased).
 
-  The content decides what a file is, not its name. Grey and palette images
-  become RGB, CMYK is converted, 16-bit grey is scaled to 8 bits, alpha is
-  dropped, and EXIF's orientation is followed.
+  The content decides the format of a file, not its name. Grey and palette
+  images become RGB, CMYK is converted, 16-bit grey is scaled to 8 bits, alpha
+  is dropped, and EXIF's orientation is applied.
 
   >>> file = io.BytesIO()
   >>> Image.new('RGB', (60, 40), (200, 60, 90)).save(file, 'png')
@@ -74,8 +74,8 @@ def decode(
     uint8 [size, size, channels].
 
   Raises:
-    Exception: Of many kinds, where the content is no image, is damaged, or has
-      more pixels than Pillow's limit against decompression bombs.
+    Exception: Any type, if the content is no image, is damaged, or has more
+      pixels than Pillow's limit against decompression bombs.
   """
   image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
   if image.getexif().get(_ORIENTATION, 1) != 1:  # Rare.
@@ -90,7 +90,7 @@ def decode(
     box = crop_box(rng, width, height, scale)
   shrink = min(box[2] - box[0], box[3] - box[1]) / size
   if image.format == 'JPEG' and shrink >= 2:
-    # The decoder halves, while the crop stays larger than the result.
+    # The decoder halves the image while the crop stays larger than the result.
     image.draft(None, (int(width / shrink), int(height / shrink)))
   if image.mode.startswith('I'):  # 16-bit grey, which Pillow would clip.
     values = np.rint(np.asarray(image).astype(np.float64) / 257)

@@ -16,7 +16,7 @@ import numpy as np
 from pfs_jax import errors
 
 SUFFIXES = ('.jpeg', '.jpg', '.png')
-MAX_BYTES = 1 << 28  # Of one image file.
+MAX_BYTES = 1 << 28  # Per image file.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,10 +25,10 @@ class Folder:
 
   Attributes:
     root: The folder.
-    classes: Names of the class folders, sorted; a label is a place in it.
+    classes: Names of the class folders, sorted; a label is an index into it.
     labels: int32 [N].
-    names: bytes [N], file names without folders (as an array: a tenth of the
-      memory of a list of paths).
+    names: bytes [N], file names without folders. This array takes a tenth of
+      the memory of a list of paths.
   """
 
   root: str
@@ -63,7 +63,7 @@ def scan(root: pathlib.Path) -> Folder:
   """Lists a folder of class folders; reads no image.
 
   Images are named *.jpeg, *.jpg or *.png in any case. Names that start with a
-  dot are passed over.
+  dot are left out.
 
   Raises:
     errors.UserError: The folder cannot be read, a class has no image, or a link
@@ -119,7 +119,7 @@ def _file_names(folder: pathlib.Path, inside: str) -> list[str]:
 
 
 def _entries(folder: pathlib.Path, inside: str) -> list[os.DirEntry]:
-  """What is in a folder and not hidden; a link out of `inside` is refused."""
+  """The entries of a folder that are not hidden; refuses links that leave."""
   with os.scandir(folder) as found:
     entries = [entry for entry in found if not entry.name.startswith('.')]
   for entry in entries:
@@ -140,16 +140,16 @@ def held_out(
   """Which images are held out: a rule on file names alone.
 
   In each class, the `per_class` images (one number, or one for each class)
-  whose file names (bytes, without folders) have the least SHA-256. So the split
-  does not depend on the order of the files, on a seed, or on whether ImageNet
-  comes as a folder or from TFDS, which keeps the names.
+  whose file names (bytes, without folders) have the least SHA-256 are held out.
+  So the split does not depend on the order of the files, on a seed, or on
+  whether ImageNet comes as a folder or from TFDS, which keeps the names.
 
   >>> names = np.array([b'a.png', b'b.png', b'c.png', b'd.png'])
   >>> held_out(names, np.array([0, 0, 1, 1]), 1)
   array([False,  True,  True, False])
 
   Raises:
-    errors.UserError: A class has no more images than it should give.
+    errors.UserError: No image of some class would remain.
   """
   counts = np.bincount(labels)
   wanted = np.broadcast_to(per_class, counts.shape)

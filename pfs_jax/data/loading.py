@@ -26,9 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pfs_jax import console, devices, errors
 from pfs_jax.data import decoding, listing, pipeline, records
 
-_PIECE = 16  # Images decoded by one thread at a time.
-_AHEAD = 4  # Batches in the making, or made and not yet asked for.
-_TRIES = 100  # Images in a row that may be corrupt before a batch gives up.
+_PIECE = 16  # Images that a thread decodes at a time.
+_AHEAD = 4  # Batches that are decoded before they are asked for.
+_TRIES = 100  # Images that are tried before a corrupt one is an error.
 ARRAYS = ('pixels', 'labels', 'weights')
 
 Images = listing.Folder | records.Records
@@ -44,15 +44,15 @@ class Batches:
   None): every image once, in order.
 
   Attributes:
-    images: Where the files are read.
-    chosen: int [N], the images of it that belong to this set.
+    images: The files.
+    chosen: int [N], the indices of the images that belong to this set.
     batch_size: Images in a global batch.
     rows: int [B], the rows of the global batch that this process decodes.
     size: Height and width.
     key: Two 32-bit numbers, or None.
     scale: Least share of the area of a random crop; 0: centre crops.
-    skip: Whether corrupt images are left out, not an error: the next image of
-      the set replaces one in training.
+    skip: Whether corrupt images are left out instead of an error. In training,
+      the next image of the set replaces a corrupt one.
     keep: Share of the shorter side that a centre crop keeps.
   """
 
@@ -74,13 +74,13 @@ class Batches:
     return len(self.chosen) // self.batch_size
 
   def __len__(self) -> int:
-    """Batches of an evaluation; a training has no end."""
+    """Batches of an evaluation; for a training, more than any run takes."""
     return self.steps_per_epoch if self.key is None else 1 << 40
 
   def places(self, step: int) -> np.ndarray:
     """Places in `chosen` of this process's rows; -1 after the last image.
 
-    Not for several threads at once: it keeps the permutation of one epoch.
+    Only one thread may call it, since it stores the permutation of one epoch.
     """
     n = len(self.chosen)
     if self.key is None:
@@ -102,7 +102,7 @@ class Batches:
       pixels: uint8 [n, size, size, 3]; zeros where there is no image.
       labels: int32 [n].
       weights: float32 [n], 1, or 0 where there is no image.
-      corrupt: [(place in `images`, reason)] of those that cannot be decoded.
+      corrupt: [(index in `images`, reason)] of those that cannot be decoded.
     """
     n = len(places)
     pixels = np.zeros((n, self.size, self.size, 3), np.uint8)
@@ -135,7 +135,7 @@ class Batches:
 
 
 def reason(e: Exception) -> str:
-  """What an exception of Pillow or the file system says, in one short line."""
+  """The message of an exception of Pillow or the file system, on one line."""
   text = (e.strerror if isinstance(e, OSError) else '') or str(e)
   if 'cannot identify image file' in text:
     return 'neither JPEG nor PNG'
@@ -146,9 +146,9 @@ class Reader:
   """Batches by step, decoded ahead by threads; a context manager.
 
   Args:
-    batches: What to decode; an attribute too.
-    workers: Threads that decode; 0 and -1 are one for each core.
-    named: Places of corrupt images that were named on stderr; grows.
+    batches: The batches to decode; also an attribute.
+    workers: Threads that decode; 0 and -1 mean one for each core.
+    named: Indices of corrupt images already named on stderr; more are added.
 
   The attribute `seconds_waited` says how long `batch` has waited for threads.
   """
@@ -164,26 +164,24 @@ class Reader:
     self._next = 0
 
   def __enter__(self) -> Self:
-    """Returns the reader; its threads start with the first batch."""
     return self
 
   def __exit__(self, *_: object) -> None:
-    """Ends the threads; the next batch would start new ones."""
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
     self._pool = None
     self._ahead.clear()
 
   def batch(self, step: int) -> dict[str, Any]:
-    """A batch as `Batches.piece` gives it, of all rows; fast in order.
+    """All rows of a batch, as from `Batches.piece`; fast if asked in order.
 
     Raises:
-      errors.UserError: An image cannot be decoded and is not to be skipped, or
-        there are too many of them to fill a batch.
+      errors.UserError: An image cannot be decoded and must not be skipped, or
+        too many images cannot be decoded to fill a batch.
     """
     if self._pool is None or step != self._next:
       self.__exit__()
-      # Odd EXIF and the like: the pixels count.
+      # Warnings about odd EXIF and the like do not matter here.
       warnings.filterwarnings('ignore', module=r'PIL\.')
       self._pool = futures.ThreadPoolExecutor(self._threads, 'decode')
     for ahead in range(step + len(self._ahead), step + _AHEAD):
@@ -195,7 +193,7 @@ class Reader:
     self.seconds_waited += time.perf_counter() - begin
     joined = {k: np.concatenate([piece[k] for piece in pieces]) for k in ARRAYS}
     corrupt = [found for piece in pieces for found in piece['corrupt']]
-    self._name(corrupt, joined['weights'])
+    self._report_corrupt(corrupt, joined['weights'])
     return {**joined, 'corrupt': corrupt}
 
   def _submitted(
@@ -207,7 +205,7 @@ class Reader:
     piece = self.batches.piece
     return [pool.submit(piece, step, places[p], rows[p]) for p in parts]
 
-  def _name(
+  def _report_corrupt(
     self, corrupt: Sequence[tuple[int, str]], weights: np.ndarray
   ) -> None:
     """Names corrupt images, each once, or raises an error."""
@@ -240,7 +238,7 @@ def local_rows(n: int) -> np.ndarray:
   return np.unique(np.concatenate([rows[i] for i in slices]))
 
 
-def _global(local: np.ndarray, axis: int, n: int) -> jax.Array:
+def _global_array(local: np.ndarray, axis: int, n: int) -> jax.Array:
   """One array over all devices from every process's rows along `axis`."""
   spec = PartitionSpec(*[None] * axis, 'data')
   shape = (*local.shape[:axis], n, *local.shape[axis + 1 :])
@@ -252,7 +250,7 @@ def _global(local: np.ndarray, axis: int, n: int) -> jax.Array:
 class StreamSource(Reader):
   """Training batches from threads; the interface of `pipeline.ArraySource`.
 
-  `key` is that of the augmentation in the compiled step.
+  `key` is the key of the augmentation in the compiled step.
   """
 
   def __init__(
@@ -271,14 +269,14 @@ class StreamSource(Reader):
     """What `draw` needs for steps step .. step + k - 1, leading axis k.
 
     Raises:
-      errors.UserError: A file cannot be decoded and is not to be skipped.
+      errors.UserError: A file cannot be decoded and must not be skipped.
     """
     local = [self.batch(i) for i in range(step, step + k)]
 
     def joined(name: str) -> jax.Array:
       parts = [batch[name] for batch in local]
       stacked = parts[0][None] if k == 1 else np.stack(parts)
-      return _global(stacked, 1, self.batches.batch_size)
+      return _global_array(stacked, 1, self.batches.batch_size)
 
     keys = pipeline.keys_of_steps(self._key, step, k)
     return joined('pixels'), joined('labels'), keys
@@ -314,7 +312,7 @@ class StreamEvaluation:
         batch = reader.batch(step)
         skipped += len(batch['corrupt'])
         arrays = (batch[name] for name in ARRAYS)
-        yield tuple(_global(a, 0, batches.batch_size) for a in arrays)
+        yield tuple(_global_array(a, 0, batches.batch_size) for a in arrays)
     if jax.process_count() > 1:
       skipped = multihost_utils.process_allgather(np.int32(skipped)).sum()
     self.size = len(batches.chosen) - int(skipped)

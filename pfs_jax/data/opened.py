@@ -26,7 +26,7 @@ from pfs_jax.data import (
 
 
 class Opened(abc.ABC):
-  """What stages ask of a data set; `Arrays` and `Streamed` are its kinds.
+  """The interface of a data set to the stages, for `Arrays` and `Streamed`.
 
   Attributes:
     spec: Its facts.
@@ -61,7 +61,7 @@ class Opened(abc.ABC):
     return self._evaluation(self._train, chosen) if len(chosen) else None
 
   def test(self) -> Any:
-    """An evaluation of the test images; of ImageNet's validation images."""
+    """An evaluation of the test images; for ImageNet, its validation images."""
     return self._evaluation(self._test, None)
 
   @abc.abstractmethod
@@ -94,7 +94,7 @@ class Arrays(Opened):
     if specs.is_own(fields):
       found = own.load(fields, workdir)
     else:
-      specs.configured(fields)  # Refuses what the set cannot have.
+      specs.configured(fields)  # Refuses fields that do not fit.
       found = arrays.load(
         fields.name,
         data_dir=fields.data_dir,
@@ -139,7 +139,7 @@ class Arrays(Opened):
 class Streamed(Opened):
   """ImageNet, or a folder like it, under one config.
 
-  The class names of its `spec` are those of the folders, where there are some.
+  If there are class folders, they give the class names of its `spec`.
   """
 
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -165,7 +165,7 @@ class Streamed(Opened):
     if per_class:
       names, labels = _names_and_labels(self._train, workdir)
       self._held_out = listing.held_out(names, labels, per_class)
-    # Corrupt images named so far, of the training and of the test images.
+    # The corrupt images named so far: (training images, test images).
     self._named: tuple[set[int], set[int]] = (set(), set())
 
   def _batches(self, images, chosen, size) -> loading.Batches:
@@ -213,7 +213,7 @@ def _splits(
   elif spec.name == 'shapes':
     root = shapes.make_folder(workdir / 'shapes', spec)
   else:
-    return _prepared(records.directory(c.data.data_dir), spec)
+    return _prepared_splits(records.directory(c.data.data_dir), spec)
   train, test = listing.scan_pair(root, 'train', 'val')
   if len(train.classes) != spec.num_classes:
     raise errors.UserError(
@@ -223,10 +223,10 @@ def _splits(
   return train, test
 
 
-def _prepared(
+def _prepared_splits(
   root: pathlib.Path, spec: specs.Spec
 ) -> tuple[records.Records, records.Records]:
-  """The splits that TFDS has prepared."""
+  """The training and test images that TFDS has prepared."""
   builder = records.find(spec.name, root)
   if builder is None:
     raise errors.UserError(
@@ -249,7 +249,7 @@ def _prepared(
 def _names_and_labels(
   images: loading.Images, workdir: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
-  """File names and labels; those in TFDS's records are kept in the workdir."""
+  """File names and labels; the workdir keeps those of TFDS's records."""
   if isinstance(images, listing.Folder):
     return images.names, images.labels
   path = workdir / 'data' / f'{images.name}-{images.split}-names.npz'
@@ -262,7 +262,7 @@ def _names_and_labels(
   if found is None:
     console.note(
       f'{images.name}: reading {len(images):,} names for the held-out split '
-      '(once a workdir)'
+      '(once for each workdir)'
     )
     names, labels = images.names_and_labels()
     found = {'names': names, 'labels': labels}

@@ -1,7 +1,7 @@
 """Data of your own: class folders, a .npz file, or a function; docs/data.md.
 
 All three become arrays in memory. The training images are shuffled once, by a
-fixed permutation, so that the last ones are a fair sample to hold out.
+fixed permutation, so that the last ones can be held out as a random sample.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from pfs_jax import errors, storage, user_code
 from pfs_jax.data import arrays, decoding, listing, loading, specs
 
-MAX_BYTES = 4 << 30  # Of all arrays; larger folders can be streamed.
+MAX_BYTES = 4 << 30  # For all arrays; larger folders can be streamed.
 _NAMES = ('images', 'labels', 'test_images', 'test_labels')
 
 
 def configured(fields: Any) -> specs.Spec:
-  """The facts of the data of `config.data`; of folders, no image is decoded."""
+  """The facts of the data of `config.data`; decodes no image of a folder."""
   if fields.factory or fields.name == 'npz':
-    return _given(fields).spec
-  return _folder(fields)[0]
+    return _array_dataset(fields).spec
+  return _listed(fields)[0]
 
 
 def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
@@ -34,16 +34,16 @@ def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
   The workdir keeps the SHA-256 of the arrays, in data/identity.json.
 
   Raises:
-    errors.UserError: The data are missing or not what they should be, or the
-      workdir was begun with others.
+    errors.UserError: The data are missing or wrong, or the workdir was begun
+      with other data.
   """
   if fields.factory or fields.name == 'npz':
-    found = _given(fields)
+    found = _array_dataset(fields)
   else:
-    spec, *splits = _folder(fields)
+    spec, *splits = _listed(fields)
     train, test = (_decoded(s, spec.image_size, fields) for s in splits)
     found = arrays.Dataset(*train, *test, spec)
-  _claim(workdir, found)
+  _check_identity(workdir, found)
   order = np.random.default_rng(0).permutation(len(found.train_labels))
   train = found.train_images[order], found.train_labels[order]
   return arrays.Dataset(
@@ -51,7 +51,7 @@ def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
   ).first(fields.train_examples)
 
 
-def _claim(workdir: pathlib.Path, found: arrays.Dataset) -> None:
+def _check_identity(workdir: pathlib.Path, found: arrays.Dataset) -> None:
   train, test = found.train_images, found.test_images
   known = {
     'sha256': storage.checksum(
@@ -74,18 +74,18 @@ def _claim(workdir: pathlib.Path, found: arrays.Dataset) -> None:
 # Arrays.
 
 
-def _given(fields: Any) -> arrays.Dataset:
+def _array_dataset(fields: Any) -> arrays.Dataset:
   """The arrays of a function or a .npz file, checked."""
   sizes = fields.image_size, fields.num_classes
   if fields.factory:
-    return _called(fields.factory, *sizes)
+    return _from_factory(fields.factory, *sizes)
   path = pathlib.Path(fields.source_dir).expanduser()
   changed = path.stat().st_mtime_ns if path.is_file() else 0
-  return _read(path, changed, *sizes)
+  return _from_npz(path, changed, *sizes)
 
 
 @functools.lru_cache(maxsize=1)
-def _called(factory: str, *sizes: int) -> arrays.Dataset:
+def _from_factory(factory: str, *sizes: int) -> arrays.Dataset:
   call = user_code.imported('data.factory', factory)
   with user_code.blamed('data.factory', factory):
     found = call()
@@ -100,7 +100,7 @@ def _called(factory: str, *sizes: int) -> arrays.Dataset:
 
 
 @functools.lru_cache(maxsize=1)
-def _read(path: pathlib.Path, changed: int, *sizes: int) -> arrays.Dataset:
+def _from_npz(path: pathlib.Path, changed: int, *sizes: int) -> arrays.Dataset:
   """The arrays of a file, read again when it has `changed`."""
   where = f'config.data.source_dir={path}'
   try:
@@ -127,7 +127,7 @@ def _checked(
   image_size: int,
   num_classes: int,
 ) -> arrays.Dataset:
-  """The data set of arrays by name; a broken rule is named."""
+  """The data set with these arrays; an error names the rule that they break."""
   require = functools.partial(_require, where)
   require(
     set(_NAMES) <= set(found) <= {*_NAMES, 'class_names'},
@@ -196,7 +196,7 @@ def _moments(
 # Folders.
 
 
-def _folder(fields: Any) -> tuple[specs.Spec, listing.Folder, listing.Folder]:
+def _listed(fields: Any) -> tuple[specs.Spec, listing.Folder, listing.Folder]:
   """The facts of a folder, its training images, and its test images."""
   if not fields.source_dir:
     raise errors.UserError(
@@ -225,9 +225,10 @@ def _folder(fields: Any) -> tuple[specs.Spec, listing.Folder, listing.Folder]:
 
 
 def _splits(root: pathlib.Path) -> tuple[listing.Folder, listing.Folder]:
-  """train/ and test/ (or val/) where they are; else a fifth is for the test.
+  """The images of train/ and test/ (or val/), or a split of one folder.
 
-  Of each class these are the images whose file names have the least SHA-256.
+  The split takes a fifth of each class for the test: the images whose file
+  names have the least SHA-256.
   """
   tests = [name for name in ('test', 'val') if (root / name).is_dir()]
   if (root / 'train').is_dir() and tests:

@@ -2,8 +2,8 @@
 
 The images of a small set lie on the device as one uint8 array. The order of an
 epoch is a permutation from (key, epoch); augmentation comes from (key, step).
-So the state of the pipeline is the step alone: a run that continues sees
-exactly the batches of one that was never interrupted, on any number of devices.
+So the state of the pipeline is the step alone: a run that continues gets
+exactly the batches of a run without interruption, on any number of devices.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def crop_and_flip(
     padded = jnp.pad(
       images, ((0, 0), (padding, padding), (padding, padding), (0, 0))
     )
-    # Slices, not indices by image: the compiler keeps each on its device.
+    # The compiler keeps a slice on its device, but not an index by image.
     crop = functools.partial(
       jax.lax.dynamic_slice, slice_sizes=(height, width, images.shape[-1])
     )
@@ -70,7 +70,7 @@ def crop_and_flip(
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """What is done to training images; hashable, so static under jit.
+  """The augmentation of training images; hashable, so static under jit.
 
   Attributes:
     mean: Per channel, of pixels in 0..1.
@@ -104,15 +104,15 @@ class Augmentation:
     return _standardised(x, self.mean, self.std)
 
   def test(self, images: jax.Array) -> jax.Array:
-    """Normalised images, nothing random."""
+    """Normalised images, without anything random."""
     return normalise(images, self.mean, self.std, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """One batch of a source, inside the compiled program.
+  """Makes one batch of a source, inside the compiled program.
 
-  Equal by value, so that a second source does not compile the step again.
+  Compared by value, so that a second source does not compile the step again.
   """
 
   augmentation: Augmentation
@@ -162,8 +162,8 @@ class ArraySource:
 
   Attributes:
     resident: (images, labels), uint8 and int32, on every device.
-    steps_per_epoch: Whole batches in an epoch; what remains of the permutation
-      is left out; these are other images in each epoch.
+    steps_per_epoch: Whole batches in an epoch; the images that remain at the
+      end of the permutation are left out, which are others in each epoch.
     draw: See `Draw`.
   """
 
@@ -185,7 +185,6 @@ class ArraySource:
     self._epoch, self._order = -1, np.empty(0, int)
 
   def __enter__(self) -> Self:
-    """Returns the source."""
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -1,10 +1,10 @@
 """MNIST, Fashion-MNIST and CIFAR as arrays, made once and kept in one file.
 
 `data_dir`/NAME/pfs_jax_uint8.npz holds the arrays, with a checksum; every later
-start reads it alone. Where it is absent or damaged, it is made from what TFDS
-has prepared in `data_dir`, or else from upstream's files. Both give TFDS's
-order: by the MD5 of split and upstream index, the same on every machine, with
-classes well mixed.
+start reads this file alone. If it is absent or damaged, it is made from the
+files that TFDS has prepared in `data_dir`, or else from the original files.
+Both give TFDS's order: by the MD5 of split and original index, the same on
+every machine, with classes well mixed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def load(
   if arrays is not None:
     return arrays
   busy = f'{spec.name}: another process prepares data in {root}; waiting'
-  # Some network file systems have no locks: there two processes may both do the
-  # work, and the atomic write still keeps it whole.
+  # Some network file systems have no locks. There, two processes may both do
+  # the work; since the write is atomic, the file is still complete.
   with storage.locked(root, wait=lambda: console.note(busy)):
     arrays = read_cached(cache, check)  # Another process may have been first.
     if arrays is None:
-      arrays = _made(spec, root, source_dir, download)
+      arrays = _build(spec, root, source_dir, download)
       try:
         storage.write_arrays(cache, arrays, sealed=True)
       except errors.UserError as e:
@@ -59,13 +59,13 @@ def load(
 def read_cached(
   path: pathlib.Path, check: Callable[[Arrays], None]
 ) -> Arrays | None:
-  """Sealed arrays that can be made again; None where there are none.
+  """Sealed arrays that can be made again; None if there are none.
 
-  What was damaged or changed since is named on stderr and counts as none.
+  A file that is damaged or was changed counts as none, and is named on stderr.
 
   Args:
     path: The file.
-    check: Raises `ValueError` or `KeyError` if the arrays are others.
+    check: Raises `ValueError` or `KeyError` if the arrays are the wrong ones.
   """
   if not path.exists():
     return None
@@ -82,7 +82,7 @@ def read_cached(
 
 
 def _check(spec: specs.Spec, arrays: Arrays) -> None:
-  """`ValueError` unless names, shapes, types and labels are the data set's."""
+  """Raises ValueError unless the arrays fit the data set."""
   wanted: dict[str, tuple] = {}
   counts = {'train': spec.train_examples, 'test': spec.test_examples}
   size = (spec.image_size, spec.image_size, spec.channels)
@@ -98,10 +98,10 @@ def _check(spec: specs.Spec, arrays: Arrays) -> None:
       raise ValueError(f'{name} are not in 0..{spec.num_classes - 1}')
 
 
-def _made(
+def _build(
   spec: specs.Spec, root: pathlib.Path, source_dir: str, download: bool
 ) -> Arrays:
-  """The arrays from what TFDS has prepared, or from upstream's files."""
+  """The arrays from TFDS's prepared files, or from the original files."""
   builder = records.find(spec.name, root)
   if builder is not None:
     with records.reading(spec.name, builder.data_path):
@@ -109,7 +109,7 @@ def _made(
       _check(spec, arrays)
     return arrays
   arrays = {}
-  files = _upstream(spec.name, root, source_dir, download)
+  files = _original_files(spec.name, root, source_dir, download)
   for split, (images, labels) in archives.parse(spec.name, files).items():
     order = tfds_order(split, len(labels))
     arrays[f'{split}_images'] = images[order]
@@ -132,7 +132,7 @@ def _decoded(builder: Any, split: str) -> Arrays:
 
 
 def tfds_order(split: str, count: int) -> list[int]:
-  """Upstream indices in the order in which TFDS keeps a split.
+  """Original indices in the order in which TFDS keeps a split.
 
   TFDS sorts by the MD5 of the split's name followed by the example's key, here
   its index.
@@ -145,7 +145,7 @@ def tfds_order(split: str, count: int) -> list[int]:
   return sorted(range(count), key=keys.__getitem__)
 
 
-def _upstream(
+def _original_files(
   name: str, root: pathlib.Path, source_dir: str, download: bool
 ) -> dict[str, bytes]:
   if source_dir:

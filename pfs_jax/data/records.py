@@ -1,4 +1,4 @@
-"""What TFDS has prepared under `config.data.data_dir`, without TensorFlow."""
+"""Reads data that TFDS has prepared in `data_dir`, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def directory(data_dir: str) -> pathlib.Path:
   """`config.data.data_dir` as a path; '' is TFDS's default.
 
   Raises:
-    errors.UserError: It is not a local one.
+    errors.UserError: It is not a local directory.
   """
   if '://' in data_dir:
     raise errors.UserError(
@@ -35,7 +35,7 @@ def find(name: str, root: pathlib.Path) -> Any:
   """TFDS's own builder of a data set that is prepared in `root`, or None.
 
   Raises:
-    errors.UserError: What is there is damaged, or not array_record.
+    errors.UserError: The data set is damaged, or not in array_record format.
   """
   import tensorflow_datasets as tfds
 
@@ -56,10 +56,10 @@ def find(name: str, root: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def reading(name: str, folder: os.PathLike | str) -> Iterator[None]:
-  """Names the folder that is damaged, or holds something else."""
+  """Turns an exception into an error that names the damaged folder."""
   try:
     yield
-  except Exception as e:  # TFDS, array_record, protobuf, Pillow: many kinds.
+  except Exception as e:  # TFDS, protobuf and Pillow raise any type.
     reason = f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0]
     raise errors.UserError(
       f'config.data.data_dir must hold {name} as prepared by TFDS; '

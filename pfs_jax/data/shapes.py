@@ -1,7 +1,7 @@
 """A small set of JPEG files that needs no download: coloured shapes.
 
-Made for smoke runs and tests of the path that ImageNet takes: real files in
-class folders, of several sizes, which a small network learns in a minute.
+It is meant for smoke runs and tests of the code that reads ImageNet: real files
+in class folders, of several sizes, which a small network learns in a minute.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _COLOURS = {'blue': (60, 90, 230), 'red': (230, 70, 60)}
 def make_folder(root: pathlib.Path, spec: specs.Spec) -> pathlib.Path:
   """Writes train/<class>/*.JPEG and val/<class>/*.JPEG, whole or not at all.
 
-  A folder that exists is left as it is. Images are 1 to 1.5 times as wide and
-  as high as `spec` says, each side on its own. Returns `root`.
+  A folder that exists is left as it is. Each side of an image is 1 to 1.5 times
+  as long as `spec` says, independently of the other. Returns `root`.
   """
   if root.exists():
     return root
@@ -45,7 +45,7 @@ def make_folder(root: pathlib.Path, spec: specs.Spec) -> pathlib.Path:
 
 
 def draw(rng: np.random.Generator, name: str, size: int) -> Image.Image:
-  """One image of '<colour>_<shape>' somewhere on a noisy, tinted ground."""
+  """One image of '<colour>_<shape>' at a random place on a noisy background."""
   colour, shape = name.split('_')
   width, height = rng.integers(size, size * 3 // 2 + 1, 2).tolist()
   ground = rng.integers(60, 190, 3) + rng.normal(0, 12, (height, width, 3))

@@ -1,4 +1,4 @@
-"""The facts of each data set, known before any of it is read.
+"""The facts of each data set, which are known before it is read.
 
 Imports neither JAX nor TFDS: `--mode=info` and the validation of a config need
 sizes and names only.
@@ -24,15 +24,15 @@ class Spec:
     num_classes: Labels are 0..num_classes-1.
     mean: For each channel, subtracted from pixels scaled to 0..1.
     std: For each channel, the divisor after that.
-    flip: Whether a left-right flip keeps the meaning (a digit's it does not).
+    flip: Whether a left-right flip keeps the class, which is wrong for digits.
     crop_padding: Zero pixels on each side before a random crop; 0: no crop.
     class_names: In label order, printable; empty where folders give them.
     train_examples: Images in the training split.
     test_examples: Images in the test split.
     in_memory: Whether all images are held in one array. Other sets (ImageNet)
       are streamed from their files.
-    crop_scale: Least share of the area of a random resized crop, of sets that
-      are streamed; 0 elsewhere.
+    crop_scale: Least share of the area of a random resized crop, for sets that
+      are streamed; 0 for others.
   """
 
   name: str
@@ -53,7 +53,7 @@ class Spec:
     assert len(self.mean) == len(self.std) == self.channels, self.name
     assert len(self.class_names) in (0, self.num_classes), self.name
     for name in self.class_names:
-      if not name.isprintable():  # Such as a folder's that is not UTF-8.
+      if not name.isprintable():  # Such as a folder name outside UTF-8.
         raise errors.UserError(
           f'{self.name}: class names must be printable text; got {name!a}.'
         )
@@ -67,7 +67,7 @@ def described(
   moments: tuple[tuple[float, ...], tuple[float, ...]],
   **more: Any,
 ) -> Spec:
-  """A `Spec` of (train, test) counts and (mean, std) for each channel.
+  """A `Spec` with (train, test) counts and (mean, std) for each channel.
 
   Unless `more` says otherwise, classes are counted by their names, images may
   be flipped, and the crop is CIFAR's: 4 pixels of padding for 32.
@@ -132,8 +132,8 @@ _STREAMED: dict[str, Any] = {
   'crop_scale': 0.25,
 }
 
-# Digits of 8x8 pixels stay readable when shifted by one pixel, those of 28x28
-# by two. `shapes` draws a set that is streamed, small enough for two cores.
+# Digits of 8x8 pixels stay readable when shifted by one pixel, and those of
+# 28x28 by two. `shapes` is a streamed set that is small enough for two cores.
 _KNOWN = (
   described('digits', 8, _DIGITS, (1500, 297), _DIGITS_MOMENTS, flip=False),
   described(
@@ -158,7 +158,7 @@ _KNOWN = (
   described('shapes', 64, _SHAPES, (480, 80), _SHAPES_MOMENTS, **_STREAMED),
 )
 SPECS = {facts.name: facts for facts in _KNOWN}
-OWN = ('folder', 'npz')  # Read by `own`, from files of the user.
+OWN = ('folder', 'npz')  # `own` reads these from files of the user.
 
 
 def spec(name: str) -> Spec:
@@ -187,10 +187,10 @@ def configured(fields: Any) -> Spec:
   """The facts of a registered data set, as the config changes them.
 
   `image_size` and `num_classes` of `config.data` change a set that is streamed;
-  for a set of arrays they must be 0 or what the set has.
+  for a set of arrays they must be 0 or equal to the values of the set.
 
   Raises:
-    errors.UserError: There is no such data set, or it cannot have that value.
+    errors.UserError: There is no such data set, or it cannot have such a value.
   """
   facts = spec(fields.name)
   asked: dict[str, Any] = {

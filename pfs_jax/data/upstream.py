@@ -1,8 +1,8 @@
-"""The upstream files of a data set, verified, from a folder or the network.
+"""The original files of a data set, verified, from a folder or the network.
 
-Files are held in memory (170 MB at most) until their checksum is right, so a
-broken download leaves nothing on the disk. TFDS's own list says which files
-there are, how long they are, and their sha256.
+Files are held in memory (170 MB at most) until their checksum is verified, so a
+broken download leaves no file on the disk. TFDS's own list has the name, the
+length and the sha256 of each file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _STALL_SECONDS = 10.0  # The longest silence in the middle of a download.
 _CHUNK = 1 << 18
 DEBIAN_FASHION = '/usr/share/datasets/fashion-mnist'
 
-# Debian's dataset-fashion-mnist holds upstream's gzip streams with another
-# header (no file name, another time). With upstream's times the first header
+# Debian's dataset-fashion-mnist holds the original gzip streams with another
+# header (no file name, another time). With the original times the first header
 # can be restored, so that TFDS's sha256 covers every byte.
 _FASHION_TIMES = {'train': 1504176606, 't10k': 1504176627}
 
@@ -39,7 +39,7 @@ class File:
 
 
 class Unreachable(Exception):
-  """A download failed; the message is the reason, in a few words."""
+  """A download failed; the message gives the reason in a few words."""
 
 
 def expected(name: str) -> tuple[File, ...]:
@@ -56,8 +56,8 @@ def expected(name: str) -> tuple[File, ...]:
 def from_folder(name: str, folder: str) -> dict[str, bytes]:
   """{file name: content} of a data set, from `config.data.source_dir`.
 
-  The folder has upstream's files under their own names, or Debian's copies of
-  Fashion-MNIST's. Links are followed: the checksum says what may be read.
+  The folder has the original files under their own names, or Debian's copies of
+  Fashion-MNIST. Links are followed, since the checksum decides what is used.
 
   Raises:
     errors.UserError: A file is missing, unreadable, or not the one expected.
@@ -89,7 +89,7 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
 
 
 def _upstream_header(file: File, content: bytes) -> bytes:
-  """A gzip file without a name, with upstream's header; others unchanged.
+  """Puts the original header on a gzip file without a name, and on no other.
 
   RFC 1952: magic, method 8, flags (8 = a name follows), time, extra, system.
   """
@@ -146,8 +146,8 @@ def _get(file: File) -> bytes:
 def _connect(url: str) -> http.client.HTTPResponse:
   """Opens a URL within `CONNECT_SECONDS` in all.
 
-  A socket's time-out limits neither the name look-up nor a host with many
-  addresses. Hence the thread, which is left behind when it is late.
+  A socket's time-out limits neither the name look-up nor the attempts at a host
+  with many addresses. So a thread connects; if it is late, it is abandoned.
   """
   request = urllib.request.Request(url, headers={'User-Agent': 'pfs_jax'})
   answer: futures.Future = futures.Future()
