@@ -1,7 +1,7 @@
 """The stages behind `--mode`: search, prune, train, probe, eval, export, info.
 
-Each reads what the one before left in the workdir, so each can run alone, on
-another machine. All that passes from search to train is a structure file.
+Each stage reads the files of the stage before from the workdir, so it can run
+alone, on another machine. From search to train, only a structure file passes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(job: Job) -> None:
   train(job)
 
 
-# Modes that write into the workdir, which they hold, and those that only read.
+# Modes that lock the workdir and write into it, and modes that only read.
 _WRITERS = {
   'search': search,
   'prune': cut,
@@ -53,7 +53,7 @@ MODES = {**_WRITERS, **_READERS, 'export': export}
 
 
 def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
-  """Runs one of `MODES`; `out` is the folder of an export, if not the usual."""
+  """Runs one of `MODES`; `out` is the folder of an export (None: default)."""
   if mode == 'export':
     export(job, out)
   elif mode in _READERS:

@@ -1,4 +1,4 @@
-"""The cut stage: gates to structure files, and reading them back."""
+"""The cut stage: cuts gates to structure files, and reads structure files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def cut(job: Job) -> None:
 
 
 def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
-  """The scores of the rankings that need more than gates; else the gates."""
+  """The scores of a ranking that needs more than gates; else the gates."""
   kind, damping = rankings.parse(budget.ranking)
   if kind == 'random':
     return scores.random(job.network.cost_model, job.config.seed)
@@ -86,14 +86,14 @@ def write(
   """Writes a structure and the channels that it keeps.
 
   Args:
-    job: The workdir.
-    budget: Its name says in which folder.
-    structure: What was cut.
+    job: The run; its workdir receives the files.
+    budget: The budget, whose name gives the folder.
+    structure: The result of the cut.
     ranked: The scores by which it was cut.
     source: Where it comes from, besides the budget and the seed.
 
   Returns:
-    The structure, or that of the file where someone gave it other counts: an
+    The structure, or the one in the file if a user has edited its counts: an
     edited file is kept.
   """
   structure = dataclasses.replace(
@@ -115,10 +115,10 @@ def write(
 
 
 def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
-  """The structure in a file, where someone gave it other counts than the cut.
+  """The structure in a file if a user has edited its counts, else None.
 
-  It is then of the same gates and the same budget as `fresh`. Not of a budget
-  in milliseconds, whose cut changes with the measurement.
+  Its gates and its budget are those of the new structure `fresh`. A budget in
+  milliseconds gives None, because its cut changes with the measurement.
   """
   if not path.exists() or fresh.budget.get('max_latency_ms') is not None:
     return None
@@ -130,7 +130,7 @@ def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
 
 
 def check_budget(job: Job, budget: prune.Budget) -> None:
-  """Refuses a budget below the floor, or costs that are not all known."""
+  """Refuses a budget below the floor, and a network with uncounted MACs."""
   uncounted = job.network.table.uncounted
   if uncounted and not job.config.budget.uncounted:
     raise errors.UserError(
@@ -140,7 +140,7 @@ def check_budget(job: Job, budget: prune.Budget) -> None:
   try:
     budget.check(job.network.cost_model, job.latency_of(budget))
   except prune.Infeasible as e:
-    hints = '; '.join(_reachable(job, budget, e))
+    hints = '; '.join(_alternatives(job, budget, e))
     raise errors.UserError(f'{budget.name}: {e}\nReachable: {hints}.') from e
 
 
@@ -152,10 +152,10 @@ def _fits(budget: prune.Budget, model, **change) -> bool:
   return True
 
 
-def _reachable(
+def _alternatives(
   job: Job, budget: prune.Budget, e: prune.Infeasible
 ) -> Iterator[str]:
-  """What can be had instead: another budget, multiple or searched width."""
+  """What can be met instead: another budget, multiple or searched width."""
   share = e.floor / job.network.reference_macs
   yield {
     'macs': f'a budget of {e.floor:,} MACs, {share:.3f} of the reference '
@@ -184,7 +184,7 @@ def _reachable(
 
 
 def _show_latency(job: Job, structure: prune.Structure) -> None:
-  """The narrow network timed whole against the sum, and its use of units."""
+  """Shows the time of the whole narrow network, and its use of matrix units."""
   batch = job.config.budget.latency_batch
   module = job.network.narrow(structure.counts)
   key = config.key(job.config.seed, 'latency')
@@ -227,10 +227,10 @@ def _row(job: Job, name: str, structure: prune.Structure) -> list[str]:
 
 
 def read(job: Job) -> tuple[str, prune.Structure]:
-  """(budget name, structure) that `train`, `eval` and `export` are about.
+  """(budget name, structure) for the stages `train`, `eval` and `export`.
 
-  By `config.train.structure`: a path, the name of a budget, or, where it is
-  empty, the first budget of the config.
+  `config.train.structure` chooses it: it is a path, the name of a budget, or,
+  if it is empty, stands for the first budget of the config.
   """
   asked = job.config.train.structure
   there, path, name = job.budget_folders(), pathlib.Path(asked), ''
@@ -244,13 +244,13 @@ def read(job: Job) -> tuple[str, prune.Structure]:
       f'give --config.train.structure=PATH.{found}'
     )
   text = storage.read_text(path)
-  if text.lstrip().startswith('['):  # The published code's plain list.
+  if text.lstrip().startswith('['):  # The list of the published code.
     counts = storage.decode(text, list[int], path)
     structure = models.structure_from_list(job.network, counts)
   else:
     structure = prune.Structure.from_json(text, path)
   _check_structure(job, path, structure)
-  if not name:  # What another person wrote must not name a path.
+  if not name:  # The file may come from a stranger: its name must be no path.
     stem = re.sub(r'[^\w.-]', '-', path.stem)
     name = str(structure.source.get('budget', stem))
     if not re.fullmatch(r'\w[\w.-]*', name) or name in FOLDERS:
@@ -262,7 +262,7 @@ def read(job: Job) -> tuple[str, prune.Structure]:
 
 
 def _check_structure(job: Job, path, structure: prune.Structure) -> None:
-  """Refuses a structure that is not of this config's network."""
+  """Refuses a structure of another network than this config's."""
   model = job.network.cost_model
   if structure.layers != model.layers:
     raise errors.UserError(

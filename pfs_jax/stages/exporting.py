@@ -11,11 +11,11 @@ from pfs_jax.stages.job import Job
 
 
 def run(job: Job, out: pathlib.Path | None = None) -> None:
-  """Writes the trained narrow network to `out`, checked; see `export.save`.
+  """Writes the trained narrow network to `out`, with checks; see `export.save`.
 
-  By default `out` is the folder export/ of the workdir. The network computes in
-  float32, whatever it was trained in. Its classes have the names that the data
-  had when it was trained.
+  By default `out` is the folder export/ of the budget. The network computes in
+  float32, whatever the dtype of its training. The names of its classes are
+  those at the time of the training.
   """
   name, structure = cutting.read(job)
   state = training.restore(job, name, structure)[-1]

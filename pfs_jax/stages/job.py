@@ -1,4 +1,4 @@
-"""A config and a workdir, and what several stages need of them."""
+"""A config and a workdir, and what several stages compute from them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from pfs_jax import (
 FOLDERS = tuple(
   'search probe tournament train wide reference export report'.split()
 )
-# Pixels of a batch from which on steps gain by memory that is kept.
+# From so many pixels in a batch on, keeping freed memory makes steps faster.
 _LARGE_BATCH = 2**16
-# A width profile of a probe keeps this share of each layer's uniform width.
+# A width profile of a probe keeps at least this share of each uniform width.
 TRUST = 0.5
 
 
 class Job:
-  """A config and a workdir, and what several stages need of them.
+  """A config and a workdir, and what several stages compute from them.
 
-  For large batches the process then keeps the memory that it frees (`cpu`).
+  With large batches, the process keeps the memory that it frees (`cpu`).
   """
 
   def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -86,7 +86,7 @@ class Job:
 
   @property
   def model_name(self) -> str:
-    """The registry's name, or where the user's own model comes from."""
+    """The name in the registry, or the factory of the user's own model."""
     return self.config.model.factory or self.config.model.name
 
   @property
@@ -107,7 +107,7 @@ class Job:
     return self.network.table.awake(drawn)
 
   def reseeded(self, i: int) -> Job:
-    """The same run with the i-th other seed; itself for 0."""
+    """The same run with its i-th other seed; the run itself for i = 0."""
     if i not in self._reseeded:
       c = self.config.copy_and_resolve_references()
       c.seed = config.other_seed(c.seed, i)
@@ -128,7 +128,7 @@ class Job:
 
   @functools.cached_property
   def latency_model(self) -> latency.LatencyModel:
-    """Milliseconds of a batch on the present device, measured at first use."""
+    """Milliseconds of a batch on this device, measured at first use."""
     cache = os.environ.get('XDG_CACHE_HOME', '~/.cache')
     return latency.LatencyModel(
       self.network.cost_model,
@@ -149,14 +149,14 @@ class Job:
     return prune.cut(ranked, model, budget, self.latency_of(budget))
 
   def cut_plain(self, ranked: Mapping[str, Any]) -> prune.Structure:
-    """The first budget's structure, of scores that are already ranked."""
+    """The first budget's structure, from scores that are already ranked."""
     budget = dataclasses.replace(self.budgets[0], ranking='global')
     return self.cut(ranked, budget)
 
   def widened(
     self, weights: Mapping[str, float], gates: Mapping[str, Any] | None = None
   ) -> scores.Scores:
-    """Scores of a width profile that keeps half of each uniform width.
+    """Scores of a width profile that keeps at least half of uniform widths.
 
     Args:
       weights: {layer: weight}.
@@ -173,15 +173,15 @@ class Job:
   def folder(self, budget: str) -> pathlib.Path:
     """The folder with the files of one budget.
 
-    The budget that a workdir is first used for has its files in the workdir
-    itself, and budget.txt there says its name; every other budget has a folder
-    of its name. So the paths of a budget do not change later.
+    The first budget that uses a workdir has its files in the workdir itself,
+    where budget.txt holds its name; every other budget has a folder of its
+    name. So the paths of a budget do not change later.
     """
     at_top = self._first in (None, budget)
     return self.workdir if at_top else self.workdir / budget
 
   def note_budget(self, budget: str) -> None:
-    """Gives the workdir itself to a budget, unless it is given already."""
+    """Gives the workdir itself to a budget, unless another one has it."""
     if self._first is None:
       self._first = budget
       storage.write_text(self.workdir / 'budget.txt', f'{budget}\n')

@@ -47,7 +47,7 @@ def measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   runs.claim(folder, {**fields, 'budget': budget.name})
   path = folder / 'probe.json'
   if not path.exists():
-    cost(job)  # Refused before anything is trained.
+    cost(job)  # It may refuse the probe, before anything is trained.
     storage.write_json(path, _measure(job, folder), sealed=True)
     runs.barrier('probe')
   return storage.read_json(path)
@@ -82,7 +82,7 @@ def cost(job: Job) -> float:
 
 
 def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
-  """The content of probe.json: steps of probing and widening."""
+  """The content of probe.json, after steps of probing and widening."""
   c, model = job.config.probe, job.network.cost_model
   after = dict.fromkeys(model.layers, 1.0)
   clock = runs.Clock(folder)
@@ -122,9 +122,9 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
-  """Trains the narrow network with channel dropout and drops channels, [n, L].
+  """Rises of the loss [n, L] of a narrow network trained with channel dropout.
 
-  The file of a finished part is read again.
+  If they are already in a file of the folder, they are read from it.
   """
   path = folder / 'rises.npz'
   if path.exists():

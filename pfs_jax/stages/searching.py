@@ -1,4 +1,4 @@
-"""The search stage: gates of frozen weights, and which of them are kept."""
+"""The search stage: learns the gates of a network with frozen weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
     job: Config, network, data and workdir.
     weights: The variables that the search freezes; None: new random ones.
   """
-  for budget in job.budgets:  # Before hours of search, not after.
+  for budget in job.budgets:  # Refuses before hours of search.
     cutting.check_budget(job, budget)
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
@@ -110,7 +110,7 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
 
 
 def _classifier(job: Job) -> str | None:
-  """Path of the layer that is trained along with the gates; None: none is."""
+  """Path of the layer that is trained along with the gates, or None."""
   c = job.config.search
   if not c.train_classifier:
     return None
@@ -119,13 +119,13 @@ def _classifier(job: Job) -> str | None:
   )
 
 
-# What its losses and its gates say.
+# Checks and summaries of its losses and its gates.
 
 
 def check(gates: Mapping[str, np.ndarray], steps: int) -> None:
   """Refuses gates that no cut can rank: all are 0, or all are 1.
 
-  After 0 steps all gates are 1, which is no divergence.
+  After 0 steps, gates that are all 1 are allowed.
 
   >>> check({'conv': np.array([0.0, 1.0])}, steps=9)
   """
@@ -139,7 +139,7 @@ def check(gates: Mapping[str, np.ndarray], steps: int) -> None:
 
 
 def summary(job: Job) -> dict[str, Any]:
-  """What the result says about the workdir's search; {} if there is none."""
+  """The summary of the workdir's search in a result; {} if there is none."""
   folder, c = job.workdir / 'search', job.config.search
   if not (folder / 'gates.npz').exists():
     return {}
@@ -157,7 +157,7 @@ def summarise(
   chance: float,
   regulariser: float,
 ) -> dict[str, Any]:
-  """What the numbers of a search say.
+  """The summary of a search, from its numbers.
 
   Args:
     losses: Mean cross-entropies of its records.
@@ -166,10 +166,10 @@ def summarise(
     regulariser: What the regulariser adds to the loss at the start.
 
   Returns:
-    'lowest_ce' (None without records), 'chance_ce', 'left_chance' (whether the
-    lowest is below 0.95 of it), and 'warnings': a sentence where all gates are
-    equal, all gates are exactly 0 or 1, or the regulariser starts above 10
-    times the cross-entropy of chance.
+    'lowest_ce' (None without records), 'chance_ce', 'left_chance' (whether
+    'lowest_ce' is below 0.95 'chance_ce'), and 'warnings': sentences for gates
+    that are all equal, gates that are all exactly 0 or 1, and a regulariser
+    that starts above 10 times the cross-entropy of chance.
   """
   lowest = min(losses, default=None)
   values = np.concatenate([np.ravel(g) for g in gates.values()])

@@ -1,4 +1,4 @@
-"""What a finished run shows, and `--mode=info`."""
+"""The tables at the end of a run, and those of `--mode=info`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pfs_jax import console, costs, prune, runs, scores, storage
 from pfs_jax.stages.job import Job
 
 
-def _costs(job: Job, label: str, macs: int, params: int) -> list[str]:
+def _cost_row(job: Job, label: str, macs: int, params: int) -> list[str]:
   """A row with the costs of a network and its share of the reference's MACs."""
   share = macs / job.network.reference_macs
   return [label, f'{macs:,}', f'{share:.1%}', f'{params:,}']
 
 
 def show(job: Job, name: str, structure: prune.Structure) -> None:
-  """The closing tables."""
+  """Prints the tables at the end of a run."""
   result = runs.read_result(job.folder(name) / 'result.json')
   network, model = job.network, job.network.cost_model
   searched = (model.macs(model.widths), model.params(model.widths))
@@ -31,22 +31,22 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
   def shown(accuracy: float | None) -> str:
     return '-' if accuracy is None else f'{accuracy:.2%}'
 
-  narrow = _costs(job, 'narrow', result['macs'], result['params'])
+  narrow = _cost_row(job, 'narrow', result['macs'], result['params'])
   accuracy = shown(result['reference_test_accuracy'])
   console.table(
     f'{job.workdir}: {job.model_name} on {job.config.data.name}, seed '
     f'{job.config.seed}, {console.duration(result["seconds"])} of training',
     ['network', 'MACs', 'of reference', 'parameters', 'test accuracy'],
     [
-      [*_costs(job, 'reference', *reference), accuracy],
-      [*_costs(job, 'searched', *searched), '-'],
+      [*_cost_row(job, 'reference', *reference), accuracy],
+      [*_cost_row(job, 'searched', *searched), '-'],
       [*narrow, shown(result['test_accuracy'])],
     ],
   )
 
 
 def info(job: Job) -> None:
-  """Layers, MACs, parameters and floors; reads no data, trains nothing."""
+  """Prints layers, MACs, parameters and floors, without data or training."""
   model = job.network.cost_model
   if job.config.model.factory:
     console.say(str(job.network.table))
@@ -54,10 +54,10 @@ def info(job: Job) -> None:
   console.table(
     f'{job.model_name}, searched network',
     [*columns, 'parameters', 'share', 'group'],
-    [_layer(op, model) for op in model.ops if op.kind != 'norm'],
+    [_layer_row(op, model) for op in model.ops if op.kind != 'norm'],
   )
   columns = ['', 'MACs', 'of reference', 'parameters']
-  console.table('Totals', columns, _totals(job))
+  console.table('Totals', columns, _total_rows(job))
   probe = job.workdir / 'probe.json'
   if probe.exists():
     console.say(storage.read_json(probe, scores.Probe)['sentence'])
@@ -65,8 +65,8 @@ def info(job: Job) -> None:
     console.say('--mode=probe tells which layers are out of proportion.')
 
 
-def _layer(op: costs.Layer, model: costs.CostModel) -> list[str]:
-  """One layer; its group is the one that it makes, if it makes only that."""
+def _layer_row(op: costs.Layer, model: costs.CostModel) -> list[str]:
+  """The row of a layer; its group is '' if it makes channels of fixed width."""
   inputs, outputs = op.channels(model.widths)
   macs, params = op.macs(model.widths), op.params(model.widths)
   group = model.layers[op.makes[0][0]] if op.makes[0][0] >= 0 else ''
@@ -83,15 +83,15 @@ def _layer(op: costs.Layer, model: costs.CostModel) -> list[str]:
   ]
 
 
-def _totals(job: Job) -> list[list[str]]:
-  """The costs of both networks, the floors, and which budgets can be met."""
+def _total_rows(job: Job) -> list[list[str]]:
+  """Rows: the costs of both networks, the floors, which budgets can be met."""
   network, model = job.network, job.network.cost_model
 
   def row(label: str, counts: Sequence[int]) -> list[str]:
-    return _costs(job, label, model.macs(counts), model.params(counts))
+    return _cost_row(job, label, model.macs(counts), model.params(counts))
 
   reference = (network.reference_macs, network.reference_params)
-  rows = [_costs(job, 'reference network', *reference)]
+  rows = [_cost_row(job, 'reference network', *reference)]
   rows.append(row('searched network', model.widths))
   for multiple in (1, 8, 16):
     least = prune.Budget(round_to=multiple).least(model)

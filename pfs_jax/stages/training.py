@@ -1,4 +1,4 @@
-"""The train and eval stages: the narrow network, and what it is held to."""
+"""The train and eval stages: the narrow network, and the reference network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
 
   Args:
     job: Config, network, data and workdir.
-    weights: What the narrow network starts from; None: what
+    weights: The first weights of the narrow network; None: those that
       `config.train.init` says.
   """
   if (job.workdir / 'search').exists() and not job.config.train.structure:
@@ -59,7 +59,7 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
     if job.config.train.scratch == 'B':
       epochs *= job.network.reference_macs / structure.macs
     module = job.network.narrow(structure.counts)
-    weights = weights or _inherited(job, folder / 'kept.json', structure)
+    weights = weights or _initial_weights(job, folder / 'kept.json', structure)
     state = fit(job, module, folder / 'train', 'train', epochs, weights)
     reference = _reference(job)
     exam = examine(module, state.variables, job.data.test())
@@ -73,11 +73,11 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   showing.show(job, name, structure)
 
 
-def _inherited(job: Job, path: pathlib.Path, structure: prune.Structure):
+def _initial_weights(job: Job, path: pathlib.Path, structure: prune.Structure):
   """The narrow network's first weights by `config.train.init`; None: random.
 
   The wide network starts from the weights that the search froze. 'inherit'
-  trains it first (in wide/) and takes the kept channels of what comes out;
+  trains it first (in wide/) and takes the kept channels of the trained weights;
   'rewind' takes those of the first weights, as a lottery ticket does.
   """
   if job.config.train.init == 'random':
@@ -112,18 +112,18 @@ def fit(
   penalty: optax.GradientTransformation | None = None,
   watch: Callable[[Any, float], None] | None = None,
 ) -> train.TrainState:
-  """Trains a module by the recipe of the config, or goes on with it.
+  """Trains a module by the recipe of the config, or continues its training.
 
   Args:
     job: Config and data.
     module: The module.
     folder: Receives checkpoints and metrics.
-    label: Of the progress line, and of the key of new random weights.
-    epochs: How long.
-    weights: What it starts from; None: new random weights.
+    label: The label of progress lines, and of the key of new random weights.
+    epochs: The length of the training.
+    weights: The first weights; None: new random ones.
     hold_out: Whether the validation images are left out; None: as configured.
     penalty: A change to the gradients, before the optimiser of the recipe.
-    watch: (state, epochs done) -> None, after each epoch and at the end.
+    watch: (state, epochs done) -> None, called after each epoch and at the end.
 
   Returns:
     The state after the last step.
@@ -134,7 +134,7 @@ def fit(
   source = job.data.train_source('train', hold_out=hold_out)
   per_epoch = source.steps_per_epoch
   total = config.steps(epochs, per_epoch)
-  state = _initial(job, module, total, label, weights, penalty)
+  state = _initial_state(job, module, total, label, weights, penalty)
   own = bool(c.model.factory)
   refreshed = norms.refresher(c.train.statistics, own, state, source)
 
@@ -165,7 +165,7 @@ def _penalised(penalty, optimizer) -> optax.GradientTransformation:
   return optax.chain(penalty, optimizer)
 
 
-def _initial(job: Job, module, total, label, weights=None, penalty=None):
+def _initial_state(job: Job, module, total, label, weights=None, penalty=None):
   """The state at step 0, from new random weights unless some are given."""
   if weights is None:
     key = config.key(job.config.seed, f'{label} weights')
@@ -181,7 +181,7 @@ def _initial(job: Job, module, total, label, weights=None, penalty=None):
 
 
 def _reference(job: Job) -> dict[str, float]:
-  """Test accuracy and time of the reference network, {} if it is not wanted."""
+  """Test accuracy and time of the reference network; {} if it is not wanted."""
   if not job.config.train.reference:
     return {}
   folder = job.workdir / 'reference'
@@ -201,14 +201,14 @@ def _reference(job: Job) -> dict[str, float]:
 
 
 class Exam(NamedTuple):
-  """What a network does on the test images.
+  """The results of a network on the test images.
 
   Attributes:
-    accuracy: The share of them that it classifies correctly.
+    accuracy: The share of the images that it classifies correctly.
     loss: The mean cross-entropy.
-    images: Their number.
-    batch: The images of a batch.
-    milliseconds: The least time of a batch, of three.
+    images: The number of images.
+    batch: The number of images in a batch.
+    milliseconds: The least time of three runs of a batch.
     mistakes: The first images that it misclassifies: images uint8 [n, H, W, C],
       labels and predicted [n]. None are kept where several processes share the
       images.
@@ -249,7 +249,7 @@ def examine(module: nn.Module, variables: Mapping[str, Any], test: Any) -> Exam:
 
 
 def _result(job: Job, name, structure, exam: Exam, reference) -> dict[str, Any]:
-  """What result.json says; the steps are added."""
+  """The content of result.json, to which the caller adds the steps."""
   c, network = job.config, job.network
   folder = job.folder(name) / 'train'
   latency = {'batch': exam.batch, 'narrow_ms': exam.milliseconds}
@@ -284,7 +284,7 @@ def _result(job: Job, name, structure, exam: Exam, reference) -> dict[str, Any]:
 
 
 def _warnings(folder: pathlib.Path, test_accuracy: float) -> list[str]:
-  """What is odd about a training, in sentences, also said on stderr."""
+  """Sentences about what is odd in a training; also prints them on stderr."""
   records = runs.read_metrics(folder)
   last = [r['accuracy'] for r in records if 'accuracy' in r][-1:]
   found = norms.warning(last[0], test_accuracy) if last else ''
@@ -300,14 +300,14 @@ def restore(
 
   Raises:
     errors.UserError: The training has not finished, or the state after its last
-      step cannot be read. No other state will do.
+      step cannot be read. No other state is used instead.
   """
   folder = job.folder(name) / 'train'
   path = job.folder(name) / 'result.json'
   step = runs.read_result(path)['steps']
   runs.claim(folder, _identity(job, structure))
   module = job.network.narrow(structure.counts)
-  shapes = jax.eval_shape(lambda: _initial(job, module, 1, 'train'))
+  shapes = jax.eval_shape(lambda: _initial_state(job, module, 1, 'train'))
   state = jax.tree.map(
     lambda leaf: leaf.update(sharding=devices.replicated()), shapes
   )
