@@ -1,7 +1,8 @@
 """Studies: many runs, one table (`python main.py --mode=study`).
 
-`arms` says how structures are got, `plan` which cells a study has, `products`
-what cells share, `cells` does one, `engine` all, `results` keeps the records.
+`arms` defines how structures are chosen and trained, `plan` lists the cells of
+a study, `products` makes what cells share, `cells` does one cell, `engine` does
+all of them, and `results` keeps the records.
 """
 
 from pfs_jax.studies import tournament

@@ -1,4 +1,4 @@
-"""Arms of a study: ways to get a structure, and to train it.
+"""Arms of a study: ways to choose a structure, and to train it.
 
 An arm is a few words joined by '+': 'searched', 'searched+cost0.5',
 'uniform+scratch_b', 'filters+rewind'. It is a source of scores, {layer: [C]
@@ -18,7 +18,7 @@ from pfs_jax import errors, rankings
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """What tells one arm from another.
+  """The properties of an arm.
 
   Attributes:
     scores: Where the scores of the channels come from: 'gates' (a search),
@@ -27,9 +27,9 @@ class Arm:
       (L1 norm of trained filters over its layer's mean), 'scales' (|BatchNorm
       scale| after network slimming), 'profile' (a tilt), 'probe' (the loss that
       dropped channels cost), 'tournament' (those of the best candidate), 'full'
-      (nothing is cut).
-    pretrain_epochs: Epochs for which the weights were trained before the
-      search; at most (and inf: as many as) config.train.epochs.
+      (the whole network).
+    pretrain_epochs: Epochs for which the weights are trained before the search;
+      inf, or any number above config.train.epochs, stands for that number.
     penalty: Weight of the L1 norm of the BatchNorm scales in network slimming.
     training: 'scratch' (new random weights), 'inherit' (the kept channels'
       weights where they were scored), 'rewind' (the same channels' first
@@ -45,7 +45,7 @@ class Arm:
 
   @property
   def searches(self) -> bool:
-    """Whether a search of gates is part of it."""
+    """Whether the arm includes a search of gates."""
     return self.scores in ('gates', 'shuffled')
 
 
@@ -71,8 +71,8 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _ranking(word: str) -> dict[str, Any]:
-  """What the name of a ranking changes; unknown words list the known ones."""
+def _changes_of_ranking(word: str) -> dict[str, Any]:
+  """The changes that a ranking makes; UserError for unknown words."""
   if not rankings.known(word):
     raise errors.UserError(
       f'an arm must be of the words {", ".join(WORDS)} and the rankings '
@@ -85,10 +85,10 @@ def _ranking(word: str) -> dict[str, Any]:
 
 
 def parse(name: str) -> Arm:
-  """The arm that words joined by '+' describe; unknown ones list the known."""
+  """The arm that words joined by '+' describe; UserError for unknown words."""
   change: dict[str, Any] = {}
   for word in name.split('+'):
-    change |= WORDS[word] if word in WORDS else _ranking(word)
+    change |= WORDS[word] if word in WORDS else _changes_of_ranking(word)
   overrides = {k: change.pop(k) for k in list(change) if '.' in k}
   arm = Arm(**change, overrides=overrides)
   weights = ('gates', 'filters', 'scales')

@@ -1,4 +1,4 @@
-"""One cell: a structure by some arm, trained in some way, one record."""
+"""Does one cell of a study: makes its structure, trains it, and records it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pfs_jax.studies import plan, products, results, tournament
 
 
 def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
-  """Does a cell, or what is left of it, and gives its record.
+  """Does a cell, or the rest of it, and returns its record.
 
   Args:
-    cell: What is to be done.
+    cell: The cell.
     root: The study's workdir; the cell's folder is cells/<hash> in it.
 
   Raises:
-    products.Busy: If another process is making something that it needs.
+    products.Busy: If another process is making something that the cell needs.
   """
   folder = root / 'cells' / cell.hash
   with (
@@ -56,7 +56,7 @@ def _record(cell: plan.Cell) -> dict[str, Any]:
 
 
 def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
-  """Writes structure.json; the record's fields about it."""
+  """Writes structure.json; returns the record's fields about the structure."""
   job, facts = stages.Job(cell.config, folder), {}
   if cell.arm.scores == 'tournament':
     chosen = tournament.choose(job, root)
@@ -94,7 +94,7 @@ def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
 
 
 def _trained(cell: plan.Cell, folder, root, found) -> dict[str, Any]:
-  """Trains the structure as `--mode=train` does; the record's fields of it."""
+  """Trains the structure like `--mode=train`; returns the record's fields."""
   c = cell.config.copy_and_resolve_references()
   c.train.structure = str(folder / 'structure.json')
   job = stages.Job(c, folder)
@@ -121,9 +121,9 @@ def _weights(
 ) -> dict[str, Any]:
   """The kept channels of the wide network's variables.
 
-  'rewind' takes its first random values; 'inherit' those at which the channels
-  were scored, with the gates, where there are any, multiplied into BatchNorm's
-  scale and bias (the running statistics are those without gates).
+  'rewind' takes their first random values; 'inherit' takes the values for which
+  the channels were scored, with the gates, if there are any, multiplied into
+  BatchNorm's scale and bias (the running statistics are those without gates).
   """
   job = stages.Job(cell.wide, root)
   arm, variables = cell.arm, products.first_weights(job)
@@ -147,7 +147,7 @@ def folded(
   """Variables with the gates multiplied into BatchNorm's scale and bias.
 
   Args:
-    variables: Those of the network without gates.
+    variables: The variables of the network without gates.
     gates: {layer: [C]}.
     norms: {layer: path of the BatchNorm whose output its gates multiply}.
   """

@@ -5,9 +5,9 @@
               compiled/       JAX's compilation cache
               <study>.json    the results, unless config.results_dir says where
 
-A cell is done by the process that holds its lock; others pass it over and come
-back. What was cut off goes on from its checkpoints. A cell whose hash is in the
-results already, from whatever machine, is not done again.
+The process that holds a cell's lock does the cell; others skip it and try again
+later. An interrupted cell continues from its checkpoints. A cell whose hash is
+already in the results, from any machine, is not done again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POLL_SECONDS = 1.0
 
 
 def asked(mode: str, c: ml_collections.ConfigDict) -> bool:
-  """Whether a study is asked for; raises UserError unless the config is one."""
+  """Whether the mode is 'study'; UserError if the config is of another kind."""
   if ('study' in c) != (mode == 'study'):
     kind = 'a study' if 'study' in c else 'one run'
     wanted = 'study' if 'study' in c else 'run, search, ...'
@@ -50,7 +50,7 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         '--mode=study takes no --coordinator: start the command several times; '
         'each process does other cells.'
       )
-    runs.commit()  # Of the code that was imported; what comes later is not it.
+    runs.commit()  # Caches the commit of the imported code.
     # Compiled programs are kept on disk: each structure has its own.
     if jax.config.values['jax_compilation_cache_dir'] is None:
       folder = study.compilation_cache or str((workdir / 'compiled').absolute())
@@ -60,7 +60,7 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 class _Work:
-  """What one process knows while it works through a study."""
+  """The state of one process that works through a study."""
 
   def __init__(self, study, workdir: pathlib.Path, planned: list[plan.Cell]):
     self.study, self.workdir = study, workdir
@@ -83,14 +83,14 @@ class _Work:
       f'done; results in {self.file}'
     )
     while self.pending:
-      # After each cell from the first again: one may have been let go.
+      # After each cell, start from the first again: its lock may be free now.
       if not any(self.attempt(cell) for cell in list(self.pending)):
-        time.sleep(_POLL_SECONDS)  # The rest is in work elsewhere.
+        time.sleep(_POLL_SECONDS)  # Other processes do the rest.
     if self.failed:
       raise errors.UserError('\n'.join(self.failed[:3]))
 
   def record(self, cell: plan.Cell) -> Mapping[str, Any] | None:
-    """The record of a finished cell, from its folder or any results."""
+    """The record of a finished cell, from its folder or a results file."""
     path = self.workdir / 'cells' / cell.hash / 'cell.json'
     if path.exists():
       return storage.read_json(path)
@@ -107,7 +107,7 @@ class _Work:
       results.merge(self.file, record, self.order)
 
   def attempt(self, cell: plan.Cell) -> bool:
-    """Does a cell unless another process is at it; whether it was settled."""
+    """Does a cell unless another process does it; whether it is settled."""
     with storage.locked(self.workdir / 'cells' / cell.hash) as held:
       if not held:
         return False
@@ -130,7 +130,7 @@ class _Work:
       return True
 
   def say(self, cell: plan.Cell, record: Mapping[str, Any]) -> None:
-    """One line: what came out, how far the study is, and the time left."""
+    """Prints the result of a cell, the progress, and the time left."""
     left, total = len(self.pending), len(self.order)
     seconds = (time.perf_counter() - self.start) / max(self.done, 1)
     accuracy = record['test_accuracy']

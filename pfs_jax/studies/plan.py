@@ -2,9 +2,9 @@
 
     cells = seeds x values of one varied field x arms,
 
-seed by seed, so that comparisons paired by seed exist early. Cells that would
-be the same work (uniform width does not depend on how long others search) are
-one cell.
+seed by seed, so that comparisons paired by seed are possible early. Cells that
+would do the same work are one cell: uniform width, for example, does not depend
+on the length of searches.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import ml_collections
 from pfs_jax import config, errors, rankings
 from pfs_jax.studies import arms
 
-# Part of the hash of cells and of what they share. To be raised when a default
-# of the config, or the code, changes what a cell with the same fields comes out
-# at. 2: gradients on CPU without YNN (`cpu.compiler_options`).
+# Part of the hash of cells and of what they share. Raise it when a new default
+# of the config, or new code, changes the result of a cell with the same fields.
+# 2: gradients on CPU without YNN (`cpu.compiler_options`).
 REVISION = 2
 _PRETRAINED = 'arm.pretrain_epochs'
 # Scores whose cells depend on the fields of the wide network's training.
@@ -42,13 +42,13 @@ def default(
   """A study, locked.
 
   Args:
-    name: Of the study and of its file under `results_dir`.
+    name: The name of the study and of its file in `results_dir`.
     base: The config of one run; each arm and value changes some of its fields.
     arms: Names of arms, see `arms.WORDS`.
-    seeds: One run for each.
+    seeds: The seeds; each gives one run.
     field: The field that is varied, such as 'search.epochs', or
       'arm.pretrain_epochs'; '' for none.
-    values: Its values.
+    values: The values of that field.
     baseline: The arm, or the label of an arm at one value ('searched, epochs
       2'), that the others are compared with, paired by seed.
   """
@@ -74,12 +74,12 @@ class Cell:
 
   Attributes:
     name: The arm's name.
-    arm: What it means.
+    arm: The arm's properties.
     seed: The seed.
-    variation: {field: value} where the varied field changes the work, else {}.
+    variation: {field: value} if the varied field changes the work, else {}.
     config: The whole config of the run.
-    wide: That of what comes before the cut: of what the arm changes it has only
-      the fields of the search.
+    wide: The config of all work before the cut. Of the arm's changes it has
+      only those in fields of the search.
   """
 
   name: str
@@ -91,11 +91,11 @@ class Cell:
 
   @functools.cached_property
   def identity(self) -> dict[str, Any]:
-    """The fields on which the cell's result depends, where not the default.
+    """The fields on which the cell's result depends, if not at their default.
 
-    Fields at their default are left out, so that a field added later, with a
-    default that changes nothing, leaves the hashes of finished cells alone.
-    Committed results know the ranking as fields of the arm.
+    Fields at their default are left out, so that a field that is added later,
+    with a default that changes nothing, keeps the hashes of finished cells.
+    The ranking is in fields of the arm, as it is in the committed results.
     """
     arm = self.arm
     sections = ['search'] if arm.searches else []
@@ -129,19 +129,19 @@ class Cell:
 
   @property
   def label(self) -> str:
-    """The arm and what is varied."""
+    """The arm's name and the varied field with its value."""
     varied = [f'{k.split(".")[-1]} {v:g}' for k, v in self.variation.items()]
     return ', '.join([self.name, *varied])
 
 
 @functools.cache
-def _plain(*fields: str) -> Mapping[str, Any]:
+def _defaults(*fields: str) -> Mapping[str, Any]:
   return config.flat(config.default(), *fields)
 
 
 def differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
   """{field: value} of the fields and sections that are not the default."""
-  plain = _plain(*fields)
+  plain = _defaults(*fields)
   found = config.flat(c, *fields)
   return {k: v for k, v in found.items() if v != plain[k]}
 
@@ -164,9 +164,9 @@ def cell(
 
   Args:
     base: The config of one run.
-    name: Of the arm.
+    name: The arm's name.
     seed: The seed.
-    variation: {field: value} that is changed besides.
+    variation: {field: value} of further changes.
 
   Raises:
     errors.UserError: If the arm or a field is unknown.
@@ -184,12 +184,12 @@ def cell(
       f'config.field: {", ".join(variation)} takes no such values: {e}.'
     ) from e
   if wide.model.width == wide.model.base_width:
-    wide.model.width = 0  # The same network, so that it is the same cell.
+    wide.model.width = 0  # The same network is the same cell.
   searched = {k: v for k, v in arm.overrides.items() if 'search.' in k}
   wide.update_from_flattened_dict(searched)
   c = wide.copy_and_resolve_references()
   c.update_from_flattened_dict(dict(arm.overrides))
-  if arm.scores == 'full':  # The reference network, whatever is searched.
+  if arm.scores == 'full':  # This is always the reference network.
     c.update_from_flattened_dict(
       {'model.width': 0, 'model.multiplier': 1.0, 'budget.keep': (1.0,)}
     )
@@ -256,7 +256,7 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
         config.validate(one.config)
         if one.hash not in found:
           found[one.hash] = one
-        elif found[one.hash].name == name:  # The field changes nothing here.
+        elif found[one.hash].name == name:  # The field has no effect here.
           found[one.hash] = dataclasses.replace(found[one.hash], variation={})
   known = dict.fromkeys([*study.arms, *(c.label for c in found.values())])
   if study.baseline and study.baseline not in known:

@@ -1,13 +1,13 @@
 """What several cells of a study share: searches, probes, trained wide networks.
 
-Each lies in a folder named by the hash of what it depends on, is made once, and
-goes on from its checkpoint if it was cut off:
+Each product has a folder, named by the hash of the fields that it depends on.
+It is made once, and continues from its checkpoint after an interruption:
 
     shared/search-<hash>/   a run folder; search/gates.npz
     shared/trained-<hash>/  metrics.jsonl checkpoints/ weights/<epoch>.npz
     shared/probe-<hash>/    probe/probe.json
 
-A product that another process is making raises `Busy`.
+If another process is making a product, `Busy` is raised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pfs_jax.studies import plan
 
 
 class Busy(Exception):
-  """Another process is making what is needed; come back later."""
+  """Another process is making a product; its name is the argument."""
 
 
 def folder(
@@ -44,7 +44,7 @@ def folder(
 def make(
   done: pathlib.Path, where: pathlib.Path, make_: Callable[[], object]
 ) -> None:
-  """Makes the file `done` by `make_()`, unless it is there.
+  """Makes the file `done` by `make_()`, unless it exists.
 
   Raises:
     Busy: If another process holds the folder `where`.
@@ -59,9 +59,9 @@ def make(
 
 
 def forget_programs() -> None:
-  """Frees compiled programs: hardly a training has the shapes of another.
+  """Frees compiled programs, as few trainings have the shapes of another.
 
-  What is needed again comes from the compilation cache on disk.
+  A program that is needed again comes from the compilation cache on disk.
   """
   train.compiled_call.cache_clear()
   jax.clear_caches()
@@ -102,8 +102,8 @@ def trained(
   The ungated network at the searched width starts from the weights that the
   search would freeze and is trained by the recipe on the search's part of the
   training images, so validation images stay unseen. There is one training of
-  config.train.epochs with its schedule; fewer epochs are a look at it on its
-  way, as in the paper. `epochs` are whole epochs, or all.
+  config.train.epochs with its schedule. Fewer epochs give its weights after so
+  many epochs, as in the paper. `epochs` are whole epochs, or all.
   """
   fields = plan.changed(cell.wide, 'train')
   fields['arm.penalty'] = cell.arm.penalty
@@ -187,11 +187,11 @@ def _seconds(folder: pathlib.Path) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Scores, and what they are from.
+  """Scores, and where they come from.
 
   Attributes:
     scores: {layer: [C]}, ranked, for `stages.Job.cut_plain`.
-    facts: Fields of the record that say what they are from.
+    facts: Fields of the record that say where they come from.
     seconds: {name: seconds} of the searches, probes and trainings behind them.
   """
 
@@ -204,8 +204,8 @@ def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
   """The scores of a cell.
 
   Args:
-    cell: Its arm and config.
-    job: Whose network is cut, to the first budget.
+    cell: The cell.
+    job: The run whose network is cut to its first budget.
     root: The folder under which searches, probes and trainings are shared.
   """
   arm, model = cell.arm, job.network.cost_model

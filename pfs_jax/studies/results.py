@@ -1,15 +1,15 @@
-"""Results of a study: records, and the file that they are kept in.
+"""Results of a study: its records, and the file that holds them.
 
 results/<study>.json is a list of records, one a line, each with the fields
 
   study arm variation seed config_hash commit model macs reference_macs
   macs_share params counts test_accuracy seconds hardware
 
-(test_accuracy 0..1 of the last epoch, null where only the structure was asked;
-seconds of the training, those of search and wide training apart) and, for
-whoever asks why, test_loss, fields, train_epochs, search_epochs, sparsity,
-tie_share, gate_means {layer: mean gate} and kept {layer: bits as hexadecimal,
-channel 0 the lowest}.
+(test_accuracy 0..1 of the last epoch, null if only the structure was asked for;
+seconds of the training, without those of search and wide training). Further
+fields explain a result: test_loss, fields, train_epochs, search_epochs,
+sparsity, tie_share, gate_means {layer: mean gate} and kept {layer: bits as
+hexadecimal, channel 0 the lowest}.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
   """The records of a file, [] if there is none.
 
   Raises:
-    errors.UserError: It is no list of records with the fields above.
+    errors.UserError: The file is no list of records with the fields above.
   """
   return _records(file, storage.read_bytes(file)) if file.exists() else []
 
@@ -68,10 +68,10 @@ def _records(file: pathlib.Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
-  """Puts one record into a file that other processes write to as well.
+  """Puts one record into a file to which other processes write as well.
 
-  Records stand in the study's order of cells (`order`, hashes); those of cells
-  that the study no longer has come last.
+  Records have the study's order of cells (`order`, hashes); records of cells
+  that are no longer in the study come last.
   """
   with storage.locked(file.parent, wait=lambda: None):
     found: dict[str, Record] = {r['config_hash']: r for r in read(file)}
@@ -85,11 +85,11 @@ def merge(file: pathlib.Path, record: Record, order: Sequence[str]) -> None:
 def known(
   study: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
-  """{config hash: record} of every study beside this one's file."""
+  """{config hash: record} of all studies in the folder of this one's file."""
   found = {}
   for file in sorted(path(study, workdir).parent.glob('*.json')):
     content = storage.read_bytes(file)
-    if content.lstrip().startswith(b'['):  # Other files may lie there.
+    if content.lstrip().startswith(b'['):  # Other files may be there.
       found |= {r['config_hash']: r for r in _records(file, content)}
   return found
 
@@ -109,6 +109,6 @@ def bits(indices: Iterable[int]) -> str:
 
 
 def channels(text: str) -> list[int]:
-  """The set that `bits` wrote."""
+  """The channels that `bits` wrote."""
   number = int(text, 16)
   return [i for i in range(number.bit_length()) if number >> i & 1]

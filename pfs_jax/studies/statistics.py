@@ -69,7 +69,7 @@ def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
 
 @functools.cache  # A table asks for the same sizes again and again.
 def chance_jaccard(n: int, first: int, second: int) -> float:
-  """Expected Jaccard index of random subsets of n things, of these sizes.
+  """The expected Jaccard index of two random subsets of n things.
 
   The overlap k is hypergeometric and the index k / (first + second - k).
   """

@@ -1,4 +1,4 @@
-"""The tables of a study: accuracy of its arms, their structures, likeness.
+"""The tables of a study: accuracy and structures of its arms, and similarity.
 
 Records are grouped by their label: the arm and, where the study varies a field,
 its value. The terminal, the report and RESULTS.md show the same tables.
@@ -38,14 +38,14 @@ def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 class Measure(NamedTuple):
-  """What the arms of a study are compared by.
+  """A quantity by which the arms of a study are compared.
 
   Attributes:
     title: The title of its table.
     field: The field of the records.
-    scale: What its values are multiplied by.
-    digits: Decimals that are shown.
-    sign: 1 where more is better, -1 where less is.
+    scale: The factor for its values in the table.
+    digits: The number of decimals.
+    sign: 1 if more is better, -1 if less is.
   """
 
   title: str
@@ -62,20 +62,20 @@ LOSS = Measure('Test loss', 'test_loss', 1, 4, -1)
 def values(
   records: Sequence[Record], measure: Measure = ACCURACY
 ) -> dict[int, float]:
-  """{seed: value of a measure}, of the records that have it."""
+  """{seed: value of a measure} of the records that have one."""
   there = [r for r in records if r.get(measure.field) is not None]
   return {r['seed']: measure.scale * r[measure.field] for r in there}
 
 
-def _scratch_b(study: ml_collections.ConfigDict) -> str:
-  """The baseline trained as Scratch-B, '' if the study has no such arm."""
+def _scratch_b_baseline(study: ml_collections.ConfigDict) -> str:
+  """The name of the Scratch-B baseline, '' if the study has no such arm."""
   name = f'{study.baseline}+scratch_b'
   return name if name in study.arms else ''
 
 
 def against(study: ml_collections.ConfigDict) -> str:
-  """What the arms are compared with, in words; '' without a baseline."""
-  other = _scratch_b(study)
+  """The name of the baseline, for titles; '' without a baseline."""
+  other = _scratch_b_baseline(study)
   return f'{study.baseline} (Scratch-B: {other})' if other else study.baseline
 
 
@@ -86,15 +86,15 @@ def baseline_of(
 ) -> list[Record]:
   """The records that a group is compared with.
 
-  They are the baseline, trained in the same way as the group where the study
-  has such an arm (Scratch-B is compared with Scratch-B), at the same value of
-  the varied field or, failing that, without a value. The baseline itself is
-  compared with nothing.
+  They are the records of the baseline, trained in the same way as the group if
+  the study has such an arm (Scratch-B is compared with Scratch-B), at the same
+  value of the varied field or, if there are none, without a value. The baseline
+  itself has none to be compared with.
   """
   arm, variation = group[0]['arm'], group[0]['variation']
   name = study.baseline
   if 'scratch_b' in arm.split('+'):
-    name = _scratch_b(study) or name
+    name = _scratch_b_baseline(study) or name
   if name in (arm, group[0]['label']) or study.baseline == arm:
     return []
   theirs = [r for r in records if r['arm'] == name]
@@ -108,7 +108,7 @@ def baseline_of(
 def differences(
   study: ml_collections.ConfigDict, groups: Groups, measure: Measure = ACCURACY
 ) -> dict[str, statistics.Difference]:
-  """{label: paired difference from the baseline}, where there are pairs."""
+  """{label: paired difference from the baseline} if there are pairs."""
   records = [r for group in groups.values() for r in group]
   found = {}
   for label, group in groups.items():
@@ -152,11 +152,11 @@ def comparison(
 
 
 def verdict(versus: statistics.Difference, sign: int = 1) -> str:
-  """'better', 'worse' or, where the interval holds 0, 'indistinguishable'.
+  """'better', 'worse' or, if the interval contains 0, 'indistinguishable'.
 
   Args:
     versus: A difference from a baseline.
-    sign: 1 where more is better, -1 where less is.
+    sign: 1 if more is better, -1 if less is.
 
   >>> verdict(statistics.Difference(3, 1.0, 0.5, 1.5))
   'better'
@@ -189,13 +189,13 @@ def counts(groups: Groups) -> Table:
 def has_shape(record: Record) -> bool:
   """Whether an arm's layers differ in the share that they keep.
 
-  Those of uniform and full width differ by rounding alone.
+  The shares of uniform and full width differ by rounding alone.
   """
   return arms.parse(record['arm']).scores not in ('full', 'equal')
 
 
 def _chose(record: Record) -> bool:
-  """Whether its channels were chosen, and not merely counted from the first."""
+  """Whether the arm chose channels, and not only their number."""
   return 'kept' in record and arms.parse(record['arm']).scores != 'shuffled'
 
 
@@ -203,16 +203,16 @@ Pairs = Sequence[tuple[Record, Record]]
 
 
 def correlations(pairs: Pairs) -> list[float]:
-  """Of the shares that the layers keep, for the pairs that have one."""
+  """Correlations of the shares that layers keep, for pairs that have one."""
   found = (statistics.correlation(shares(a), shares(b)) for a, b in pairs)
   return [value for value in found if value is not None]
 
 
 def overlaps(pairs: Pairs) -> list[tuple[float, float]]:
-  """(Jaccard index, that of random sets of the same sizes) of kept channels.
+  """(Jaccard index of kept channels, that of random channels) of each pair.
 
-  Each is a mean over the layers. Pairs whose channels were not chosen, or whose
-  searched networks have other widths, have none.
+  Each is a mean over the layers. Pairs are left out if an arm did not choose
+  channels, or if their searched networks have different widths.
   """
   found = []
   for a, b in pairs:
@@ -228,7 +228,7 @@ def overlaps(pairs: Pairs) -> list[tuple[float, float]]:
 
 
 def similarity(records: Sequence[Record]) -> Table:
-  """Structures of different seeds, then those of one seed along a variation."""
+  """The similarity of structures between seeds, then between varied values."""
   groups, rows = grouped([r for r in records if has_shape(r)]), []
 
   def row(label: str, pairs: Pairs) -> None:
@@ -253,7 +253,7 @@ def similarity(records: Sequence[Record]) -> Table:
 
 
 def show(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Prints the tables of what is finished."""
+  """Prints the tables of the finished cells."""
   records, total = results.mine(study, workdir), len(plan.cells(study))
   file = results.path(study, workdir)
   shown = [comparison(study, records, m) for m in (ACCURACY, LOSS)]

@@ -4,8 +4,8 @@ Successive halving: in each round the remaining candidates are trained by whole,
 compressed schedules, with the same seeds and batches for all, and the half of
 them with the lowest loss on held-out images goes on to trainings twice as long.
 The incumbent, uniform width, takes part in every round. The last challenger
-replaces it only if its gain, paired by seed, is larger than so many standard
-errors as the config says. No test image is read.
+replaces it only if its gain, paired by seed, exceeds the number of standard
+errors that the config asks for. No test image is read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def best(losses: Losses, n: int) -> list[str]:
 
 
 class Decision(NamedTuple):
-  """Who is chosen, and the challenger's gain: mean and standard error."""
+  """The chosen candidate, and the challenger's gain: mean, standard error."""
 
   chosen: str
   challenger: str
@@ -68,7 +68,7 @@ class Decision(NamedTuple):
 
 
 def decide(losses: Losses, standard_errors: float) -> Decision:
-  """The challenger if its paired gain exceeds so many standard errors.
+  """Chooses the challenger if its paired gain exceeds the standard errors.
 
   >>> losses = {'uniform': [0.5, 0.6, 0.5], 'tilt1': [0.4, 0.4, 0.5]}
   >>> decision = decide(losses, 1.0)
@@ -76,9 +76,9 @@ def decide(losses: Losses, standard_errors: float) -> Decision:
   ('tilt1', 0.1, 0.058)
 
   Args:
-    losses: {name: loss of each seed} of the incumbent and one challenger; of
-      two seeds at least.
-    standard_errors: The gain must be larger than so many, and larger than 0.
+    losses: {name: loss of each seed} of the incumbent and one challenger, for
+      at least two seeds.
+    standard_errors: The gain must exceed this number of them, and exceed 0.
   """
   (challenger,) = (name for name in losses if name != INCUMBENT)
   gains = np.subtract(losses[INCUMBENT], losses[challenger])
@@ -100,7 +100,7 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       chosen = scored(job, found['chosen'], workdir).scores
       break
     except products.Busy:
-      time.sleep(_POLL_SECONDS)  # Other processes are at all that is left.
+      time.sleep(_POLL_SECONDS)  # Other processes do all the rest.
   budget = job.budgets[0]
   source = {name: found[name] for name in ('chosen', 'gain', 'error', 'share')}
   with storage.locked(workdir, wait=lambda: None):
@@ -114,14 +114,14 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
-  """The content of tournament.json; does what is left of the work for it.
+  """The content of tournament.json, after the work for it that remains.
 
   Args:
     job: The run; the candidates are cut to its budget.
     root: The folder under which searches, probes and trainings are shared.
 
   Raises:
-    products.Busy: If other processes are at all that is left.
+    products.Busy: If other processes do all the work that remains.
     errors.UserError: If the config does not allow a tournament.
   """
   c = job.config
@@ -160,14 +160,14 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     'seconds': round(sum(seconds.values()), 1),
     'share': round(sum(seconds.values()) / one_training, 3),
   }
-  found |= _told(found, math.log(job.spec.num_classes))
+  found |= _result_summary(found, math.log(job.spec.num_classes))
   storage.write_json(path, found, sealed=True)
   return found
 
 
 def candidates(c: ml_collections.ConfigDict) -> list[str]:
   """The names of the candidates, the incumbent first, each once."""
-  joined = ','.join(c.tournament.candidates)  # a,b of a flag is one text.
+  joined = ','.join(c.tournament.candidates)  # A flag gives a,b as one text.
   names = [name.strip() for name in joined.split(',')]
   return list(dict.fromkeys([INCUMBENT, *filter(None, names)]))
 
@@ -178,23 +178,23 @@ def _rounds(c: ml_collections.ConfigDict) -> list[tuple[int, float, int]]:
 
 
 def scored(job: stages.Job, name: str, root: pathlib.Path) -> products.Scored:
-  """The scores of a candidate: those of an arm, of another seed with '#i'.
+  """The scores of a candidate: those of its arm; '#i' takes another seed.
 
   Raises:
-    products.Busy: If another process is at its search or probe.
+    products.Busy: If another process does its search or probe.
   """
   return products.scored(_cell(job, name), job, root)
 
 
 def _cell(job: stages.Job, name: str) -> plan.Cell:
-  """The candidate as a cell of a study, with nothing ranked after its arm."""
+  """The candidate as a cell of a study, with only the ranking of its arm."""
   arm, _, number = name.partition('#')
   seed = config.other_seed(job.config.seed, int(number or 0))
   return plan.cell(job.config, arm, seed, {'budget.ranking': 'global'})
 
 
 def all_of(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-  """Does each task; raises Busy at the end if another process is at one."""
+  """Does each task; raises Busy at the end if another process does one."""
   found, busy = {}, None
   for name, task in tasks.items():
     try:
@@ -212,7 +212,7 @@ def _training(
   epochs: float,
   folder: pathlib.Path,
 ) -> dict[str, Any]:
-  """{name, loss, seconds} of one training; equal structures share it."""
+  """{name, loss, seconds} of one training, which equal structures share."""
   counts = config.digest({'counts': list(structure.counts)})
   folder = folder / f'{counts}-{epochs:g}epochs-seed{job.config.seed}'
   path = folder / 'loss.json'
@@ -228,8 +228,8 @@ def _training(
   return storage.read_json(path)
 
 
-def _told(found: Mapping[str, Any], chance: float) -> dict[str, Any]:
-  """The table and the sentences that say what came out.
+def _result_summary(found: Mapping[str, Any], chance: float) -> dict[str, Any]:
+  """The table and the sentences of the result.
 
   Args:
     found: The content of tournament.json so far.
@@ -264,7 +264,7 @@ def _told(found: Mapping[str, Any], chance: float) -> dict[str, Any]:
 
 
 def check(job: stages.Job) -> None:
-  """Refuses what cannot be a tournament, before anything is trained."""
+  """Refuses a config without a possible tournament, before any training."""
   c, names = job.config, candidates(job.config)
 
   def require(holds: bool, field: str, rule: str, got: object) -> None:
@@ -315,7 +315,7 @@ def _is_candidate(name: str) -> bool:
 
 
 def _share(job: stages.Job, epochs: float) -> float:
-  """Epochs without the held-out images, as a share of one whole training."""
+  """Epochs without the held-out images, as a share of a whole training."""
   held_out, every = (
     job.data.train_source('train', hold_out=out).steps_per_epoch
     for out in (True, False)
