@@ -3,9 +3,9 @@
     workdir/  report.html           report/ (its pictures, as SVG)
               report-<study>.html   report-<study>/
 
-Nothing is trained, no data set is read, and the same folder gives the same
-bytes. `figures` draws, `page` fills page.html; `run_page`, `run_logs` and
-`study_page` say what the files hold.
+A report trains no network and reads no data set, and the same folder gives the
+same bytes. `figures` draws, `page` fills page.html; `run_page`, `run_logs` and
+`study_page` fill a page from the files.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ def write(
   workdir: pathlib.Path,
   out: pathlib.Path | None = None,
 ) -> None:
-  """Reports on the study or the run that a config is of.
+  """Writes the report of the study or run of a config.
 
   Args:
     c: The config of a run or a study.
     workdir: The folder of the run or study. It is only read.
-    out: The folder that gets the report; None: the workdir.
+    out: The folder for the report; None: the workdir.
 
   Raises:
-    errors.UserError: If the workdir holds nothing, or another config's work.
+    errors.UserError: If the workdir is empty, or belongs to another config.
   """
-  # matplotlib takes a second to import: only where it is used.
+  # Imported here, because matplotlib takes a second to import.
   from pfs_jax.report import figures, run_page, study_page
 
   stem = f'report-{c.study}' if 'study' in c else 'report'

@@ -1,8 +1,8 @@
 """Pictures of a report, drawn by matplotlib as SVG, without a screen.
 
-A reader can tell the parts of each picture apart without colour: by marker,
-hatch, line style or label. Pictures are narrow enough (4.8 inches) to be read
-on a phone. The same numbers give the same bytes. All is drawn inside `style`.
+The parts of each picture differ not only in colour, but also in marker, hatch,
+line style or label. Pictures are narrow enough (4.8 inches) to be read on a
+phone. The same numbers give the same bytes. Draw them inside `style`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _DIAMONDS = {  # {filled: how an interval is drawn}.
 
 
 class Line(NamedTuple):
-  """A line with its label in the legend; a marker where it has one point.
+  """A line with a label in the legend; a single point is a marker.
 
-  `error` is how far an error bar reaches up and down from each point.
+  `error` is the length of the error bars, up and down from each point.
   """
 
   label: str
@@ -64,7 +64,7 @@ class Line(NamedTuple):
 class Interval(NamedTuple):
   """A row with a diamond at a mean, an interval around it, and single values.
 
-  `dots` are drawn as circles; `filled` says how the diamond is drawn.
+  `dots` are drawn as circles; `filled` says whether the diamond is filled.
   """
 
   label: str
@@ -79,7 +79,7 @@ class Interval(NamedTuple):
 def style() -> Iterator[None]:
   """The context in which pictures are drawn and written."""
   with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-    # Letters that the font lacks are boxes; the tables have the names.
+    # Letters that the font lacks become boxes; the tables have the names.
     warnings.filterwarnings('ignore', 'Glyph')
     yield
 
@@ -92,17 +92,17 @@ def svg(drawn: mpl_figure.Figure, title: str, description: str) -> bytes:
   return re.sub(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]', b'', content.getvalue())
 
 
-def _drawing(height: float, rows: int = 1, columns: int = 1) -> Any:
-  """An empty figure of so many inches, and its grid of axes."""
+def _figure(height: float, rows: int = 1, columns: int = 1) -> Any:
+  """An empty figure of this height in inches, and its grid of axes."""
   drawn = mpl_figure.Figure((_WIDTH, height), layout='constrained')
   return drawn, drawn.subplots(rows, columns, sharex=True, squeeze=False)
 
 
-def _ladder(labels: Sequence[str]) -> Any:
+def _row_figure(labels: Sequence[str]) -> Any:
   """A figure with a row for each label, its axes, and the rows' places."""
-  drawn, ((axes,),) = _drawing(1.1 + 0.23 * len(labels))
+  drawn, ((axes,),) = _figure(1.1 + 0.23 * len(labels))
   places = np.arange(len(labels))
-  labels = [_short(label, 50) for label in labels]
+  labels = [_shortened(label, 50) for label in labels]
   axes.set_yticks(places, labels, fontsize=8 if len(labels) <= 24 else 7)
   axes.set_ylim(len(labels) - 0.4, -0.6)
   axes.tick_params(axis='y', length=0)
@@ -110,8 +110,8 @@ def _ladder(labels: Sequence[str]) -> Any:
   return drawn, axes, places
 
 
-def _short(text: str, most: int) -> str:
-  """A text cut to so many characters, so that it leaves room for the rest."""
+def _shortened(text: str, most: int) -> str:
+  """A text cut to a number of characters, to leave room in the picture."""
   return text if len(text) <= most else f'{text[: most - 1]}…'
 
 
@@ -129,7 +129,7 @@ def network(
     reference: Their channels in the reference network.
     kept: {budget: channels after the cut}, the widest first.
   """
-  drawn, axes, y = _ladder(layers)
+  drawn, axes, y = _row_figure(layers)
   blues = matplotlib.colormaps['Blues'](np.linspace(0.2, 0.6, len(kept)))
 
   def bars(counts: Sequence[int], **style: Any) -> None:
@@ -140,7 +140,7 @@ def network(
   for i, (name, counts) in enumerate(kept.items()):
     hatch = _HATCHES[i] if len(kept) <= len(_HATCHES) else None
     style = {'color': blues[i], 'edgecolor': _BLUE, 'hatch': hatch}
-    bars(counts, label=_short(name, 18), **style)
+    bars(counts, label=_shortened(name, 18), **style)
   if list(reference) != list(searched):
     ends = np.concatenate([reference, np.negative(reference)]) / 2
     style = {'marker': '|', 'linewidths': 2, 'label': 'reference'}
@@ -166,16 +166,16 @@ def heat(
   label: str,
   digits: int = 0,
 ) -> mpl_figure.Figure:
-  """Numbers on cells from light (the least, or 0) to dark (the most).
+  """Numbers in cells that are light (the least, or 0) to dark (the most).
 
   Args:
-    rows: Titles of the rows; of '3. searched' the number is drawn.
+    rows: Titles of the rows; of '3. searched', only the number is drawn.
     columns: Titles of the columns.
-    values: [rows, columns], NaN where there is none.
-    label: What the columns are.
-    digits: Decimals that are shown.
+    values: [rows, columns], NaN for no value.
+    label: The meaning of the columns.
+    digits: The number of decimals.
   """
-  drawn, ((axes,),) = _drawing(1.1 + 0.2 * len(rows))
+  drawn, ((axes,),) = _figure(1.1 + 0.2 * len(rows))
   axes.grid(visible=False)
   axes.spines[:].set_visible(False)
   colours = matplotlib.colormaps['Blues'].with_extremes(bad='#eeeeee')
@@ -204,11 +204,11 @@ def curves(
 ) -> mpl_figure.Figure:
   """Lines over one axis, in panels below each other: {axis label: lines}.
 
-  With `last`, the legend of a panel has the last value of each line.
+  With `last`, the legend of a panel also gives the last value of each line.
   """
   rows = sum((len(lines) + 1) // 2 for lines in panels.values())
   height = 0.5 + 1.7 * len(panels) + 0.17 * rows
-  drawn, grid = _drawing(height, len(panels))
+  drawn, grid = _figure(height, len(panels))
   for axes, (name, lines) in zip(grid[:, 0], panels.items(), strict=True):
     for i, line in enumerate(lines):
       axes.errorbar(
@@ -222,13 +222,13 @@ def curves(
         markevery=max(1, len(line.x) // 12),
         capsize=3,
         elinewidth=1,
-        label=_short(line.label, 32) + f': {line.y[-1]:.4g}' * last,
+        label=_shortened(line.label, 32) + f': {line.y[-1]:.4g}' * last,
       )
     axes.set_ylabel(name)
     axes.margins(y=0.08)
     values = np.concatenate([line.y for line in lines])
     if values.min() > 0 and values.max() > 20 * values.min():
-      axes.set_yscale('log')  # Else the first values hide the others.
+      axes.set_yscale('log')  # Else large values hide the others.
     style = {'loc': 'lower left', 'bbox_to_anchor': (0, 1.0), 'fontsize': 8}
     axes.legend(ncols=2, borderaxespad=0.2, columnspacing=1.0, **style)
   if all(float(x).is_integer() for line in lines for x in line.x):
@@ -243,12 +243,12 @@ def intervals(
   """A row for each mean and its interval.
 
   Args:
-    rows: From top to bottom.
-    xlabel: What the numbers are.
-    meanings: {whether a diamond is filled: what that says}, for the legend.
-      If there are both, the numbers are differences, with a line at 0.
+    rows: The rows, from top to bottom.
+    xlabel: The meaning of the numbers.
+    meanings: {whether a diamond is filled: what that means}, for the legend.
+      If it has both, the numbers are differences, and a line is drawn at 0.
   """
-  drawn, axes, y = _ladder([row.label for row in rows])
+  drawn, axes, y = _row_figure([row.label for row in rows])
   for place, row in zip(y, rows, strict=True):
     at = [place] * len(row.dots)
     axes.scatter(row.dots, at, 22, facecolors='none', edgecolors=_GREY)
@@ -274,11 +274,11 @@ def examples(images: np.ndarray, titles: Sequence[str]) -> mpl_figure.Figure:
     titles: One for each image.
   """
   rows = -(-len(images) // 6)
-  drawn, grid = _drawing(1.15 * rows, rows, 6)
+  drawn, grid = _figure(1.15 * rows, rows, 6)
   for axes in grid.ravel():
     axes.set_axis_off()
   for axes, image, title in zip(grid.ravel(), images, titles, strict=False):
     axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
-    lines = [_short(line, 14) for line in title.splitlines()]
+    lines = [_shortened(line, 14) for line in title.splitlines()]
     axes.set_title('\n'.join(lines), fontsize=7)
   return drawn

@@ -1,6 +1,6 @@
-"""The page of a report: one HTML file without a script that fetches nothing.
+"""The page of a report: one HTML file, without scripts or links to files.
 
-Every text from a file or a config passes `tables.escape`.
+Every text from a file or a config is escaped by `tables.escape`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pfs_jax.report import figures
 from pfs_jax.tables import Table, escape
 
 _PAGE = string.Template(pathlib.Path(__file__).with_suffix('.html').read_text())
-_LONG = 24  # Tables beside a picture with more rows are folded.
-_SPOKEN = 12  # Rows of its table that the text alternative of a picture has.
+_MOST_UNFOLDED = 24  # A table of more rows beside a picture is folded.
+_ALT_ROWS = 12  # Rows of a table that are in its picture's alternative text.
 
 
 class Page:
@@ -49,17 +49,17 @@ class Page:
     self._sections.append((title, []))
 
   def paragraph(self, text: str, kind: str = '') -> None:
-    """Adds a paragraph of a class of the style sheet."""
+    """Adds a paragraph; `kind` is its class in the style sheet."""
     self._add(f'<p class="{kind}">{escape(text)}</p>')
 
   def table(self, table: Table, folded: bool = False) -> None:
-    """Adds a table, which opens on a click if it is to be folded."""
-    self._add(self._shown(table, folded))
+    """Adds a table; a folded one opens on a click."""
+    self._add(self._table_html(table, folded))
 
-  def _shown(self, table: Table, folded: bool) -> str:
+  def _table_html(self, table: Table, folded: bool) -> str:
     self._tables.add(table.title)
     html, n = tables.html(*table), len(table.rows)
-    return _folded(f'{table.title} ({n} rows)', html) if folded else html
+    return _details(f'{table.title} ({n} rows)', html) if folded else html
 
   def figure(
     self, name: str, caption: str, drawn: Any, *numbers: Table
@@ -70,11 +70,12 @@ class Page:
       name: The stem of its file.
       caption: What it shows.
       drawn: The figure, drawn by `figures`.
-      *numbers: The tables of its numbers. One that is on the page already is
-        linked, the others are added. The first rows are its text alternative.
+      *numbers: The tables of its numbers. A table that is on the page already
+        is linked, the others are added. Their first rows are its alternative
+        text.
     """
-    spoken = '; '.join(filter(None, map(_words, numbers)))
-    alt = f'{caption} {spoken}.'
+    text = '; '.join(filter(None, map(_as_text, numbers)))
+    alt = f'{caption} {text}.'
     self.pictures[name] = figures.svg(drawn, name, alt)
     self.captions[name] = caption
     links, beside = '', ''
@@ -83,7 +84,7 @@ class Page:
         anchor = tables.anchor(table.title)
         links += f' <a href="#{anchor}">Table: {escape(table.title)}</a>'
       else:
-        beside += self._shown(table, len(table.rows) > _LONG)
+        beside += self._table_html(table, len(table.rows) > _MOST_UNFOLDED)
     data = base64.b64encode(self.pictures[name]).decode()
     width, height = (round(96 * inches) for inches in drawn.get_size_inches())
     self._add(
@@ -95,7 +96,7 @@ class Page:
     )
 
   def config(self, run: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Adds what a run's config changes, and a config as a whole, folded."""
+    """Adds the fields of `run` that are not the default, and `whole`."""
     rows = []
     for field in fields.FIELDS:
       section, _, name = field.name.rpartition('.')
@@ -106,10 +107,10 @@ class Page:
     columns = ['field', 'value', 'default', 'meaning']
     self.table(Table('Fields that are not the default', columns, rows))
     text = escape(json.dumps(whole, indent=2, sort_keys=True))
-    self._add(_folded('The whole config', f'<pre>{text}</pre>'))
+    self._add(_details('The whole config', f'<pre>{text}</pre>'))
 
   def html(self) -> str:
-    """The page as it is."""
+    """The page as HTML."""
     (_, first), *rest = self._sections
     parts, links = '', ''
     for title, inner in rest:
@@ -125,18 +126,18 @@ class Page:
     )
 
 
-def _folded(summary: str, html: str) -> str:
+def _details(summary: str, html: str) -> str:
   return f'<details><summary>{escape(summary)}</summary>\n{html}\n</details>'
 
 
-def _words(table: Table) -> str:
-  """The first rows of a table as a text.
+def _as_text(table: Table) -> str:
+  """The first rows of a table as plain text.
 
-  >>> _words(Table('Loss', ['step', 'training'], [['10', '2.3'], ['20', '-']]))
+  >>> _as_text(Table('CE', ['step', 'training'], [['10', '2.3'], ['20', '-']]))
   '10: training 2.3; 20: training -'
   """
   rows = []
-  for name, *cells in table.rows[:_SPOKEN]:
+  for name, *cells in table.rows[:_ALT_ROWS]:
     pairs = zip(table.columns[1:], cells, strict=True)
     rows.append(f'{name}: ' + ', '.join(f'{a} {b}' for a, b in pairs if b))
   more = len(table.rows) - len(rows)

@@ -1,4 +1,4 @@
-"""What a run left on its way: its probe, tournament, gates and metrics."""
+"""Sections about the work of a run: probe, tournament, gates and metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pfs_jax.tables import Table
 
 
 def thinned(n: int, most: int) -> list[int]:
-  """At most so many of the indices 0..n-1, evenly, with the first and last.
+  """At most `most` of the indices 0..n-1, evenly, with the first and last.
 
   >>> thinned(9, 3)
   [0, 4, 8]
@@ -25,7 +25,7 @@ def thinned(n: int, most: int) -> list[int]:
 
 
 def probe(report: Page, job: Job) -> None:
-  """Adds how much the loss rises where a layer loses channels, if it is known.
+  """Adds the rise of the loss when a layer loses channels, if it is known.
 
   probe.json holds a mean and a standard error for each layer, and the values of
   single draws.
@@ -94,13 +94,13 @@ def tournament(report: Page, job: Job) -> None:
 
 
 def chosen_gates(job: Job) -> dict[str, np.ndarray]:
-  """The gates that the selection rule took, {} before."""
+  """The gates that the search chose; {} before its end."""
   path = job.workdir / 'search' / 'gates.npz'
   return storage.read_arrays(path) if path.exists() else {}
 
 
-def _gates(job: Job) -> dict[str, np.ndarray]:
-  """{when: all gates}: at evaluations of the search, then kept and dropped."""
+def _gates_by_label(job: Job) -> dict[str, np.ndarray]:
+  """{label: gates}: all at evaluations of the search, then kept, dropped."""
   paths = sorted((job.workdir / 'search' / 'gates').glob('[0-9]*.npz'))
   found = {}
   for i in thinned(len(paths), 8):
@@ -120,7 +120,7 @@ def _gates(job: Job) -> dict[str, np.ndarray]:
 
 def gates(report: Page, job: Job) -> None:
   """Adds how the gates are distributed, over the search and at its end."""
-  found = _gates(job)
+  found = _gates_by_label(job)
   if not found:
     return
   inner = np.linspace(0, 1, 6)
@@ -178,7 +178,7 @@ def training(
 ) -> None:
   """Adds the metrics of all trainings, in one picture.
 
-  Of several budgets it shows the validation metrics alone or, where there are
+  For several budgets it shows the validation metrics alone or, if there are
   none, those of the training set.
 
   Args:
@@ -205,7 +205,7 @@ def training(
 def _curves(
   report: Page, name: str, logs: Mapping[str, Log], panels: Panels
 ) -> None:
-  """Tables of metrics by step, and a picture where one has two points."""
+  """Adds tables of metrics by step, and a picture of lines with two points."""
   found: dict[str, list[figures.Line]] = {}
   for axis, fields in panels.items():
     for prefix, log in logs.items():
@@ -214,7 +214,7 @@ def _curves(
         if points:
           line = figures.Line(prefix + label, *zip(*points, strict=True))
           found.setdefault(axis, []).append(line)
-  by_step = [_by_step(axis, lines) for axis, lines in found.items()]
+  by_step = [_step_table(axis, lines) for axis, lines in found.items()]
   several = {
     axis: [line for line in lines if len(line.x) > 1]
     for axis, lines in found.items()
@@ -233,8 +233,8 @@ def _curves(
   )
 
 
-def _by_step(axis: str, lines: Sequence[figures.Line]) -> Table:
-  """The curves at 8 of the steps at which half of them or more have a value."""
+def _step_table(axis: str, lines: Sequence[figures.Line]) -> Table:
+  """A table of the curves at 8 steps at which half of them have a value."""
   values = [dict(zip(line.x, line.y, strict=True)) for line in lines]
   present = {s: sum(s in v for v in values) for v in values for s in v}
   steps = sorted(s for s, n in present.items() if 2 * n >= len(values))

@@ -14,14 +14,14 @@ from pfs_jax.tables import Table
 
 
 class Cut(NamedTuple):
-  """A network of a run: that of one budget, the reference, or the searched one.
+  """A network of a run: of one budget, the reference, or the searched one.
 
   Attributes:
     name: The name of the budget.
     counts: {layer: channels}.
     macs: MACs of an image.
     params: Parameters.
-    result: What result.json holds; {} before the training.
+    result: The content of result.json; {} before the training.
   """
 
   name: str
@@ -32,15 +32,15 @@ class Cut(NamedTuple):
 
 
 def build(job: Job) -> Page:
-  """The page of the run in the job's workdir, as far as it has come.
+  """The page of the run in the job's workdir, which need not be finished.
 
   Raises:
-    errors.UserError: If the workdir holds no run, or that of another config.
+    errors.UserError: If the workdir holds no run, or another config's run.
   """
-  _check_there(job)
+  _check_workdir(job)
   cuts = _cuts(job)
   trained = [cut for cut in cuts if cut.result]
-  whole = _whole(job, trained)
+  whole = _uncut(job, trained)
   report = Page(_title(job, cuts))
   _first_screen(report, job, cuts, trained, whole)
   if cuts:
@@ -53,14 +53,14 @@ def build(job: Job) -> Page:
   run_logs.training(report, folders, job.workdir / 'reference')
   if trained:
     _mistakes(report, job, trained[0])
-  _made(report, job, cuts)
+  _details(report, job, cuts)
   return report
 
 
-# What there is.
+# The networks of the workdir.
 
 
-def _check_there(job: Job) -> None:
+def _check_workdir(job: Job) -> None:
   """Refuses an empty folder, and the work of another config."""
   workdir, c = job.workdir, job.config
   search = workdir / 'search' / 'config.json'
@@ -94,7 +94,7 @@ def _cuts(job: Job) -> list[Cut]:
     if r and (folder / 'train' / 'config.json').exists():
       identity = config.identity(job.config, 'train')
       identity['structure.counts'] = list(counts.values())
-      runs.claim(folder / 'train', identity)  # Else of another config.
+      runs.claim(folder / 'train', identity)  # Refuses another config.
     found.append(Cut(name, counts, macs, params, r))
   return sorted(found, key=lambda cut: (-cut.macs, cut.name))
 
@@ -103,8 +103,8 @@ def _share(job: Job, macs: int) -> str:
   return f'{macs / job.network.reference_macs:.1%}'
 
 
-def _whole(job: Job, trained: Sequence[Cut]) -> list[Cut]:
-  """The reference network and the searched one, with what is known of them."""
+def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
+  """The reference network and the searched one, with their known results."""
   network, model = job.network, job.network.cost_model
   known: dict[str, Any] = {}
   for r in (cut.result for cut in trained[:1]):
@@ -158,7 +158,7 @@ def _first_screen(
   trained: Sequence[Cut],
   whole: Sequence[Cut],
 ) -> None:
-  for line in _answer(job, cuts, trained):
+  for line in _result_lines(job, cuts, trained):
     report.paragraph(line, 'answer')
   warnings = [w for cut in trained for w in cut.result.get('warnings', [])]
   if uncounted := job.network.table.uncounted:
@@ -191,10 +191,10 @@ def _first_screen(
   networks = Table('Networks', columns, rows)
   report.table(networks)
   if len(trained) > 1:
-    _costs(report, trained, whole[0], networks)
+    _accuracy_over_costs(report, trained, whole[0], networks)
 
 
-def _answer(
+def _result_lines(
   job: Job, cuts: Sequence[Cut], trained: Sequence[Cut]
 ) -> Sequence[str]:
   """The result in a few sentences."""
@@ -220,10 +220,10 @@ def _answer(
   return lines
 
 
-def _costs(
+def _accuracy_over_costs(
   report: Page, trained: Sequence[Cut], whole: Cut, networks: Table
 ) -> None:
-  """Accuracy against MACs and parameters."""
+  """Adds a picture of accuracy against MACs and parameters."""
   panels: dict[str, list[figures.Line]] = {}
   for label, cuts in (
     ('narrow networks', trained[::-1]),
@@ -250,7 +250,7 @@ def _costs(
 def _structure(
   report: Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
 ) -> None:
-  """The widths of the network before and after, and all of them in a table."""
+  """Adds a picture and a table of the widths before and after the cut."""
   gates, layers = run_logs.chosen_gates(job), list(cuts[0].counts)
   reference, searched = (list(net.counts.values()) for net in whole)
   columns = ['layer', 'searched', 'reference', *(cut.name for cut in cuts)]
@@ -274,7 +274,7 @@ def _structure(
 
 
 def _mistakes(report: Page, job: Job, cut: Cut) -> None:
-  """Test images that the widest trained network misclassifies."""
+  """Adds test images that the widest trained network misclassifies."""
   path = job.folder(cut.name) / 'train' / 'mistakes.npz'
   report.section('Misclassified images')
   if not path.exists():
@@ -303,8 +303,8 @@ def _mistakes(report: Page, job: Job, cut: Cut) -> None:
 # How it was made.
 
 
-def _made(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
-  """Times, exported files, versions and the config."""
+def _details(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
+  """Adds times, exported files, versions and the config."""
   folders = {'search': job.workdir / 'search'}
   for cut in cuts:
     folders[f'training, {cut.name}'] = job.folder(cut.name) / 'train'

@@ -23,8 +23,8 @@ class Arm(NamedTuple):
   """The runs of one arm at one value of the varied field.
 
   Attributes:
-    title: Its label with its number, '3. random', for pictures and tables.
-    records: Its runs.
+    title: Its number and label, such as '3. random', for pictures and tables.
+    records: The records of its runs.
     values: The test accuracy of each trained run, in percent.
     versus: Its paired difference from the baseline.
   """
@@ -36,7 +36,7 @@ class Arm(NamedTuple):
 
   @property
   def spread(self) -> tuple[float, float]:
-    """(mean, standard deviation) of the values; 0 for that of one value."""
+    """(mean, standard deviation) of the values; (value, 0) for one value."""
     total = statistics.summary(self.values)
     return total.mean, total.sd or 0.0
 
@@ -85,11 +85,11 @@ def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
     report.section('Accuracy')
     _accuracy(report, trained, numbered[0])
     _differences(report, tables.against(study), trained, numbered[0])
-    _over(report, study, trained, numbered[0])
+    _accuracy_over(report, study, trained, numbered[0])
   report.section('Structures')
   _shares(report, arms)
   _similarity(report, arms)
-  _made(report, study, records)
+  _details(report, study, records)
   return report
 
 
@@ -99,7 +99,7 @@ def _records(
   """(finished records in the study's order, number of all cells)."""
   cells = plan.cells(study)
   there = {r['config_hash']: r for r in results.mine(study, workdir)}
-  for cell in cells:  # Those that are in no results file yet.
+  for cell in cells:  # Some may be in no results file yet.
     path = workdir / 'cells' / cell.hash / 'cell.json'
     if cell.hash not in there and path.exists():
       there[cell.hash] = {**storage.read_json(path), 'label': cell.label}
@@ -112,7 +112,7 @@ def _records(
 
 
 def _numbered(table: Table, arms: Sequence[Arm]) -> Table:
-  """The table with the arms' numbers in its first column."""
+  """The table with the arms' numbered titles in its first column."""
   titles = {arm.records[0]['label']: arm.title for arm in arms}
   rows = [[titles.get(first, first), *rest] for first, *rest in table.rows]
   return table._replace(rows=rows)
@@ -163,13 +163,13 @@ def _differences(
   )
 
 
-def _over(
+def _accuracy_over(
   report: Page,
   study: ml_collections.ConfigDict,
   arms: Sequence[Arm],
   numbers: Table,
 ) -> None:
-  """Accuracy over the MACs, and over the values of the study's field."""
+  """Adds accuracy over the MACs, and over the values of the study's field."""
   shares = [
     100 * float(np.mean([r['macs_share'] for r in arm.records])) for arm in arms
   ]
@@ -207,7 +207,7 @@ def _over(
 
 
 def _shares(report: Page, arms: Sequence[Arm]) -> None:
-  """The mean share that each arm keeps of each layer."""
+  """Adds the mean share that each arm keeps of each layer."""
   some = [arm for arm in arms if arm.records[0]['arm'] != 'full'] or arms
   table = tables.counts({arm.title: arm.records for arm in some})
   layers, titles = list(table.columns[2:]), [arm.title for arm in some]
@@ -224,7 +224,7 @@ def _shares(report: Page, arms: Sequence[Arm]) -> None:
 
 
 def _similarity(report: Page, arms: Sequence[Arm]) -> None:
-  """The mean correlation of the shares kept, between every two arms."""
+  """Adds the mean correlation of the shares kept, between every two arms."""
   some = [arm for arm in arms if tables.has_shape(arm.records[0])]
   values = np.full((len(some), len(some)), np.nan)
   for i, j in np.ndindex(values.shape):
@@ -249,12 +249,12 @@ def _similarity(report: Page, arms: Sequence[Arm]) -> None:
 # How it was made.
 
 
-def _made(
+def _details(
   report: Page,
   study: ml_collections.ConfigDict,
   records: Sequence[tables.Record],
 ) -> None:
-  """Every cell, the time they took, and the config."""
+  """Adds a table of all cells, their time, and the config."""
   columns = ['arm', 'seed', 'test accuracy', 'MACs', 'share', 'seconds', 'cell']
   cells = [
     [
