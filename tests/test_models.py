@@ -120,7 +120,7 @@ def test_init_within_a_callers_program(monkeypatch):
   """There JAX allows no compiler options."""
   options = {'xla_backend_optimization_level': 1}
   monkeypatch.setattr(cpu, 'options_to_run_once', lambda: options)
-  registry._compiled.cache_clear()
+  registry._compiled_init.cache_clear()
 
   def drawn(key=None):
     key = jax.random.key(0) if key is None else key
@@ -129,7 +129,7 @@ def test_init_within_a_callers_program(monkeypatch):
   given = jax.random.key(0)
   for inside in (jax.jit(drawn)(), jax.jit(lambda: drawn(given))()):
     jax.tree.map(np.testing.assert_allclose, inside, drawn())
-  registry._compiled.cache_clear()
+  registry._compiled_init.cache_clear()
 
 
 @pytest.mark.parametrize('name', ['resnet8', 'vgg16', 'mobilenet_v1'])

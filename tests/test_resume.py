@@ -90,7 +90,7 @@ def test_a_finished_run_prints_its_table(finished, capsys):
 
 
 def test_eval_restores(finished, capsys, monkeypatch):
-  monkeypatch.delattr(registry, '_compiled')  # Drawing weights takes long.
+  monkeypatch.delattr(registry, '_compiled_init')  # Drawing weights takes long.
   correct = round(
     storage.read_json(finished / 'result.json')['test_accuracy'] * 297
   )

@@ -1,8 +1,8 @@
-"""Models: the registry of families, and networks as the stages see them.
+"""Models: the registry of families, and the networks that the stages use.
 
 One file for each family (`vgg`, `resnet`, `mobilenet`). `registry` builds by
-name and states the channel groups; `networks` joins a module with its groups,
-costs and narrower networks.
+name and states the channel groups; `networks` combines a module with its
+groups, costs and narrower networks.
 """
 
 from pfs_jax.models import networks, registry

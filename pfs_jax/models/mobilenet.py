@@ -16,11 +16,11 @@ convolution or the classifier reads them:
   block{i}/expand        block{i}/depthwise     block{i}/project
   last                   none                   classifier
 
-V1 has the blocks 0..12, V2 has 0..16, of which block 0 has no expansion. V2's
-block outputs, on which the residual additions act, are not gated.
+V1 has the blocks 0..12. V2 has 0..16, of which block 0 has no expansion. V2's
+block outputs, which the residual additions add up, are not gated.
 
-At which of its two BatchNorms a group's gates stand is a rule of the table of
-groups (`registry.GATE_SITES`, docs/gate_sites.md).
+A group has two BatchNorms. The table of groups decides which of them carries
+the gates (`registry.GATE_SITES`, docs/gate_sites.md).
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ V2_LAST = 1280
 def gate_sizes(name: str, width: int) -> dict[str, int]:
   """{group name: channels}, forward order.
 
-  In V2 the hidden width of a block is its expansion times the width of its
-  input, in proportion to the base width, whatever `multiplier` makes of block
-  outputs. It is rounded down where the base width is odd.
+  In V2 the hidden width of a block is its expansion times the default width of
+  its input, in proportion to the base width and independent of `multiplier`. It
+  is rounded down.
   """
   sizes = {'stem': width}
   if name == 'mobilenet_v1':
@@ -129,8 +129,8 @@ class MobileNetV1(layers.Classifier):
 class InvertedResidual(nn.Module):
   """1x1 expansion, depthwise 3x3, 1x1 projection; ReLU6 after the first two.
 
-  Whether there is an expansion and a residual addition is stated, and never
-  guessed from the numbers: after a cut a hidden width can equal the input's.
+  `expand` and `residual` are given, and not derived from the widths: after a
+  cut a hidden width can equal the input's.
 
   Attributes:
     features: Output channels.
@@ -196,7 +196,7 @@ def build(
   name: str, width: int, multiplier: float, **fields: Any
 ) -> MobileNetV1 | MobileNetV2:
   """The module; `fields` are those of `layers.Classifier`."""
-  del width  # The counts say all.
+  del width  # The counts are enough.
   if name == 'mobilenet_v1':
     return MobileNetV1(**fields)
   return MobileNetV2(multiplier=multiplier, **fields)

@@ -1,4 +1,4 @@
-"""A network to search as the stages see it, and structures of it."""
+"""A network to search, as the stages use it, and its structures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pfs_jax.models import registry
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A network to search, its channel groups, and the way to narrower ones.
+  """A network to search, its channel groups, and a function for narrower ones.
 
-  All that `stages` needs to know of a model, whether it is the registry's or
-  the user's own.
+  It is all that `stages` needs of a model, whether it is the registry's or the
+  user's own.
 
   Attributes:
     module: The network that is searched, without gates.
@@ -41,7 +41,7 @@ class Network:
 
   @functools.cached_property
   def gated(self) -> gating.Wrapped:
-    """The module that is searched, with the collection `gates`."""
+    """The searched module, with the collection `gates`."""
     return gating.gate(self.module, self.table)
 
   @functools.cached_property
@@ -52,7 +52,7 @@ class Network:
   def narrow(self, counts: Sequence[int], gated: bool = False) -> nn.Module:
     """The module with `counts` channels in each group, forward order.
 
-    If `gated`, the gates are those of the first channels of each group.
+    If `gated`, it has a gate for each of these channels.
     """
     module = self.build(counts)
     return gating.gate(module, self.table.narrowed(counts)) if gated else module
@@ -93,8 +93,8 @@ def network(
     multiplier: Widens the searched network's block outputs.
     dtype: Dtype of the computation.
     gate_site: As for `registry.build`.
-    counts: Channels of the gated layers of the reference network, which is also
-      the searched one; () are those of the base width.
+    counts: Channels of the gated layers of the reference network, which then is
+      also the searched one; () means those of the base width.
   """
   base_width = base_width or registry.family(name).default_width
   width = width or base_width
@@ -134,7 +134,7 @@ def network(
 def structure_from_list(
   network: Network, counts: Sequence[int]
 ) -> structures.Structure:
-  """The structure with a plain list of counts, as the published code keeps it.
+  """The structure with these counts, such as a list of the published code.
 
   Args:
     network: The searched network.

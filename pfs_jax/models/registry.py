@@ -1,4 +1,4 @@
-"""The registry of models: a name to module, groups, costs and sliced weights.
+"""The registry of models: names to modules, groups, costs, sliced weights.
 
 Arguments mean the same in all functions: `width` is the base width of a family
 (None: its default), so channel expansion is a larger width; `counts` are the
@@ -28,7 +28,7 @@ from pfs_jax.models import mobilenet, resnet, vgg
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What the registry knows of a model name.
+  """The entry of a model name in the registry.
 
   Attributes:
     build: (width, multiplier, num_classes=, counts=, dtype=) -> module.
@@ -63,7 +63,7 @@ GATE_SITES = ('acting', 'published')
 
 
 def family(name: str) -> Family:
-  """The registry's entry; an unknown name lists the known ones."""
+  """The registry's entry; UserError with the known names for any other."""
   if name not in REGISTRY:
     raise errors.UserError(
       f'config.model.name must be one of {", ".join(REGISTRY)}; got {name!r}.'
@@ -97,13 +97,13 @@ def build(
     counts: Channels of the gated layers.
     gated: Whether gated layers have a [C] vector in the collection `gates`,
       which multiplies the output of their BatchNorm (`gating.gate`).
-    multiplier: Widens block outputs in the families that have them.
+    multiplier: Widens block outputs, in the families that allow it.
     dtype: Dtype of the computation. Parameters, gates and statistics are
       float32, or float64 with dtype float64 (under `jax_enable_x64`).
     gate_site: Where the MobileNets' gates stand: 'acting', behind the depthwise
       convolution, or 'published', in front of it, where the next BatchNorm
-      divides them out. It has no effect on the other families, or on what the
-      gates are called.
+      cancels them. It has no effect on the other families, or on the names of
+      the gates.
 
   Raises:
     errors.UserError: Unknown name or gate site, wrong number of counts, counts
@@ -134,7 +134,7 @@ def build(
   )
   if not gated:
     return module
-  # Which BatchNorm carries which group's gates is the same for all sizes.
+  # The BatchNorms that carry the gates are the same for all sizes.
   found = table(name, 10, 32, dtype=dtype, gate_site=gate_site, counts=counts)
   return gating.gate(module, found)
 
@@ -203,7 +203,7 @@ def slice_variables(
     variables: `params` and `batch_stats` of the wide network.
     kept: {layer name: sorted indices}, as `prune.kept` gives them.
     width: Base width of the wide network.
-    gate_site: Where the gates stood that chose the channels.
+    gate_site: The site of the gates by which the channels were chosen.
 
   Raises:
     errors.UserError: Wrong indices, or channels removed at the published gate
@@ -224,8 +224,8 @@ def cost_model(
 ) -> costs.CostModel:
   """MACs and parameters as exact functions of the counts.
 
-  Traced once, abstractly; each later call of `.macs` or `.params` takes
-  microseconds. The arguments are those of `table`.
+  The network is traced once, abstractly; each call of `.macs` or `.params` then
+  takes microseconds. The arguments are those of `table`.
   """
   shape = (num_classes, image_size, channels)
   return table(name, *shape, width, multiplier).cost_model()
@@ -236,18 +236,18 @@ def init(
 ) -> dict[str, Any]:
   """New random variables of a module for images of shape (H, W, C).
 
-  Compiled, so that the forward pass that `module.init` contains is dropped.
+  It is compiled, so that the forward pass in `module.init` is left out.
   """
-  # Within a caller's program JAX allows no options of its own.
+  # Inside a traced function, JAX allows no compiler options.
   is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
-  return (_drawn if is_traced else _compiled())(module, key, image_shape)
+  return (_init if is_traced else _compiled_init())(module, key, image_shape)
 
 
-def _drawn(module: nn.Module, key: jax.Array, image_shape: Any) -> Any:
+def _init(module: nn.Module, key: jax.Array, image_shape: Any) -> Any:
   return module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compiled_init() -> Callable[..., Any]:
   options = cpu.options_to_run_once()
-  return jax.jit(_drawn, static_argnums=(0, 2), compiler_options=options)
+  return jax.jit(_init, static_argnums=(0, 2), compiler_options=options)

@@ -3,9 +3,8 @@
 Only channels inside a block form groups; the residual stream keeps its full
 width. In a CIFAR block these are the channels of the first convolution, in
 ResNet-50's bottleneck those of the first and of the second one. Gated layers
-are named `stage1_block0/conv1` and so on, in forward order. The next
-convolution of the same block reads what a gated one makes, and nothing else
-does.
+are named `stage1_block0/conv1` and so on, in forward order. Only the next
+convolution of the same block reads the channels of a gated layer.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Block(nn.Module):
 
   Attributes:
     features: Width of the residual stream.
-    hidden: Channels of all convolutions but the last: one, or a bottleneck's
-      two.
+    hidden: Channels of all convolutions but the last: one number, or two in a
+      bottleneck.
     stride: The stride.
     project: Whether the shortcut is a 1x1 convolution with BatchNorm.
     conv: `layers.ConvBN` with the network's epsilon and dtype.
@@ -129,7 +128,7 @@ def build(name: str, width: int, multiplier: float, **fields: Any) -> ResNet:
 
   Args:
     name: A name of `DEPTHS`.
-    width: Base width, that of the first stage. ResNet-50's counts say all.
+    width: Base width, that of the first stage; ResNet-50 uses counts alone.
     multiplier: Widens ResNet-50's block outputs; without effect on others.
     **fields: Number of classes, counts and dtype.
   """

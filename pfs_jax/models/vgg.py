@@ -3,9 +3,9 @@
 Five stages of 3x3 convolutions; the channels of each convolution are a group.
 Layers are named conv0 ... conv12 (VGG16) or conv15 (VGG19), in forward order.
 
-A max pool stands in front of each stage but the first; it is left out where it
-would make a side of the map shorter than 2. So 32x32 and 28x28 images end at
-2x2 and 3x3, 8x8 images at 2x2. The head averages what is left (2x2 at 32x32, as
+A max pool comes before each stage but the first; it is left out if it would
+make a side of the map shorter than 2. So 32x32 and 28x28 images end at 2x2 and
+3x3, 8x8 images at 2x2. The head averages the last map (2x2 for 32x32, as
 published) and is one linear layer.
 """
 
@@ -59,5 +59,5 @@ class VGG(layers.Classifier):
 
 def build(name: str, width: int, multiplier: float, **fields: Any) -> VGG:
   """The module; `fields` are those of `layers.Classifier`."""
-  del width, multiplier  # The counts say all.
+  del width, multiplier  # The counts are enough.
   return VGG(depths=DEPTHS[name], **fields)
