@@ -132,7 +132,7 @@ def table(
     shown.add_row(*row)
   width = None if sys.stdout.isatty() else 100
   console = rich.console.Console(width=width, highlight=False)
-  console.print(title, soft_wrap=True, markup=False)  # Breaks no path.
+  console.print(title, soft_wrap=True, markup=False)  # Keeps paths whole.
   console.print(shown)
 
 
@@ -201,7 +201,7 @@ def guarded_parser(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _last_line(e: Exception) -> str:
-  """The message of a flag's exception, without any traceback that is in it."""
+  """The message of a flag's exception, without the traceback it may contain."""
   text = str(e.args[0]) if len(e.args) == 1 else str(e)
   text = text.strip() or type(e).__name__
   stripped = map(str.strip, text.replace('\\n', '\n').splitlines())

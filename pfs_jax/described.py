@@ -21,7 +21,7 @@ from pfs_jax import errors
 def convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
   """The fields of a convolution's record."""
   kernel = tuple(np.atleast_1d(module.kernel_size).tolist())
-  strides = getattr(module, 'strides', None) or 1  # For all axes, or for each.
+  strides = getattr(module, 'strides', None) or 1  # One, or one for each axis.
   groups = getattr(module, 'feature_group_count', 1)
   depthwise = groups > 1 and groups == x.shape[-1]
   space = y.shape[-1 - len(kernel) : -1]

@@ -24,7 +24,7 @@ def mesh() -> Mesh:
 
 
 def replicated() -> NamedSharding:
-  """The sharding of what is the same on every device."""
+  """The sharding of arrays that are the same on every device."""
   return NamedSharding(mesh(), PartitionSpec())
 
 

@@ -48,7 +48,7 @@ class Source:
 
 
 class Wrapped(nn.Module):
-  """A module that calls another one and changes some of its layers meanwhile.
+  """A module that calls another one with some of its layers changed.
 
   Its variables are those of the model, under the same names, and the collection
   `gates` where it is gated: one [C] vector for each group, starting at 1. Two

@@ -75,7 +75,7 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
   ended = threading.Event()
   thread = threading.Thread(target=_listen, args=(ended,), daemon=True)
   thread.start()
-  atexit.register(_stop, ended, thread)  # Before what JAX registered.
+  atexit.register(_stop, ended, thread)  # Runs before JAX's own handler.
 
 
 def _heartbeat() -> int:

@@ -45,7 +45,7 @@ def read_image(
     )
   except Exception as e:  # Damaged files raise many types of errors.
     reason = e.strerror if isinstance(e, OSError) and e.strerror else e
-    reason = 'it is no image' if 'cannot identify' in str(e) else reason
+    reason = 'it is not an image' if 'cannot identify' in str(e) else reason
     raise errors.UserError(f'{path} cannot be read: {reason}.') from e
   return 255 - pixels if invert else pixels
 

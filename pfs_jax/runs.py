@@ -34,7 +34,7 @@ _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-@functools.cache  # The code was read at the start.
+@functools.cache  # Imported code does not change.
 def commit() -> str:
   """The commit of this checkout; '' outside one.
 

@@ -121,8 +121,8 @@ def _leaf(params: Mapping[str, Any], path: str) -> np.ndarray:
 def filters(params: Mapping[str, Any], layers: Sequence[str]) -> Scores:
   """L1 norm of each filter over its layer's mean (Li et al. 2017).
 
-  The norms of layers with different fan-in have different scales, hence the
-  mean. Kernels are [k, k, C_in, C].
+  The norms of layers with different fan-in have different scales, so they are
+  divided by their mean. Kernels are [k, k, C_in, C].
   """
   kernels = {layer: _leaf(params, f'{layer}/conv/kernel') for layer in layers}
   return over_layer_mean(

@@ -163,7 +163,7 @@ def _read_regular_file(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   try:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-      raise errors.UserError(f'{path} cannot be read: it is no file.')
+      raise errors.UserError(f'{path} cannot be read: it is not a file.')
     if found.st_size > largest:
       raise errors.UserError(
         f'{path} cannot be read: it has {found.st_size:,} bytes; at most '

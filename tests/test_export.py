@@ -658,7 +658,7 @@ def test_what_the_fresh_process_says_is_passed_on(
     (['E'], 'required: image'),
     (['/nowhere', 'P'], 'manifest.json does not exist'),
     (['E', '/nowhere.png'], '/nowhere.png cannot be read: No such file'),
-    (['E', 'E/manifest.json'], 'cannot be read: it is no image'),
+    (['E', 'E/manifest.json'], 'cannot be read: it is not an image'),
     (['E', 'E'], 'cannot be read: Is a directory'),
     (['E', 'P', '--format=tflite'], "got 'tflite'"),
     (['E', 'P', '--top=0'], '--top must be >= 1'),

@@ -174,7 +174,7 @@ def test_what_is_missing_is_named(folder, tmp_path):
   'fields, message',
   [
     ({'data__validation_examples': 7}, 'multiple of the 5 classes'),
-    ({'data__validation_examples': 200}, 'has 40; asked are 40 a class'),
+    ({'data__validation_examples': 200}, 'has 40; got 40 for each class'),
     ({'data__train_examples': 10}, 'must be 0 for a data set that is streamed'),
     ({'search__batch_size': 186}, r'must be in \[1, 185\]'),
   ],

@@ -292,10 +292,10 @@ def test_broken_json_is_a_user_error(tmp_path, content, reason):
 
 
 def test_only_files_are_read(tmp_path):
-  with pytest.raises(errors.UserError, match='it is no file'):
+  with pytest.raises(errors.UserError, match='it is not a file'):
     storage.read_json(tmp_path)
   storage.os.mkfifo(tmp_path / 'pipe')  # Reading one would wait for ever.
-  with pytest.raises(errors.UserError, match='it is no file'):
+  with pytest.raises(errors.UserError, match='it is not a file'):
     storage.read_json(tmp_path / 'pipe')
   (tmp_path / 'x').write_text('12345')
   with pytest.raises(errors.UserError, match='5 bytes; at most 4'):

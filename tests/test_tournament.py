@@ -337,7 +337,7 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
     ),
     (
       {'probe.share': 0.01},
-      'config.probe.share must be >= 0.1, what .*; got 0.01.',
+      'config.probe.share must be >= 0.1, the cost .*; got 0.01.',
     ),
     ({'budget.keep': (0.0001,)}, 'cannot be met: the narrowest structure'),
   ],
@@ -393,7 +393,7 @@ def test_a_ranking_without_its_probe_is_refused(tmp_path):
     ),
     (
       {'tournament.share': 0.25},
-      r'config.tournament.share must be >= 1.29, what 4 candidates cost of a',
+      r'config.tournament.share must be >= 1.29, the cost of 4 candidates as',
     ),
   ],
 )

@@ -112,14 +112,14 @@ def _file_names(folder: pathlib.Path, inside: str) -> list[str]:
       continue
     if not entry.is_file():
       raise errors.UserError(
-        f'config.data.source_dir must hold regular files; {entry.path} is none.'
+        f'config.data.source_dir must hold regular files; {entry.path} is not.'
       )
     names.append(entry.name)
   return sorted(names)
 
 
 def _entries(folder: pathlib.Path, inside: str) -> list[os.DirEntry]:
-  """The entries of a folder that are not hidden; refuses links that leave."""
+  """The entries of a folder that are not hidden; no link may leave `inside`."""
   with os.scandir(folder) as found:
     entries = [entry for entry in found if not entry.name.startswith('.')]
   for entry in entries:
@@ -157,8 +157,8 @@ def held_out(
   if counts[least] <= wanted[least]:
     raise errors.UserError(
       'config.data.validation_examples must leave images of every class to '
-      f'train on: the smallest has {counts[least]}; asked are '
-      f'{wanted[least]} a class.'
+      f'train on: the smallest has {counts[least]}; got {wanted[least]} for '
+      'each class.'
     )
   digests = np.array([hashlib.sha256(bytes(n)).digest() for n in names], 'S32')
   order = np.lexsort((names, digests, labels))

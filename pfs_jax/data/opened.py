@@ -153,7 +153,7 @@ class Streamed(Opened):
     if rest:
       raise errors.UserError(
         'config.data.validation_examples must be a multiple of the '
-        f'{spec.num_classes} classes, since as many of each are held out; '
+        f'{spec.num_classes} classes, which have equally many held-out images; '
         f'got {c.data.validation_examples}.'
       )
     self._config = c
@@ -256,7 +256,7 @@ def _names_and_labels(
 
   def check(found: dict[str, np.ndarray]) -> None:
     if not len(found['names']) == len(found['labels']) == len(images):
-      raise ValueError('it is of other images')
+      raise ValueError('it holds other images')
 
   found = prepare.read_cached(path, check)
   if found is None:

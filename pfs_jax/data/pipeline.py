@@ -55,7 +55,7 @@ def crop_and_flip(
     padded = jnp.pad(
       images, ((0, 0), (padding, padding), (padding, padding), (0, 0))
     )
-    # The compiler keeps a slice on its device, but not an index by image.
+    # With slices, not indices, the compiler keeps each image on its device.
     crop = functools.partial(
       jax.lax.dynamic_slice, slice_sizes=(height, width, images.shape[-1])
     )

@@ -80,7 +80,7 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
     if found != file.sha256:
       raise errors.UserError(
         f'config.data.source_dir must hold upstream files; '
-        f'{file.name} in {root} is another.\n'
+        f'{file.name} in {root} is another file.\n'
         f'Expected {file.size} bytes, sha256 {file.sha256};\n'
         f'got {len(content)} bytes, sha256 {found}.'
       )

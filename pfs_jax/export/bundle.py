@@ -49,9 +49,9 @@ def save(
 ) -> manifest.Manifest:
   """Writes a trained network in several formats, each checked.
 
-  A fresh process on the CPU reads each format back. For fixed random images, in
-  batches of 1 and 5, its logits must equal those of `module.apply(variables,
-  x)` up to 1e-5 of the largest logit (ONNX: 1e-4).
+  A fresh process on the CPU reads each format back. For fixed random images x,
+  in batches of 1 and 5, its logits must equal `module.apply(variables, x)` up
+  to 1e-5 of the largest logit (ONNX: 1e-4).
 
   Args:
     directory: The folder to make; its parent is made too.
@@ -83,7 +83,7 @@ def save(
   batches = _batches(shape, spec)
   wanted = [_logits(module, variables, x, spec.num_classes) for x in batches]
   if 'safetensors' in formats:
-    weights.build(structure, factory)  # Refuses here, not in the reader.
+    weights.build(structure, factory)  # Refuses before anything is written.
   with _replacing(target) as folder:
     storage.write_text(folder / weights.STRUCTURE, structure.to_json() + '\n')
     card = manifest.card(structure, spec, measured or {})

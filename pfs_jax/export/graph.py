@@ -51,7 +51,7 @@ class Graph:
     return self.constant(np.array(values, np.int64))
 
   def maker(self, name: str) -> Node | None:
-    """The node whose output this is."""
+    """The node that makes this output; None if there is none."""
     return next((n for n in self.nodes if n.output == name), None)
 
   def finish(self, result: str) -> None:

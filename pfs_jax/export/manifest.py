@@ -18,7 +18,7 @@ from pfs_jax.structures import Structure
 
 SCHEMA = 'pfs_jax.export/2'
 FILE, CARD = 'manifest.json', 'README.md'
-# By default the first of them that is there is read.
+# By default, a reader takes the first of these that is there.
 FORMATS: dict[str, Any] = {
   'stablehlo': stablehlo,
   'safetensors': weights,

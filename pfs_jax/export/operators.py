@@ -31,7 +31,7 @@ class Tensor(NamedTuple):
 
 
 class Refused(Exception):
-  """An operator, or its use, has no counterpart; the text ends the message."""
+  """An operator, or its use, has no counterpart; the text ends the error."""
 
 
 def refuse(condition: bool, why: str) -> None:
@@ -146,7 +146,7 @@ def _identity(graph, equation, x) -> Tensor:
 
 
 def _pads(padding) -> list[int]:
-  """ONNX's order of [(before, after) of each axis]: first all before."""
+  """[(before, after) of each axis] in ONNX's order: all before, all after."""
   pads = [int(v) for side in (0, 1) for v in (pair[side] for pair in padding)]
   refuse(min(pads) < 0, 'with negative padding')
   return pads

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file, without scripts or links to files.
+"""The page of a report: one HTML file that has no script and loads nothing.
 
 Every text from a file or a config is escaped by `tables.escape`.
 """

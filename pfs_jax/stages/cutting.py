@@ -280,5 +280,5 @@ def _check_structure(job: Job, path, structure: prune.Structure) -> None:
     raise errors.UserError(
       f'{path}: counts cost {costs_now[0]:,} MACs and {costs_now[1]:,} '
       f'parameters; the file says {structure.macs:,} and '
-      f'{structure.params:,}. Correct macs and params to what you mean.'
+      f'{structure.params:,}. Correct the counts, or macs and params.'
     )

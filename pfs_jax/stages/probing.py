@@ -75,8 +75,9 @@ def cost(job: Job) -> float:
   share = c.seeds * c.steps * each / (3 * epochs * every)
   if share > c.share:
     raise errors.UserError(
-      f'config.probe.share must be >= {math.ceil(100 * share) / 100:g}, what '
-      f'the probe costs of a training of {epochs:g} epochs; got {c.share:g}.'
+      f'config.probe.share must be >= {math.ceil(100 * share) / 100:g}, the '
+      f'cost of the probe as a share of a training of {epochs:g} epochs; got '
+      f'{c.share:g}.'
     )
   return share
 

@@ -62,7 +62,7 @@ def info(job: Job) -> None:
   if probe.exists():
     console.say(storage.read_json(probe, scores.Probe)['sentence'])
   else:
-    console.say('--mode=probe tells which layers are out of proportion.')
+    console.say('--mode=probe shows which layers are out of proportion.')
 
 
 def _layer_row(op: costs.Layer, model: costs.CostModel) -> list[str]:

@@ -107,7 +107,7 @@ class _Work:
       results.merge(self.file, record, self.order)
 
   def attempt(self, cell: plan.Cell) -> bool:
-    """Does a cell unless another process does it; whether it is settled."""
+    """Does a cell unless another process does; returns if it is settled."""
     with storage.locked(self.workdir / 'cells' / cell.hash) as held:
       if not held:
         return False

@@ -293,8 +293,9 @@ def check(job: stages.Job) -> None:
   require(longest <= c.train.epochs, 'tournament.epochs', rule, epochs)
   share = cost(job)
   rule = (
-    f'be >= {math.ceil(100 * share) / 100:g}, what {len(names)} candidates '
-    f'cost of a training of {c.train.epochs:g} epochs (or take fewer)'
+    f'be >= {math.ceil(100 * share) / 100:g}, the cost of {len(names)} '
+    f'candidates as a share of a training of {c.train.epochs:g} epochs (or '
+    'take fewer)'
   )
   most = c.tournament.share
   require(share <= most, 'tournament.share', rule, most)

@@ -113,7 +113,7 @@ def check(
   if not error <= tolerance:  # A NaN fails, too.
     raise errors.UserError(
       f'surgery: the narrow model differs from the gated one by {error:.3g}, '
-      f'more than {tolerance:g}: some layer is not what it looks like.'
+      f'more than {tolerance:g}: some layer does not do what its class says.'
     )
   return error
 

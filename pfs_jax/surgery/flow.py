@@ -1,4 +1,4 @@
-"""Follows channels through a model: from the layers that make them to readers.
+"""Follows channels through a model, from the layers that make them to readers.
 
 The model is traced to a jaxpr (nothing is computed) in which the calls of its
 layers are marked (`trace`). A walk through the jaxpr then carries cells
@@ -147,7 +147,7 @@ class Flow:
     return self._opaque(eqn, values, where)
 
   def _known_outputs(self, eqn, values) -> list[Value] | None:
-    """The outputs of an equation with known inputs; None if they are large."""
+    """The outputs of an equation if its inputs are known, else None."""
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
     if any(v.known is None for v in values) or max(sizes) > _KNOWN_SIZE:
       return None
