@@ -12,9 +12,7 @@ build_from = networks.build_from
 network = networks.network
 structure_from_list = networks.structure_from_list
 
-Family = registry.Family
 GATE_SITES = registry.GATE_SITES
-REGISTRY = registry.REGISTRY
 build = registry.build
 cost_model = registry.cost_model
 family = registry.family
