@@ -107,10 +107,11 @@ def from_torch(
   if f'{linear}.bias' not in arrays:
     raise errors.UserError(f'from_torch({name!r}): missing {linear}.bias.')
   first, _ = prefixes('conv0' if name in vgg.DEPTHS else 'stem')
-  kernel = arrays.get(f'{first}.weight', np.empty((0, 3)))
-  classes = len(arrays[f'{linear}.bias'])
+  kernel = arrays.get(f'{first}.weight', np.empty(0))
+  channels = kernel.shape[1] if kernel.ndim == 4 else 3
+  classes = arrays[f'{linear}.bias'].size
   module = models.build(name, classes, width=width, counts=counts, gated=True)
-  x = jax.ShapeDtypeStruct((1, 32, 32, kernel.shape[1]), jnp.float32)
+  x = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
   shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), x)
   flat = flax.traverse_util.flatten_dict(shapes)
   keys = {p: _torch_key('/'.join(p[1:]), linear, prefixes) for p in flat}

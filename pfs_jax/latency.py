@@ -54,31 +54,31 @@ def _time_layer(
   op: costs.Layer, inputs: int, outputs: int, batch: int, dtype: Any
 ) -> float:
   """The least time of a layer in seconds: other programs only add to it."""
-  depthwise, dense = op.kind == 'depthwise', op.kind == 'dense'
-  size = () if dense else op.input_size
+  groups = inputs if op.kind == 'depthwise' else op.groups
+  size = op.input_size or (op.positions,)  # A dense layer has no image.
+  axes = 'DHW'[-len(size) :]
   rng = np.random.default_rng(0)
   x, kernel, scale, shift = (
     jnp.asarray(rng.normal(size=shape), dtype)
     for shape in (
       (batch, *size, inputs),
-      (*op.kernel, 1 if depthwise else inputs, outputs),
-      (outputs,),
-      (outputs,),
+      (*op.kernel, inputs // groups, outputs),
+      *[(1,) * (len(size) + 1) + (outputs,)] * 2,
     )
   )
 
   def layer(x, kernel, scale, shift):
-    if dense:
-      return x @ kernel + shift[None]
+    if op.kind == 'dense':
+      return x @ kernel + shift
     y = jax.lax.conv_general_dilated(
       x,
       kernel,
       op.strides,
       [(k // 2, k // 2) for k in op.kernel],
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      feature_group_count=inputs if depthwise else 1,
+      dimension_numbers=(f'N{axes}C', f'{axes}IO', f'N{axes}C'),
+      feature_group_count=groups,
     )
-    return jax.nn.relu(y * scale[None, None, None] + shift[None, None, None])
+    return jax.nn.relu(y * scale + shift)
 
   return min(_milliseconds(_REPEATS, layer, x, kernel, scale, shift)) / 1000
 
@@ -133,6 +133,8 @@ class LatencyModel:
         str(self._dtype),
         self._batch_size,
         op.kind,
+        op.positions,
+        op.groups,
         *map(list, (op.input_size, op.kernel, op.strides)),
         inputs,
         outputs,
@@ -145,11 +147,12 @@ class LatencyModel:
     return self._seconds[key]
 
   def layers(self, counts: costs.Counts) -> dict[str, float]:
-    """{layer path: milliseconds} at these counts, per call of a layer."""
-    return {
-      op.path: 1000 * _interpolate(*table, *op.channels(counts))
-      for op, *table in self._tables
-    }
+    """{layer path: milliseconds of all calls of the layer} at these counts."""
+    found: dict[str, float] = {}
+    for op, *table in self._tables:
+      ms = 1000 * _interpolate(*table, *op.channels(counts))
+      found[op.path] = found.get(op.path, 0.0) + ms
+    return found
 
   def __call__(self, counts: costs.Counts) -> float:
     """Milliseconds of one batch: the sum over the layers."""

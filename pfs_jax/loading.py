@@ -45,7 +45,7 @@ def load(
   path = root / budget / 'result.json'
   result = runs.read_result(path)
   job = stages.Job(config or _config(path, result), root)
-  names, counts = zip(*result['counts'].items(), strict=True)
+  names, counts = tuple(result['counts']), tuple(result['counts'].values())
   structure = prune.Structure(names, counts, result['macs'], result['params'])
   if names != job.network.cost_model.layers:
     raise errors.UserError(

@@ -52,6 +52,8 @@ def commit() -> str:
     ).stdout.strip()
 
   try:
+    if git('rev-parse', '--show-prefix'):  # The checkout of something else.
+      return ''
     head = git('rev-parse', '--short=12', 'HEAD')
     changed = git('status', '--porcelain', '--', *_CODE)
   except (OSError, subprocess.SubprocessError):

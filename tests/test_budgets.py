@@ -13,6 +13,7 @@ import pytest
 from pfs_jax import (
   budgets,
   config,
+  costs,
   errors,
   latency,
   models,
@@ -220,6 +221,11 @@ def test_train_takes_a_budget_by_name_and_a_plain_list(searched, tmp_path):
     path.write_text(json.dumps(bad))
     with pytest.raises(errors.UserError, match=message):
       stages.execute('train', job(tmp_path / 'v', **given))
+  for name in ('../x', 'shapes', 'shared', ''):  # It names a folder.
+    foreign = dataclasses.replace(found, source={'budget': name})
+    path.write_text(foreign.to_json())
+    with pytest.raises(errors.UserError, match='name of a budget must be'):
+      stages.execute('train', job(tmp_path / 'v', **given))
 
 
 def test_an_unreachable_budget_says_what_is_reachable(searched):
@@ -338,6 +344,22 @@ def test_a_time_never_falls_when_a_count_grows(monkeypatch, tmp_path):
       wider = counts.copy()
       wider[i] += 1
       assert times(wider) >= times(counts)
+
+
+def test_latency_counts_each_call_positions_and_groups(monkeypatch, tmp_path):
+  layer = costs.Layer('a', 'dense', 4, 4, positions=1)
+  grouped = dataclasses.replace(layer, path='b', kind='conv', groups=2)
+  grouped = dataclasses.replace(
+    *(grouped,), kernel=(3,), strides=(1,), input_size=(6,)
+  )
+  for op in (layer, dataclasses.replace(layer, positions=64), grouped):
+    assert latency._time_layer(op, 4, 4, 2, np.float32) > 0
+  Clock(monkeypatch)
+  model = costs.CostModel(
+    (), (), [layer, dataclasses.replace(layer, again=True)]
+  )
+  times = latency.LatencyModel(model, 1, tmp_path / 'l.json')
+  assert times(()) == times.layers(())['a'] == pytest.approx(2 * 32e-3)
 
 
 def test_latency_on_this_device(searched, capsys, tmp_path, monkeypatch):

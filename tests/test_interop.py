@@ -85,6 +85,13 @@ def test_every_bad_key_is_named(golden):
     assert part in str(e.value)
 
 
+def test_arrays_of_another_rank_are_named(golden):
+  arrays = torch_arrays(golden, 'resnet20')
+  arrays['conv1.weight'], arrays['linear.bias'] = np.zeros(3), np.zeros(())
+  with pytest.raises(errors.UserError, match=r'conv1.weight has shape \(3,\)'):
+    interop.from_torch('resnet20', arrays, width=8)
+
+
 def test_unsupported_names_are_refused():
   with pytest.raises(errors.UserError, match='missing linear.bias'):
     interop.from_torch('resnet20', {})

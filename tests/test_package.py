@@ -159,6 +159,14 @@ def test_load_runs_no_code_that_a_file_names(finished):
       pfs_jax.load(finished)
 
 
+def test_load_refuses_counts_of_nothing(finished):
+  result = storage.read_json(finished / 'result.json')
+  (finished / 'checksums.json').unlink(missing_ok=True)
+  storage.write_json(finished / 'result.json', {**result, 'counts': {}})
+  with pytest.raises(errors.UserError, match='counts must name the layers of'):
+    pfs_jax.load(finished)
+
+
 # Models of users, through the modes.
 
 

@@ -570,3 +570,7 @@ def test_results_make_no_commit_dirty(tmp_path, monkeypatch):
   assert runs.commit.__wrapped__() == clean
   (tmp_path / 'main.py').write_text('2')
   assert runs.commit.__wrapped__() == f'{clean}-dirty'
+  inside = tmp_path / 'venv' / 'pfs_jax'  # In the checkout of something else.
+  inside.mkdir(parents=True)
+  monkeypatch.setattr(runs, '__file__', str(inside / 'runs.py'))
+  assert runs.commit.__wrapped__() == ''

@@ -30,7 +30,7 @@ from pfs_jax import (
 
 # Folders of a workdir that belong to no budget.
 FOLDERS = tuple(
-  'search probe tournament train wide reference export report'.split()
+  'search probe train wide reference export report data shapes shared'.split()
 )
 # From so many pixels in a batch on, keeping freed memory makes steps faster.
 _LARGE_BATCH = 2**16

@@ -66,10 +66,10 @@ def info(job: Job) -> None:
 
 
 def _layer_row(op: costs.Layer, model: costs.CostModel) -> list[str]:
-  """The row of a layer; its group is '' if it makes channels of fixed width."""
+  """The row of a layer, with the groups of the channels that it makes."""
   inputs, outputs = op.channels(model.widths)
   macs, params = op.macs(model.widths), op.params(model.widths)
-  group = model.layers[op.makes[0][0]] if op.makes[0][0] >= 0 else ''
+  groups = [model.layers[i] for i, _ in op.makes if i != costs.FIXED]
   return [
     op.path,
     op.kind,
@@ -79,7 +79,7 @@ def _layer_row(op: costs.Layer, model: costs.CostModel) -> list[str]:
     f'{macs / model.macs(model.widths):.1%}',
     f'{params:,}',
     f'{params / model.params(model.widths):.1%}',
-    group,
+    ', '.join(groups),
   ]
 
 
