@@ -36,11 +36,7 @@ NETS = {
   'mobilenet_v2': (32, 16, 96),
 }
 # Also those that have no definition in torch_nets.py (for benchmarks.steps).
-FAMILIES = {
-  **NETS,
-  'mobilenet_v1': (32, 16, 96),
-  'resnet50': (64, 8, 96),
-}
+FAMILIES = {**NETS, 'mobilenet_v1': (32, 16, 96), 'resnet50': (64, 8, 96)}
 VARIANTS = {
   'search': ('ours', 'published', 'channels_last', 'frozen', 'kept'),
   'train': ('ours', 'published', 'channels_last', 'kept'),

@@ -203,9 +203,7 @@ def gate(model: nn.Module, table: groups.Table) -> Wrapped:
 
 
 def narrowed(
-  source: Source,
-  layers: Mapping[str, costs.Layer],
-  features: Mapping[str, int],
+  source: Source, layers: Mapping[str, costs.Layer], features: Mapping[str, int]
 ) -> Wrapped:
   """A model whose layers have the given numbers of output channels.
 

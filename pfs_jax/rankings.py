@@ -28,6 +28,11 @@ def known(name: str) -> bool:
   return _NAME.fullmatch(name) is not None
 
 
+def needs_search(name: str) -> bool:
+  """Whether a ranking is one of gates that a search has learned."""
+  return parse(name)[0] not in ('uniform', 'random', 'tilt', 'sensitivity')
+
+
 def parse(name: str) -> tuple[str, float | None]:
   """(kind, number or None) of a ranking's name.
 

@@ -338,9 +338,7 @@ CASES = {
     PreAct(), {'a0': 4, 'a1': 4}, {'stem': 'tied by a sum: stem, b0'}
   ),
   'preact together': Case(
-    PreAct(),
-    {'stem+b0+b1': 6, 'a0': 4, 'a1': 4},
-    options={'residual': True},
+    PreAct(), {'stem+b0+b1': 6, 'a0': 4, 'a1': 4}, options={'residual': True}
   ),
   'depthwise': Case(
     Depthwise(), {'expand': 6, 'project': 5}, {'bn1': 'stand further on'}

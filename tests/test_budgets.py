@@ -228,6 +228,18 @@ def test_train_takes_a_budget_by_name_and_a_plain_list(searched, tmp_path):
       stages.execute('train', job(tmp_path / 'v', **given))
 
 
+def test_rankings_without_gates_need_no_search(tmp_path, capsys):
+  both = {'budget__keep': (0.5,), 'budget__params': ()}
+  for ranking in ('uniform', 'tilt1'):
+    stages.execute('prune', job(tmp_path, budget__ranking=ranking, **both))
+  assert 'warning' not in capsys.readouterr().out
+  uniform = structure(tmp_path, '')
+  assert uniform.source == {'budget': 'keep0.5-uniform', 'seed': 0}
+  assert np.ptp(np.divide(uniform.counts, (6, 12, 24))) < 0.2
+  with pytest.raises(errors.UserError, match='run --mode=search in this'):
+    stages.execute('prune', job(tmp_path, budget__ranking='layer_mean', **both))
+
+
 def test_an_unreachable_budget_says_what_is_reachable(searched):
   unreachable = {'budget__round_to': 4, 'budget__keep': (0.6,)}
   with pytest.raises(errors.UserError) as e:

@@ -425,7 +425,7 @@ def test_from_search_to_export_on_the_command_line(tmp_path, factory):
         *('main.py', '--config=configs/digits.py:smoke', f'--mode={mode}'),
         *(f'--workdir={tmp_path}', f'--config.model.factory={factory}'),
         *('--config.budget.keep=0.8', '--config.data.train_examples=428'),
-      ],
+      ]
     )
   result = json.loads((tmp_path / 'result.json').read_text())
   assert 0.7 < result['macs'] / result['reference_macs'] <= 0.8

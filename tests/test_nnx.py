@@ -312,11 +312,7 @@ def test_dropout_draws_from_the_steps_key():
   @jax.jit
   def logits(key):
     out, _ = gated.apply(
-      variables,
-      X,
-      train=True,
-      mutable=['batch_stats'],
-      rngs={'dropout': key},
+      variables, X, train=True, mutable=['batch_stats'], rngs={'dropout': key}
     )
     return out
 

@@ -513,8 +513,7 @@ def evil(tmp_path):
   mistakes = {'labels': [0, 5], 'predicted': [1, 0]}
   images = np.zeros((2, 4, 4, 1), np.uint8)
   storage.write_arrays(
-    workdir / 'train' / 'mistakes.npz',
-    {'images': images, **mistakes},
+    workdir / 'train' / 'mistakes.npz', {'images': images, **mistakes}
   )
   bundle = workdir / 'export'
   bundle.mkdir(parents=True)

@@ -241,9 +241,7 @@ def test_the_step_is_gradient_descent_on_the_loss():
   x, y = make_batch()
   after, _ = train.step(state, x, y)
   gradient = jax.tree.map(
-    lambda a, b: np.asarray(a - b, np.float64),
-    state.params,
-    after.params,
+    lambda a, b: np.asarray(a - b, np.float64), state.params, after.params
   )
   rng = np.random.default_rng(1)
   for _ in range(3):

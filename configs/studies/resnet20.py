@@ -31,8 +31,5 @@ def get_config(variant='full'):
     arms=ARMS,
     seeds=(0, 1, 2, 3, 4),
     baseline='uniform',
-    smoke={
-      'arms': ('searched+layer_mean+structure', 'uniform'),
-      'seeds': (0,),
-    },
+    smoke={'arms': ('searched+layer_mean+structure', 'uniform'), 'seeds': (0,)},
   )

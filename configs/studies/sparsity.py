@@ -16,8 +16,5 @@ def get_config(variant='full'):
     field='search.sparsity',
     values=(0.1, 0.2, 0.5, 0.7, 0.9),
     baseline='searched, sparsity 0.5',
-    smoke={
-      'seeds': (0,),
-      'values': (0.2, 0.5),
-    },
+    smoke={'seeds': (0,), 'values': (0.2, 0.5)},
   )

@@ -254,10 +254,7 @@ class StreamSource(Reader):
   """
 
   def __init__(
-    self,
-    *reader: Any,
-    key: jax.Array,
-    augmentation: pipeline.Augmentation,
+    self, *reader: Any, key: jax.Array, augmentation: pipeline.Augmentation
   ):
     super().__init__(*reader)
     self.resident = ()  # No data stay on the device.
@@ -294,10 +291,7 @@ class StreamEvaluation:
   """
 
   def __init__(
-    self,
-    batches: Batches,
-    *reader: Any,
-    augmentation: pipeline.Augmentation,
+    self, batches: Batches, *reader: Any, augmentation: pipeline.Augmentation
   ):
     self.augmentation = augmentation
     self.size = len(batches.chosen)

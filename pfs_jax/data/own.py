@@ -179,9 +179,7 @@ def _checked(
   )
 
 
-def _moments(
-  images: np.ndarray,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and deviation of each channel of pixels in 0..1, to 4 digits."""
   values, found = np.arange(256) / 255, []
   for channel in np.moveaxis(images, -1, 0):

@@ -13,11 +13,4 @@ from pfs_jax.export.bundle import Exported, load, save
 from pfs_jax.export.manifest import FORMATS, normalised
 from pfs_jax.export.manifest import read as read_manifest
 
-__all__ = [
-  'FORMATS',
-  'Exported',
-  'load',
-  'normalised',
-  'read_manifest',
-  'save',
-]
+__all__ = ['FORMATS', 'Exported', 'load', 'normalised', 'read_manifest', 'save']

@@ -172,9 +172,7 @@ def search(report: Page, job: Job) -> None:
 
 
 def training(
-  report: Page,
-  folders: Mapping[str, pathlib.Path],
-  reference: pathlib.Path,
+  report: Page, folders: Mapping[str, pathlib.Path], reference: pathlib.Path
 ) -> None:
   """Adds the metrics of all trainings, in one picture.
 

@@ -26,29 +26,16 @@ _COLUMNS = ['budget', 'MACs', 'of reference', 'of searched', 'parameters']
 
 
 def cut(job: Job) -> None:
-  """Cuts the gates of a finished search to every budget of the config."""
-  path = job.workdir / 'search' / 'gates.npz'
-  if not path.exists():
-    raise errors.UserError(
-      f'{path} does not exist: run --mode=search in this workdir first.'
-    )
-  runs.claim(path.parent, config.identity(job.config, 'search'))
-  model = job.network.cost_model
-  shapes = {n: (w,) for n, w in zip(model.layers, model.widths, strict=True)}
-  gates = storage.read_arrays(path, shapes)
-  rows = []
+  """Cuts the network to every budget of the config, by gates if need be."""
+  (gates, source), rows = _gates(job), []
   for budget in job.budgets:
     check_budget(job, budget)
-    source = {
-      'search': config.digest(config.identity(job.config, 'search')),
-      'gates_sha256': storage.checksum(gates),
-    }
     structure = job.cut(_scores(job, budget, gates), budget)
     structure = write(job, budget, structure, gates, source)
     rows.append(_row(job, budget.name, structure))
     if budget.max_latency_ms is not None:
       _show_latency(job, structure)
-    if structure.tie_share > 0.1:
+    if structure.tie_share > 0.1 and rankings.needs_search(budget.ranking):
       console.say(
         f'warning: {structure.tie_share:.0%} of the kept channels of '
         f'{budget.name} were chosen among equal gates, not by the search.'
@@ -56,6 +43,24 @@ def cut(job: Job) -> None:
   runs.barrier('structures')
   columns = [*_COLUMNS, 'unused', 'binding']
   console.table(f'Structures in {job.workdir}', columns, rows)
+
+
+def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
+  """(gates, their source) of the search; equal gates if no budget needs it."""
+  path, model = job.workdir / 'search' / 'gates.npz', job.network.cost_model
+  if not path.exists():
+    if any(rankings.needs_search(budget.ranking) for budget in job.budgets):
+      raise errors.UserError(
+        f'{path} does not exist: run --mode=search in this workdir first.'
+      )
+    job.note_config()
+    return scores.equal(model), {}
+  identity = config.identity(job.config, 'search')
+  runs.claim(path.parent, identity)
+  shapes = {n: (w,) for n, w in zip(model.layers, model.widths, strict=True)}
+  gates = storage.read_arrays(path, shapes)
+  checksum = storage.checksum(gates)
+  return gates, {'search': config.digest(identity), 'gates_sha256': checksum}
 
 
 def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):

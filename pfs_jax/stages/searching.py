@@ -10,16 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pfs_jax import (
-  config,
-  console,
-  errors,
-  norms,
-  runs,
-  search,
-  storage,
-  train,
-)
+from pfs_jax import config, console, errors, norms, runs, search, storage, train
 from pfs_jax.stages import cutting
 from pfs_jax.stages.job import Job
 

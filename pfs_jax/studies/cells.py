@@ -27,10 +27,7 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
     products.Busy: If another process is making something that the cell needs.
   """
   folder = root / 'cells' / cell.hash
-  with (
-    (folder / 'log.txt').open('a') as log,
-    contextlib.redirect_stdout(log),
-  ):
+  with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
     found = _structure(cell, folder, root)
     record = {**_record(cell), **found}
     if cell.arm.training != 'none':
@@ -70,11 +67,7 @@ def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
   structure = dataclasses.replace(
     job.cut_plain(found.scores),
     model=network.description,
-    source={
-      'budget': job.budgets[0].name,
-      'seed': cell.seed,
-      'arm': cell.name,
-    },
+    source={'budget': job.budgets[0].name, 'seed': cell.seed, 'arm': cell.name},
   )
   storage.write_text(folder / 'structure.json', structure.to_json() + '\n')
   if cell.arm.scores != 'full':

@@ -169,9 +169,7 @@ def probed(cell: plan.Cell, root: pathlib.Path) -> tuple[Any, pathlib.Path]:
   where = folder(root, 'probe', fields)
   path = where / 'probe/probe.json'
   make(
-    path,
-    where,
-    lambda: stages.probe(stages.Job(cell.wide, where), path.parent),
+    path, where, lambda: stages.probe(stages.Job(cell.wide, where), path.parent)
   )
   return storage.read_json(path), where
 
