@@ -48,7 +48,7 @@ def imported(field: str, spec: str) -> Callable[..., Any]:
     for name in attribute.split('.'):
       target = getattr(target, name)
   if not callable(target):
-    raise errors.UserError(f'config.{field}={spec} is not callable.')
+    raise errors.UserError(f'config.{field}={spec}: it is not callable.')
   return target
 
 

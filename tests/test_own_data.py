@@ -188,6 +188,8 @@ def torch_habit():
 
 def careless():
   return {}['images']
+def ragged():
+  return {**digits(), 'images': [[[0]], [[0, 0], [0, 0]]]}
 
 not_callable = 3
 """
@@ -228,6 +230,7 @@ def _refusal(c):
   [
     ('torch_habit', 'must return a dict of arrays'),
     ('careless', r"KeyError: 'images' \(.*their_data.py:15 in careless\)"),
+    ('ragged', 'ValueError: .*inhomogeneous shape'),
     ('not_callable', 'is not callable'),
     ('absent', "has no attribute 'absent'"),
   ],
@@ -267,6 +270,7 @@ def test_a_function_that_cannot_be_imported_is_named(module, tmp_path):
     ({'labels': np.arange(60) % 3 + 1}, 'none of class 0'),
     ({'test_labels': np.full(12, 3)}, r'test_labels must be in 0..2; got 3..3'),
     ({'class_names': ['a', 'b']}, 'class_names must be 3; got 2'),
+    ({'class_names': 'a'}, 'class_names must be 3; got 1'),
     ({'images': np.array([{}] * 60)}, 'cannot be read'),  # Pickled objects.
   ],
 )

@@ -89,14 +89,14 @@ def _from_factory(factory: str, *sizes: int) -> arrays.Dataset:
   call = user_code.imported('data.factory', factory)
   with user_code.blamed('data.factory', factory):
     found = call()
-  where = f'config.data.factory={factory}'
-  _require(
-    where,
-    isinstance(found, Mapping),
-    f'must return a dict of arrays ({", ".join(_NAMES)})',
-    type(found).__name__,
-  )
-  return _checked(found, where, factory, *sizes)
+    where = f'config.data.factory={factory}'
+    _require(
+      where,
+      isinstance(found, Mapping),
+      f'must return a dict of arrays ({", ".join(_NAMES)})',
+      type(found).__name__,
+    )
+    return _checked(found, where, factory, *sizes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -162,13 +162,13 @@ def _checked(
     low, high = values.min(), values.max()
     rule = f'{split}labels must be in 0..{classes - 1}'
     require(0 <= low and high < classes, rule, f'{low}..{high}')
-  absent = np.setdiff1d(np.arange(classes), labels)
+  absent = np.setdiff1d(np.arange(min(classes, len(labels) + 1)), labels)
   require(
     num_classes or not len(absent),
     'every class must have a training image (or set config.data.num_classes)',
     f'none of class {", ".join(map(str, absent[:5]))}',
   )
-  texts = tuple(map(str, np.asarray(found.get('class_names', range(classes)))))
+  texts = tuple(map(str, np.ravel(found.get('class_names', range(classes)))))
   require(len(texts) == classes, f'class_names must be {classes}', len(texts))
   counts = len(labels), len(test_labels)
   spec = specs.described(name, shape[0], texts, counts, _moments(images))
