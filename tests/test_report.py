@@ -290,6 +290,12 @@ def test_a_single_point_is_no_curve(tmp_path):
   assert 'keep0.3, training' in outline.text
 
 
+def test_given_counts_are_the_widths_of_the_reference(tmp_path):
+  c = tiny(**{'model.width': 0, 'model.counts': (3,) * 13})
+  whole = run_page._uncut(stages.Job(c, tmp_path), [])
+  assert whole[0].counts == whole[1].counts
+
+
 def test_a_search_alone_and_a_search_under_way(tmp_path):
   report.write(searched(tmp_path).config, tmp_path)
   outline = check_page(tmp_path, SEARCH_PICTURES)

@@ -115,7 +115,7 @@ def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
     known['latency'] = {} if ms is None else {'narrow_ms': ms}
   widths = dict(zip(model.layers, model.widths, strict=True))
   counts, description = widths, network.description
-  if 'name' in description:  # A model of the user's own is its own reference.
+  if 'name' in description and 'counts' not in description:
     sizes = (description['name'], description['base_width'])
     counts = models.gate_sizes(*sizes)
   costs = (network.reference_macs, network.reference_params)
