@@ -112,6 +112,13 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     )
 
 
+def claim_part(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
+  """`claim` by some fields alone; a folder without an identity passes."""
+  path = folder / 'config.json'
+  if path.exists():
+    claim(folder, storage.read_json(path, dict[str, Any]) | dict(fields))
+
+
 def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
   """The defaults of the names that are fields of the config."""
   known = ((k, fields.BY_NAME.get(k.removeprefix('config.'))) for k in identity)

@@ -15,6 +15,7 @@ from pfs_jax import (
   errors,
   probe,
   prune,
+  runs,
   scores,
   stages,
   storage,
@@ -357,6 +358,46 @@ def test_a_ranking_without_its_probe_is_refused(tmp_path):
   storage.write_arrays(tmp_path / 'search/gates.npz', gates)
   with pytest.raises(errors.UserError, match='run --mode=probe in this'):
     stages.cut(job)
+
+
+def test_the_widths_of_a_probe_are_those_of_its_budget_alone(tmp_path):
+  c = small(**{'budget.ranking': 'sensitivity', 'search.epochs': 0.0})
+  with pytest.raises(errors.UserError, match='probe.json does not exist'):
+    stages.search(stages.Job(c, tmp_path))
+  assert not (tmp_path / 'search').exists()  # Refused before it searches.
+
+  def cut(*keep, mean):
+    c.budget.keep, job = keep, stages.Job(c, tmp_path)
+    found = {'before': dict.fromkeys(job.network.cost_model.layers, 1.0)}
+    found |= {'mean': dict(zip(found['before'], mean, strict=True))}
+    found |= {'damping': 1.0, 'sentence': ''}
+    storage.write_json(tmp_path / 'probe.json', found)
+    stages.cut(stages.Job(c, tmp_path))
+    return stages.cutting.read(stages.Job(c, tmp_path))[1].counts
+
+  c.train.structure = 'keep0.3-sensitivity'
+  counts = cut(0.3, mean=(1e-4, 1e4))
+  assert cut(0.9, 0.3, mean=(1e-4, 1e4)) == counts
+  assert cut(0.3, mean=(1e4, 1e-4)) != counts  # A new probe is no edit.
+  runs.claim(tmp_path / 'probe', config.identity(c))
+  with pytest.raises(errors.UserError, match='probe holds .* config.seed'):
+    stages.cut(stages.Job(c, tmp_path).reseeded(1))
+
+
+def test_what_is_trained_is_not_cut_to_other_counts(tmp_path):
+  job = stages.Job(small(**{'budget.ranking': 'random'}), tmp_path)
+  stages.cut(job)
+  (tmp_path / 'result.json').write_text('{}')
+  with pytest.raises(errors.UserError, match='train is gone; delete .*result'):
+    stages.train(job)
+  before = [path.read_text() for path in sorted(tmp_path.glob('*.json'))]
+  counts = {'structure.counts': list(stages.cutting.read(job)[1].counts)}
+  runs.claim(tmp_path / 'train', config.identity(job.config) | counts)
+  with pytest.raises(errors.UserError, match='not yet trained in this workdir'):
+    tournament.run(job.config, tmp_path)
+  with pytest.raises(errors.UserError, match='train holds .* config.seed'):
+    stages.cut(job.reseeded(1))
+  assert before == [p.read_text() for p in sorted(tmp_path.glob('*.json'))]
 
 
 # Refusals.

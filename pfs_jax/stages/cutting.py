@@ -30,8 +30,8 @@ def cut(job: Job) -> None:
   (gates, source), rows = _gates(job), []
   for budget in job.budgets:
     check_budget(job, budget)
-    structure = job.cut(_scores(job, budget, gates), budget)
-    structure = write(job, budget, structure, gates, source)
+    ranked, by = scored(job, budget, gates)
+    structure = write(job, budget, job.cut(ranked, budget), gates, source | by)
     rows.append(_row(job, budget.name, structure))
     if budget.max_latency_ms is not None:
       _show_latency(job, structure)
@@ -40,6 +40,8 @@ def cut(job: Job) -> None:
         f'warning: {structure.tie_share:.0%} of the kept channels of '
         f'{budget.name} were chosen among equal gates, not by the search.'
       )
+  if not source:
+    job.note_config()
   runs.barrier('structures')
   columns = [*_COLUMNS, 'unused', 'binding']
   console.table(f'Structures in {job.workdir}', columns, rows)
@@ -53,7 +55,6 @@ def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
       raise errors.UserError(
         f'{path} does not exist: run --mode=search in this workdir first.'
       )
-    job.note_config()
     return scores.equal(model), {}
   identity = config.identity(job.config, 'search')
   runs.claim(path.parent, identity)
@@ -63,22 +64,25 @@ def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
   return gates, {'search': config.digest(identity), 'gates_sha256': checksum}
 
 
-def _scores(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
-  """The scores of a ranking that needs more than gates; else the gates."""
+def scored(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
+  """(scores, source) of a ranking of more than gates; else the gates, {}."""
   kind, damping = rankings.parse(budget.ranking)
   if kind == 'random':
-    return scores.random(job.network.cost_model, job.config.seed)
+    return scores.random(job.network.cost_model, job.config.seed), {}
   if kind != 'sensitivity':
-    return gates
+    return gates, {}
   path = job.workdir / 'probe.json'
   if not path.exists():
     raise errors.UserError(
       f'{path} does not exist: run --mode=probe in this workdir first.'
     )
+  runs.claim_part(job.workdir / 'probe', config.identity(job.config))
   found = storage.read_json(path, scores.Probe)
-  if not set(gates) == set(found['mean']) == set(found['before']):
+  layers = set(job.network.cost_model.layers)
+  if not layers == set(found['mean']) == set(found['before']):
     raise errors.UserError(f'{path} is the probe of another network.')
-  return job.widened(scores.probed(found, damping), gates)
+  ranked = job.widened(scores.probed(found, damping), gates, budget)
+  return ranked, {'probe': config.digest(found)}
 
 
 def write(
@@ -112,6 +116,8 @@ def write(
   if edited is not None:
     console.say(f'{path} was edited and is kept; remove it to cut again.')
     return edited
+  known = {'structure.counts': list(structure.counts)}
+  runs.claim_part(path.with_name('train'), known | config.identity(job.config))
   storage.write_text(path, structure.to_json() + '\n')
   kept = prune.kept(ranked, structure).items()
   lists = {layer: indices.tolist() for layer, indices in kept}

@@ -154,16 +154,19 @@ class Job:
     return self.cut(ranked, budget)
 
   def widened(
-    self, weights: Mapping[str, float], gates: Mapping[str, Any] | None = None
+    self,
+    weights: Mapping[str, float],
+    gates: Mapping[str, Any] | None = None,
+    budget: prune.Budget | None = None,
   ) -> scores.Scores:
-    """Scores of a width profile that keeps at least half of uniform widths.
+    """Scores of {layer: weight} that keep at least half of uniform widths.
 
-    Args:
-      weights: {layer: weight}.
-      gates: The order of the channels within a layer, if it is known.
+    The gates are the order of the channels within a layer, if it is known. The
+    uniform widths are those of the budget, or of the first one.
     """
+    plain = dataclasses.replace(budget or self.budgets[0], ranking='global')
     equal = scores.equal(self.network.cost_model)
-    uniform = self.cut_plain(equal).counts
+    uniform = self.cut(equal, plain).counts
     least = (math.ceil(TRUST * count) for count in uniform)
     guarded = dict(zip(equal, least, strict=True))
     return scores.profile_scores(weights, gates or equal, guarded)

@@ -31,6 +31,7 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   """
   for budget in job.budgets:  # Refuses before hours of search.
     cutting.check_budget(job, budget)
+    cutting.scored(job, budget, {})
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
   if not (folder / 'gates.npz').exists():

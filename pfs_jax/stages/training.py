@@ -52,23 +52,25 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   name, structure = cutting.read(job)
   job.note_budget(name)
   folder = job.folder(name)
-  runs.claim(folder / 'train', _identity(job, structure))
-  if not (folder / 'result.json').exists():
+  trained, path = folder / 'train', folder / 'result.json'
+  if path.exists() and not (trained / 'config.json').exists():
+    raise errors.UserError(f'{trained} is gone; delete {path} to train again.')
+  runs.claim(trained, _identity(job, structure))
+  if not path.exists():
     job.note_config()
     epochs = job.config.train.epochs
     if job.config.train.scratch == 'B':
       epochs *= job.network.reference_macs / structure.macs
     module = job.network.narrow(structure.counts)
     weights = weights or _initial_weights(job, folder / 'kept.json', structure)
-    state = fit(job, module, folder / 'train', 'train', epochs, weights)
+    state = fit(job, module, trained, 'train', epochs, weights)
     reference = _reference(job)
     exam = examine(module, state.variables, job.data.test())
     if exam.mistakes:
-      path = folder / 'train' / 'mistakes.npz'
-      storage.write_arrays(path, exam.mistakes, sealed=True)
+      storage.write_arrays(trained / 'mistakes.npz', exam.mistakes, sealed=True)
     result = _result(job, name, structure, exam, reference)
     result['steps'] = int(state.step)
-    storage.write_json(folder / 'result.json', result, sealed=True)
+    storage.write_json(path, result, sealed=True)
     runs.barrier('result')
   showing.show(job, name, structure)
 

@@ -104,10 +104,10 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   budget = job.budgets[0]
   source = {name: found[name] for name in ('chosen', 'gain', 'error', 'share')}
   with storage.locked(workdir, wait=lambda: None):
-    job.note_config()
-    storage.write_json(workdir / 'tournament.json', found, sealed=True)
     structure = job.cut_plain(chosen)
     stages.write(job, budget, structure, chosen, {'tournament': source})
+    job.note_config()
+    storage.write_json(workdir / 'tournament.json', found, sealed=True)
   title = f'Loss on held-out images, {budget.name}, {workdir}'
   console.table(title, found['columns'], found['rows'])
   console.say(found['sentence'])
@@ -276,8 +276,9 @@ def check(job: stages.Job) -> None:
     fits = _is_candidate(name)
     require(fits, 'tournament.candidates', rule, repr(name))
   budgets = [b.name for b in job.budgets]
-  rule = 'name one budget for a tournament'
-  require(len(budgets) == 1, 'budget', rule, ', '.join(budgets))
+  rule = 'name one budget for a tournament, not yet trained in this workdir'
+  new = len(budgets) == 1 and not (job.folder(budgets[0]) / 'train').exists()
+  require(new, 'budget', rule, ', '.join(budgets))
   stages.check_budget(job, job.budgets[0])
   held_out = c.data.validation_examples
   rule = 'be >= 1 for a tournament'
