@@ -64,7 +64,7 @@ def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
   return gates, {'search': config.digest(identity), 'gates_sha256': checksum}
 
 
-def scored(job: Job, budget: prune.Budget, gates: Mapping[str, Any]):
+def scored(job: Job, budget: prune.Budget, gates: Any) -> tuple[Any, Any]:
   """(scores, source) of a ranking of more than gates; else the gates, {}."""
   kind, damping = rankings.parse(budget.ranking)
   if kind == 'random':
