@@ -61,6 +61,7 @@ class Layer:
   outputs: int  # Channels that come out.
   positions: int  # Output positions for each image.
   groups: int = 1  # Feature groups of a convolution.
+  folded: int = 1  # Inputs in one image: windows, frames, rows.
   vectors: int = 0  # Parameter vectors of `outputs` channels, such as a bias.
   output_size: tuple[int, ...] = ()  # Spatial, like the next three.
   input_size: tuple[int, ...] = ()
@@ -110,11 +111,12 @@ class Layer:
 
   def macs_terms(self) -> Terms:
     """MACs as {(group, group): coefficient}."""
+    positions = self.positions * self.folded
     if self.kind == 'pool':
-      return {(i, FIXED): a * self.positions for i, a in self.reads}
+      return {(i, FIXED): a * positions for i, a in self.reads}
     terms = collections.Counter()
     for key, coefficient in self._kernel_terms().items():
-      terms[key] = coefficient * self.positions
+      terms[key] = coefficient * positions
     terms[FIXED, FIXED] += self.fixed_macs
     return terms
 
@@ -147,8 +149,10 @@ def value(size: Size, counts: Counts) -> int:
   return sum(multiple * int(sized[i]) for i, multiple in size)
 
 
-def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
-  """The record of one call of a layer, y = module(x)."""
+def describe(
+  module: nn.Module, path: str, x: Any, y: Any, images: int = 1
+) -> Layer:
+  """The record of one call of a layer, y = module(x), on a batch of images."""
   rule = described.rule(module)
   assert rule is not None, path
   fields = {
@@ -160,7 +164,9 @@ def describe(module: nn.Module, path: str, x: Any, y: Any) -> Layer:
     'low_precision': y.dtype.itemsize < 4,
     **rule(module, x, y),
   }
-  return Layer(**fields)
+  size = math.prod(fields.get('input_size') or x.shape[1:-1])
+  folded = math.prod(x.shape[:-1]) // (size * images)
+  return Layer(**fields, folded=max(1, folded))
 
 
 def intercept(

@@ -61,7 +61,7 @@ def _time_layer(
   x, kernel, scale, shift = (
     jnp.asarray(rng.normal(size=shape), dtype)
     for shape in (
-      (batch, *size, inputs),
+      (batch * op.folded, *size, inputs),
       (*op.kernel, inputs // groups, outputs),
       *[(1,) * (len(size) + 1) + (outputs,)] * 2,
     )
@@ -133,7 +133,7 @@ class LatencyModel:
         str(self._dtype),
         self._batch_size,
         op.kind,
-        op.positions,
+        op.positions * op.folded,
         op.groups,
         *map(list, (op.input_size, op.kernel, op.strides)),
         inputs,

@@ -154,7 +154,8 @@ def _follow(
     x, args, kwargs = merge(arrays)
     return plain.apply(variables, x, *args, **kwargs)
 
-  program, calls = trace.trace(apply, shapes, arrays)
+  images = next(iter(arrays.values())).shape[0]
+  program, calls = trace.trace(apply, images, shapes, arrays)
   layers = groups.first_calls(calls)
   if wide:  # With one channel left, a depthwise convolution looks dense.
     for path, layer in layers.items():
@@ -176,7 +177,6 @@ def _follow(
     values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
   for value in flow.run(program, values):
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
-  images = next(iter(arrays.values())).shape[0]
   more, uncounted = trace.rest(program, calls, images)
   leaves = jax.tree.leaves(shapes.get('params'))
   unknown = sum(a.size for a in leaves) - sum(c.params() for c in calls)

@@ -42,12 +42,13 @@ def _mark(name: str, function: Callable[..., Any], *args) -> jax.Array:
 
 
 def trace(
-  function: Callable[..., Any], *args: Any
+  function: Callable[..., Any], images: int, *args: Any
 ) -> tuple[Any, list[costs.Layer]]:
   """The marked jaxpr of `function(*args)` and its layer calls in forward order.
 
   Args:
     function: Applies the model to `args`.
+    images: Images in the batch.
     *args: Trees of arrays or shapes; the first is the model's variables.
   """
   calls, seen = [], set()
@@ -57,7 +58,7 @@ def trace(
     mark = PEEK if looked_into else ENTER
     axis = getattr(module, 'axis_name', None) or ''  # `gating` removes it.
     y = call(_mark(mark + path, lambda x: x, x))
-    layer = costs.describe(module, path, x, y)
+    layer = costs.describe(module, path, x, y, images)
     again = path in seen
     calls.append(dataclasses.replace(layer, axis_name=axis, again=again))
     seen.add(path)
@@ -123,7 +124,7 @@ def _macs_by_place(
       layer = layers[title.removeprefix(LEAVE)]
       # Under nn.vmap several layers are one call, with more outputs.
       size = sum(math.prod(v.aval.shape) for v in equation.outvars)
-      one = math.prod(layer.output_size) * layer.outputs
+      one = math.prod(layer.output_size) * layer.outputs * layer.folded
       macs[f'{layer.path} (repeated)'] += times * layer.macs() * size // one
     elif inside:
       continue  # `costs` counts the layer.
