@@ -89,7 +89,7 @@ def discover(
         f'surgery: no layer {path!r}; the layers are {", ".join(flow.outputs)}.'
       )
     flow.channels.fix(flow.outputs[path].tolist(), 'left alone on request')
-  found = _FoundGroups(flow, residual)
+  found = _FoundGroups(flow, residual, shapes)
   _try_out(source, arguments, found)
   return dataclasses.replace(
     found.table(calls), uncounted=uncounted, call=source.call
@@ -191,8 +191,8 @@ def _follow(
 class _FoundGroups:
   """Groups of channels in a flow; `refuse` removes some of them."""
 
-  def __init__(self, flow: Flow, residual: bool):
-    self.flow, self.residual = flow, residual
+  def __init__(self, flow: Flow, residual: bool, shapes: Any):
+    self.flow, self.residual, self.shapes = flow, residual, shapes
     self._uses = collections.defaultdict(list)
     for channel, *use in flow.uses:
       self._uses[flow.channels.find(channel)].append(use)
@@ -387,4 +387,16 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
     for before, now in zip(flow.pasts[path], seen.pasts[path], strict=True):
       if list(itertools.compress(before, kept[channels])) != now:
         return f"the model's code treats channels of {path} by their number"
+  table = found.table(tuple(flow.layers.values()))
+  stay = ~np.isin(np.arange(table.offsets[-1]), found.unit_of[~kept])
+  parts = map(np.flatnonzero, np.split(stay, table.offsets[1:-1]))
+  units = dict(zip(table.sizes, parts, strict=True))
+  sliced = jax.eval_shape(lambda v: table.taken(v, units), found.shapes)
+  for name in {'params', 'batch_stats'} & set(shapes):
+    pairs = jax.tree_util.tree_leaves_with_path(sliced[name])
+    leaves = jax.tree.leaves(shapes[name])
+    for (place, leaf), new in zip(pairs, leaves, strict=True):
+      if leaf.shape != new.shape:
+        path = '/'.join(str(getattr(part, 'key', part)) for part in place)
+        return f'the shape of the variable {path} depends on this width'
   return ''
