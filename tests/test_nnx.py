@@ -306,8 +306,10 @@ def test_a_mixer_is_left_alone_with_the_reason():
 
 def test_dropout_draws_from_the_steps_key():
   model = MnistCnn(rngs=nnx.Rngs(0))
+  model.factor = nnx.Param(jnp.full((1, 3), 0.1))  # Is drawn as it is.
   gated = surgery.gate(model, surgery.discover(model, X))
   variables = jax.jit(gated.init)(jax.random.key(0), X)
+  np.testing.assert_array_equal(variables['params']['factor'], model.factor)
 
   @jax.jit
   def logits(key):

@@ -65,7 +65,7 @@ class Adapter(nn.Module):
 
   `init` draws new weights: matrices and kernels from a normal distribution with
   the deviation of the module's own array, scaled to the present number of
-  inputs; vectors keep their values.
+  inputs; vectors and constants keep their values.
 
   Attributes:
     held: The NNX module; its arrays have the shapes and deviations.
@@ -241,11 +241,13 @@ def _linked(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
   collection, like = _collection(variable), variable[...]
 
   def draw():
+    kept = like[tuple(slice(n) for n in shape)]
     if like.ndim < 2 or collection != 'params':
-      return like[tuple(slice(n) for n in shape)]
+      return kept
     fans = math.prod(like.shape[:-1]) / math.prod(shape[:-1])
     drawn = jax.random.normal(scope.make_rng('params'), shape, like.dtype)
-    return drawn * jnp.std(like) * math.sqrt(fans)
+    drawn = drawn * jnp.std(like) * math.sqrt(fans)
+    return jnp.where(jnp.ptp(like) > 0, drawn, kept)
 
   linen = scope.variable(collection, str(name), draw)
   variable.set_value(linen.value)
