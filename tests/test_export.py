@@ -226,7 +226,7 @@ OPERATORS = {
   'maximum of two': lambda x: jnp.maximum(x, 0.3) + jnp.maximum(0.0, x),
   'leaky relu': lambda x: nn.leaky_relu(conv(x)),
   'swish, gelu, hard swish': lambda x: (
-    nn.swish(x) + nn.gelu(x) + nn.hard_swish(x) + nn.elu(x)
+    nn.swish(x) + nn.gelu(x) + nn.gelu(x, False) + nn.hard_swish(x) + nn.elu(x)
   ),
   'max pool': lambda x: nn.max_pool(x, (3, 3), (2, 2), 'SAME'),
   'average pool': lambda x: nn.avg_pool(x, (3, 3), (2, 2), 'SAME'),

@@ -108,6 +108,12 @@ def _exponential_minus_one(graph, equation, x) -> Tensor:
   )
 
 
+def _one_minus_error_function(graph, equation, x) -> Tensor:
+  return _elementwise(
+    graph, 'Sub', np.float32(1), _elementwise(graph, 'Erf', x)
+  )
+
+
 def _square(graph, equation, x) -> Tensor:
   return _elementwise(graph, 'Mul', x, x)
 
@@ -333,6 +339,7 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'copy_p': _identity,
   'dot_general': _dense,
   'eq': _elementwise_op('Equal'),
+  'erfc': _one_minus_error_function,
   'expm1': _exponential_minus_one,
   'ge': _elementwise_op('GreaterOrEqual'),
   'gt': _elementwise_op('Greater'),
