@@ -42,7 +42,7 @@ def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
         x,
         train=True,
         mutable=['batch_stats'],
-        rngs={'dropout': jax.random.key(0)},
+        rngs=dict.fromkeys(('dropout', 'params'), jax.random.key(0)),
       )
       return found['batch_stats']
 

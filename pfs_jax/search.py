@@ -210,7 +210,7 @@ def loss(
     x,
     train=True,
     mutable=['batch_stats'],
-    rngs={'dropout': train.dropout_key(state)},
+    rngs=dict.fromkeys(('dropout', 'params'), train.dropout_key(state)),
   )
   ce = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
   gates = trained['gates']

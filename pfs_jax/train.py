@@ -152,7 +152,7 @@ def _optimizer(fields, total_steps: int) -> optax.GradientTransformation:
 
 
 def dropout_key(state: Any) -> jax.Array:
-  """The key of dropout in the next step of a state."""
+  """The key of all random layers in the next step of a state."""
   return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
 
@@ -185,7 +185,7 @@ def step(
       x,
       train=True,
       mutable=['batch_stats'],
-      rngs={'dropout': dropout_key(state)},
+      rngs=dict.fromkeys(('dropout', 'params'), dropout_key(state)),
     )
     value = _cross_entropy(logits, y, state.label_smoothing).mean()
     return value, (logits, updates.get('batch_stats', {}))

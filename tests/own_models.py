@@ -41,6 +41,20 @@ class Plain(nn.Module):
     return nn.Dense(3, dtype=self.dtype)(x)
 
 
+class Folded(nn.Module):
+  """Windows in the batch, rows in front of an image, pixels in the batch."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    n, h, w, c = x.shape
+    x = x.reshape(n, 2, h // 2, 2, w // 2, c).swapaxes(2, 3)
+    x = unit(train, x.reshape(4 * n, h // 2, w // 2, c), 6)
+    x = unit(train, x.reshape(n, 4, h // 2, w // 2, x.shape[-1]), 7)
+    x = nn.Dense(4)(x.reshape(-1, x.shape[-1]))
+    x = nn.relu(norm(train)(x))
+    return nn.Dense(3)(x.reshape(n, -1, x.shape[-1]).mean(1))
+
+
 class Setup(nn.Module):
   """Setup style, told by `deterministic`, keyword inputs."""
 
@@ -320,6 +334,7 @@ CASES = {
   'plain': Case(Plain(), {'Conv_0': 6, 'Conv_1': 7}, {'Dense_0': 'output'}),
   'bfloat16': Case(Plain(dtype=jnp.bfloat16), {'Conv_0': 6, 'Conv_1': 7}),
   'flatten': Case(Plain(flatten=True), {'Conv_0': 6, 'Conv_1': 7}),
+  'folded': Case(Folded(), {'Conv_0': 6, 'Conv_1': 7, 'Dense_0': 4}),
   'setup': Case(Setup(), {'stem': 5, 'body_0': 7, 'body_1': 4}),
   'field': Case(Field(), {'Conv_0': 5}),
   'residual': Case(Residual(), _BLOCKS, _STREAM),

@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.nnx import bridge
 
-from pfs_jax import costs, errors, models, surgery
+from pfs_jax import costs, errors, models, search, surgery, train
 from tests import own_models
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -114,7 +115,8 @@ def test_gate_zero_is_a_removed_channel(name):
 def test_costs_and_shapes_are_those_of_the_narrow_model(name):
   case, sites = found(name)
   model, counts = sites.cost_model(), some_counts(sites, 5)
-  key, args = jax.random.key(0), (X[:1], *case.further)
+  further = [t[:1] if np.ndim(t) else t for t in case.further]
+  key, args = jax.random.key(0), (X[:1], *further)
   wide = jax.eval_shape(surgery.gate(case.model, sites).init, key, *args)
   assert model.params(model.widths) == size(wide['params'])
   narrow = surgery.narrow(case.model, sites, counts)
@@ -144,6 +146,9 @@ def test_layers_in_loops_count_as_often_as_they_run():
   plain = 3 * 4 + 4 * 5 + 4 * 6 + 4 * 4
   nested = 2 * 4 * 4 + 2 * 5 * 4 + 6 * 4  # In scan, vmap and jit.
   assert sites.cost_model().macs((4,)) == (plain + nested) * 9 * 64 + 4 * 3
+  _, sites = found('folded')
+  each = 9 * 3 * 2 + 9 * 2 * 4 + 4 * 3
+  assert sites.cost_model().macs((2, 4, 3)) == 64 * each + 3 * 3
 
 
 def test_concatenated_channels_are_gated_at_each_later_norm():
@@ -193,6 +198,44 @@ def test_the_check_finds_what_the_trace_cannot():
     surgery.narrow(Liar(), sites, (3, 3), verify=True, x=X)
   with pytest.raises(errors.UserError, match='needs images'):
     surgery.narrow(Liar(), sites, (3, 3), verify=True)
+
+
+class Particular(nn.Module):
+  """Takes float32 alone, and draws from a stream of its own."""
+
+  wrapper: type[nn.Module] | None = None
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    assert x.dtype == np.float32
+    conv = nn.Conv(6, (3, 3))
+    wrapped = self.wrapper(conv) if self.wrapper else conv
+    update = {'update_stats': train} if self.wrapper is nn.SpectralNorm else {}
+    x = wrapped(x, **update)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+    if train:
+      x = x * jax.random.bernoulli(
+        self.make_rng('path'), 0.5, (len(x), 1, 1, 1)
+      )
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+def test_any_random_stream_and_a_fixed_dtype():
+  sites = surgery.discover(Particular(), X)
+  thin = surgery.narrow(Particular(), sites, (3,), verify=True, x=X)
+  state = train.init(thin, drawn(thin, X), optax.sgd(0.1))
+  jax.eval_shape(train.step, state, X, np.arange(2))
+  gated = surgery.gate(Particular(), sites)
+  state = search.init(
+    gated, drawn(gated, X), sparsity=0.5, balance=0.5, learning_rate=0.1
+  )
+  jax.eval_shape(search.step, state, X, np.arange(2))
+
+
+@pytest.mark.parametrize('wrapper', [nn.WeightNorm, nn.SpectralNorm])
+def test_weights_of_another_module_are_not_narrowed(wrapper):
+  left = surgery.discover(Particular(wrapper), X).left_alone
+  assert 'depends on this width' in left['Conv_0']
 
 
 class Wider(nn.BatchNorm):
