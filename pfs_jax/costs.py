@@ -149,9 +149,7 @@ def value(size: Size, counts: Counts) -> int:
   return sum(multiple * int(sized[i]) for i, multiple in size)
 
 
-def describe(
-  module: nn.Module, path: str, x: Any, y: Any, images: int = 1
-) -> Layer:
+def describe(module: Any, path: str, x: Any, y: Any, images: int = 1) -> Layer:
   """The record of one call of a layer, y = module(x), on a batch of images."""
   rule = described.rule(module)
   assert rule is not None, path
@@ -164,9 +162,8 @@ def describe(
     'low_precision': y.dtype.itemsize < 4,
     **rule(module, x, y),
   }
-  size = math.prod(fields.get('input_size') or x.shape[1:-1])
-  folded = math.prod(x.shape[:-1]) // (size * images)
-  return Layer(**fields, folded=max(1, folded))
+  size = images * math.prod(fields.get('input_size') or x.shape[1:-1])
+  return Layer(**fields, folded=max(1, math.prod(x.shape[:-1]) // size))
 
 
 def intercept(

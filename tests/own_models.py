@@ -50,8 +50,7 @@ class Folded(nn.Module):
     x = x.reshape(n, 2, h // 2, 2, w // 2, c).swapaxes(2, 3)
     x = unit(train, x.reshape(4 * n, h // 2, w // 2, c), 6)
     x = unit(train, x.reshape(n, 4, h // 2, w // 2, x.shape[-1]), 7)
-    x = nn.Dense(4)(x.reshape(-1, x.shape[-1]))
-    x = nn.relu(norm(train)(x))
+    x = nn.relu(norm(train)(nn.Dense(4)(x.reshape(-1, x.shape[-1]))))
     return nn.Dense(3)(x.reshape(n, -1, x.shape[-1]).mean(1))
 
 

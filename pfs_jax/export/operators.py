@@ -108,12 +108,6 @@ def _exponential_minus_one(graph, equation, x) -> Tensor:
   )
 
 
-def _one_minus_error_function(graph, equation, x) -> Tensor:
-  return _elementwise(
-    graph, 'Sub', np.float32(1), _elementwise(graph, 'Erf', x)
-  )
-
-
 def _square(graph, equation, x) -> Tensor:
   return _elementwise(graph, 'Mul', x, x)
 
@@ -339,7 +333,9 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'copy_p': _identity,
   'dot_general': _dense,
   'eq': _elementwise_op('Equal'),
-  'erfc': _one_minus_error_function,
+  'erfc': lambda graph, _, x: _elementwise(
+    graph, 'Sub', np.float32(1), _elementwise(graph, 'Erf', x)
+  ),
   'expm1': _exponential_minus_one,
   'ge': _elementwise_op('GreaterOrEqual'),
   'gt': _elementwise_op('Greater'),
