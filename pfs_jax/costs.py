@@ -207,7 +207,7 @@ def intercept(
 def record(function: Callable[..., Any], *args: Any) -> list[Layer]:
   """The layer calls of `function(*args)`, in forward order.
 
-  `function`, typically `module.init`, is traced abstractly (`jax.eval_shape`):
+  `function`, typically `module.init` on one image, is traced abstractly:
   nothing is computed and no memory is used.
   """
   found, seen = [], set()
