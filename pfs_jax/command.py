@@ -38,7 +38,7 @@ PROCESS = flags.DEFINE_integer('process', 0, 'The number of this one.')
 def workdir() -> pathlib.Path:
   """The run's folder; by default named after the config and its variant."""
   if WORKDIR.value:
-    return pathlib.Path(WORKDIR.value)
+    return pathlib.Path(WORKDIR.value).expanduser()
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, *variant = name.split(':')
   return pathlib.Path('runs') / '-'.join([pathlib.Path(path).stem, *variant])
@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # JAX logs that it finds no TPU.
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   c, mode = CONFIG.value, str(MODE.value)
-  out = pathlib.Path(OUT.value) if OUT.value else None
+  out = pathlib.Path(OUT.value).expanduser() if OUT.value else None
   if mode == 'report':
     report.write(c, workdir(), out)
   elif studies.asked(mode, c):

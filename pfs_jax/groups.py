@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -287,7 +288,8 @@ class Table:
         leaf = cut(leaf, self.makes(layer), outputs)
       return leaf
 
-    ungated = {k: v for k, v in variables.items() if k != GATES}
+    plain = nn.meta.unbox(variables)  # Without names of mesh axes.
+    ungated = {k: v for k, v in plain.items() if k != GATES}
     return dict(flax.traverse_util.path_aware_map(sliced, ungated))
 
   def __str__(self) -> str:

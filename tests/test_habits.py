@@ -362,6 +362,18 @@ def test_a_narrow_model_is_a_module():
   assert state.apply_gradients(grads=grads).step == 1
 
 
+class OwnState(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    factor = self.variable('constants', 'factor', lambda: 2.0)
+    x = nn.relu(nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x)))
+    return nn.Dense(3)(x.mean((1, 2))) * factor.value
+
+
+def own_state():
+  return OwnState()
+
+
 def late_error(num_classes):
   class Late(nn.Module):
     @nn.compact
@@ -375,6 +387,7 @@ def late_error(num_classes):
   ('name', 'message'),
   [
     ('late_error', r'ConcretizationTypeError.*test_habits.py:\d+ in __call__'),
+    ('own_state', 'ScopeCollectionNotFound.* in __call__'),
     ('early_error', r'ValueError: early \(.*test_habits.py:\d+ in early_error'),
   ],
 )

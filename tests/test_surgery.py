@@ -201,14 +201,16 @@ def test_the_check_finds_what_the_trace_cannot():
 
 
 class Particular(nn.Module):
-  """Takes float32 alone, and draws from a stream of its own."""
+  """Takes float32 alone, names axes of a mesh, draws from its own stream."""
 
   weight_norm: bool = False
 
   @nn.compact
   def __call__(self, x, train=False):
     assert x.dtype == np.float32
-    conv = nn.Conv(6, (3, 3))
+    normal = nn.initializers.lecun_normal()
+    axes = nn.with_partitioning(normal, (None, None, None, 'model'))
+    conv = nn.Conv(6, (3, 3), kernel_init=normal if self.weight_norm else axes)
     x = nn.WeightNorm(conv)(x) if self.weight_norm else conv(x)
     x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
     if train:
@@ -219,7 +221,9 @@ class Particular(nn.Module):
 def test_any_random_stream_and_a_fixed_dtype():
   sites = surgery.discover(Particular(), X)
   thin = surgery.narrow(Particular(), sites, (3,), verify=True, x=X)
-  state = train.init(thin, drawn(thin, X), optax.sgd(0.1))
+  variables = models.init(thin, jax.random.key(0), X.shape[1:])
+  assert variables['params']['Conv_0']['kernel'].shape == (3, 3, 3, 3)
+  state = train.init(thin, variables, optax.sgd(0.1))
   jax.eval_shape(train.step, state, X, np.arange(2))
 
 

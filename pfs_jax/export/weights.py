@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,8 @@ def read(
   text = storage.read_text(folder / STRUCTURE)
   module = build(Structure.from_json(text), factory)
   image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-  init = jax.eval_shape(module.init, jax.random.key(0), image)
+  key = jax.random.key(0)
+  init = nn.meta.unbox(jax.eval_shape(module.init, key, image))
   expected = flax.traverse_util.flatten_dict(dict(init), sep='/')
   with safetensors.safe_open(folder / FILE, 'flax') as file:
     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -244,7 +244,8 @@ def init(
 
 
 def _init(module: nn.Module, key: jax.Array, image_shape: Any) -> Any:
-  return module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+  x = jnp.zeros((1, *image_shape), jnp.float32)
+  return nn.meta.unbox(module.init(key, x))  # Without names of mesh axes.
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,7 +147,8 @@ def _random_variables(wide: gating.Wrapped, arguments, random) -> Any:
 
   NumPy draws them, because `init` would compile one program for each shape.
   """
-  shapes = jax.eval_shape(wide.init, jax.random.key(0), *arguments)
+  key = jax.random.key(0)
+  shapes = nn.meta.unbox(jax.eval_shape(wide.init, key, *arguments))
   precise = jax.dtypes.canonicalize_dtype(np.float64)
 
   def draw(path, leaf):

@@ -130,7 +130,7 @@ def _init_shapes(plain: gating.Wrapped, arguments) -> Any:
     x, args, kwargs = merge(arrays)
     return plain.init(key, x, *args, **kwargs)
 
-  return jax.eval_shape(init, jax.random.key(0), arrays)
+  return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), arrays))
 
 
 def _follow(

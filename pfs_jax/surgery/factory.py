@@ -136,17 +136,30 @@ def network_from_factory(
       },
     )
     # A label without a logit would only be noticed as a loss of NaN.
-    logits, _ = jax.eval_shape(
-      made.reference.init_with_output, jax.random.key(0), x
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(
+      functools.partial(_both_outputs, made.reference), key, x
     )
-  shape = getattr(logits, 'shape', None)
-  if shape != (1, num_classes):
+  shapes = [getattr(output, 'shape', None) for output in shapes]
+  shape = next((s for s in shapes if s != (1, num_classes)), ())
+  if shape != ():
     raise _error(
       spec,
       f'the model must return logits [N, {num_classes}], one for each class; '
       f'got {"several outputs" if shape is None else f"shape {shape}"}',
     )
   return made
+
+
+def _both_outputs(module: nn.Module, key: jax.Array, x: Any) -> list[Any]:
+  """The outputs outside of training and in it, by what a checkpoint holds."""
+  drawn = module.init(key, x)
+  held = {k: drawn[k] for k in ('params', 'batch_stats') if k in drawn}
+  rngs, mutable = dict.fromkeys(('params', 'dropout'), key), ['batch_stats']
+  return [
+    module.apply(held, x, train=train, mutable=mutable, rngs=rngs)[0]
+    for train in (False, True)
+  ]
 
 
 def _error(spec: str, problem: str) -> errors.UserError:
