@@ -238,6 +238,9 @@ def test_rankings_without_gates_need_no_search(tmp_path, capsys):
   assert np.ptp(np.divide(uniform.counts, (6, 12, 24))) < 0.2
   with pytest.raises(errors.UserError, match='run --mode=search in this'):
     stages.execute('prune', job(tmp_path, budget__ranking='layer_mean', **both))
+  (tmp_path / 'budget.txt').write_text('keep0.5-tilt9\n')  # A bit is flipped.
+  with pytest.raises(errors.UserError, match='budget.txt is damaged'):
+    job(tmp_path)
 
 
 def test_an_unreachable_budget_says_what_is_reachable(searched):

@@ -515,7 +515,7 @@ def evil(tmp_path):
   job = trained(workdir, class_names=[EVIL] * 2, warnings=[EVIL])
   for path in (workdir / 'result.json', workdir / 'structure.json'):
     path.write_text(path.read_text().replace('keep0.3', json.dumps(EVIL)[1:-1]))
-  (workdir / 'budget.txt').write_text(EVIL)
+  storage.write_text(workdir / 'budget.txt', EVIL, sealed=True)
   mistakes = {'labels': [0, 5], 'predicted': [1, 0]}
   images = np.zeros((2, 4, 4, 1), np.uint8)
   storage.write_arrays(

@@ -187,7 +187,8 @@ class Job:
     """Gives the workdir itself to a budget, unless another one has it."""
     if self._first is None:
       self._first = budget
-      storage.write_text(self.workdir / 'budget.txt', f'{budget}\n')
+      path = self.workdir / 'budget.txt'
+      storage.write_text(path, f'{budget}\n', sealed=True)
 
   def budget_folders(self) -> dict[str, pathlib.Path]:
     """{budget: folder} of the structures and results in the workdir."""
