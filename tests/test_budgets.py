@@ -367,8 +367,14 @@ def test_latency_counts_each_call_positions_and_groups(monkeypatch, tmp_path):
   grouped = dataclasses.replace(
     *(grouped,), kernel=(3,), strides=(1,), input_size=(6,)
   )
+  shapes = []  # Of what goes in and comes out of the timed layer.
+  monkeypatch.setattr(
+    *(latency, '_milliseconds'),
+    lambda _, call, x, *a: [shapes.append((x.shape, call(x, *a).shape)) or 1.0],
+  )
   for op in (layer, dataclasses.replace(layer, positions=64), grouped):
-    assert latency._time_layer(op, 4, 4, 2, np.float32) > 0
+    assert latency._time_layer(op, 4, 4, 2, np.float32) == 1e-3
+  assert shapes == [((2, n, 4), (2, n, 4)) for n in (1, 64, 6)]
   Clock(monkeypatch)
   model = costs.CostModel(
     (), (), [layer, dataclasses.replace(layer, again=True)]
