@@ -4,6 +4,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -44,6 +45,11 @@ def pytest_configure(config):
   folder = pathlib.Path(tempfile.gettempdir()) / f'pfs_jax_cache_{os.getuid()}'
   if hasattr(config, 'cache'):
     folder = config.cache.mkdir('jax')
+  if sys.dont_write_bytecode:
+    # Else each process compiles all sources again, which takes 3 s.
+    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+    os.environ['PYTHONPYCACHEPREFIX'] = str(folder / 'bytecode')
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder / 'bytecode')
   # In the environment, so that processes that tests start share the cache.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
