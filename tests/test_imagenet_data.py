@@ -302,10 +302,9 @@ def test_processes_decode_their_rows_only(folder):
     listed, np.arange(len(listed)), 24, np.arange(24), SIZE, (1, 2), 0.25
   )
   for step in (0, 9):
-    expected = whole.piece(step, whole.places(step), whole.rows)
+    expected = whole.piece(step, whole.rows)
     for rows in (np.arange(12), np.arange(12, 24), np.array([3, 7, 20])):
-      part = dataclasses.replace(whole, rows=rows)
-      found = part.piece(step, part.places(step), rows)
+      found = whole.piece(step, rows)
       for name in ('pixels', 'labels', 'weights'):
         np.testing.assert_array_equal(found[name], expected[name][rows])
 
@@ -323,10 +322,10 @@ SHARDED = """
   from pfs_jax.data import loading
   decoded = []
   piece = loading.Batches.piece
-  def counted(self, step, places, rows):
+  def counted(self, step, rows):
     decoded.append(len(rows))
     assert len(self.rows) <= 24 // jax.process_count()
-    return piece(self, step, places, rows)
+    return piece(self, step, rows)
   loading.Batches.piece = counted
   from pfs_jax import data
   import pathlib

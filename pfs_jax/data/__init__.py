@@ -47,6 +47,6 @@ def open_set(config: Any, workdir: pathlib.Path) -> Any:
   """
   from pfs_jax.data import opened
 
-  in_memory = configured(config.data).in_memory
-  kind = opened.Arrays if in_memory else opened.Streamed
-  return kind(config, workdir)
+  facts = configured(config.data)
+  kind = opened.Arrays if facts.in_memory else opened.Streamed
+  return kind(config, facts, workdir)

@@ -9,8 +9,8 @@ here (measured: docs/imagenet.md).
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import functools
 import os
 import time
 import warnings
@@ -77,26 +77,17 @@ class Batches:
     """Batches of an evaluation; for a training, more than any run takes."""
     return self.steps_per_epoch if self.key is None else 1 << 40
 
-  def places(self, step: int) -> np.ndarray:
-    """Places in `chosen` of this process's rows; -1 after the last image.
-
-    Only one thread may call it, since it stores the permutation of one epoch.
-    """
+  def places(self, step: int, rows: np.ndarray) -> np.ndarray:
+    """Places in `chosen` of some rows of a batch; -1 after the last image."""
     n = len(self.chosen)
     if self.key is None:
-      places = step * self.batch_size + self.rows
+      places = step * self.batch_size + rows
       return np.where(places < n, places, -1)
     epoch, position = divmod(step, self.steps_per_epoch)
-    memory = self.__dict__
-    if memory.get('_epoch') != epoch:
-      rng = np.random.default_rng([*self.key, 0, epoch])
-      memory['_epoch'], memory['_order'] = epoch, rng.permutation(n)
-    return memory['_order'][position * self.batch_size + self.rows]
+    return _order(self.key, epoch, n)[position * self.batch_size + rows]
 
-  def piece(
-    self, step: int, places: np.ndarray, rows: np.ndarray
-  ) -> dict[str, Any]:
-    """Decodes some `rows` of one batch, whose `places(step)` are given.
+  def piece(self, step: int, rows: np.ndarray) -> dict[str, Any]:
+    """Decodes some rows of one batch.
 
     Returns:
       pixels: uint8 [n, size, size, 3]; zeros where there is no image.
@@ -104,10 +95,11 @@ class Batches:
       weights: float32 [n], 1, or 0 where there is no image.
       corrupt: [(index in `images`, reason)] of those that cannot be decoded.
     """
-    n = len(places)
+    n = len(rows)
     pixels = np.zeros((n, self.size, self.size, 3), np.uint8)
     labels, weights = np.zeros(n, np.int32), np.zeros(n, np.float32)
     corrupt = []
+    places = self.places(step, rows)
     for i, (place, row) in enumerate(zip(places, rows, strict=True)):
       rng = None
       if self.key is not None:
@@ -122,8 +114,12 @@ class Batches:
           break
         except Exception as e:  # Pillow raises many types of errors.
           corrupt.append((image, reason(e)))
-    arrays = dict(zip(ARRAYS, (pixels, labels, weights), strict=True))
-    return {**arrays, 'corrupt': corrupt}
+    return {
+      'pixels': pixels,
+      'labels': labels,
+      'weights': weights,
+      'corrupt': corrupt,
+    }
 
   def _candidates(self, place: int) -> list[int]:
     """The image at a place, then those that may replace it."""
@@ -132,6 +128,12 @@ class Batches:
     tries = _TRIES if self.skip and self.key is not None else 1
     n = len(self.chosen)
     return [int(self.chosen[(place + i) % n]) for i in range(min(tries, n))]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(key: tuple[int, int], epoch: int, n: int) -> np.ndarray:
+  """The permutation of n places in one epoch."""
+  return np.random.default_rng([*key, 0, epoch]).permutation(n)
 
 
 def reason(e: Exception) -> str:
@@ -158,18 +160,19 @@ class Reader:
   ):
     self.batches, self.seconds_waited = batches, 0.0
     self._named = set() if named is None else named
-    self._threads = workers if workers > 0 else len(os.sched_getaffinity(0))
-    self._pool: futures.ThreadPoolExecutor | None = None
-    self._ahead: collections.deque[list[futures.Future]] = collections.deque()
-    self._next = 0
+    threads = workers if workers > 0 else len(os.sched_getaffinity(0))
+    self._new_pool = functools.partial(
+      futures.ThreadPoolExecutor, threads, 'decode'
+    )
+    self._pool = self._new_pool()
+    self._ahead: dict[int, list[futures.Future]] = {}  # Of each step.
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._pool is not None:
-      self._pool.shutdown(cancel_futures=True)
-    self._pool = None
+    self._pool.shutdown(cancel_futures=True)
+    self._pool = self._new_pool()  # It starts a thread when it gets work.
     self._ahead.clear()
 
   def batch(self, step: int) -> dict[str, Any]:
@@ -179,31 +182,24 @@ class Reader:
       errors.UserError: An image cannot be decoded and must not be skipped, or
         too many images cannot be decoded to fill a batch.
     """
-    if self._pool is None or step != self._next:
+    if step not in self._ahead:
       self.__exit__()
       # Warnings about odd EXIF and the like do not matter here.
       warnings.filterwarnings('ignore', module=r'PIL\.')
-      self._pool = futures.ThreadPoolExecutor(self._threads, 'decode')
-    for ahead in range(step + len(self._ahead), step + _AHEAD):
-      if ahead < len(self.batches):
-        self._ahead.append(self._submitted(self._pool, ahead))
-    self._next = step + 1
+    rows = self.batches.rows
+    parts = [rows[i : i + _PIECE] for i in range(0, len(rows), _PIECE)]
+    for ahead in range(step, min(step + _AHEAD, len(self.batches))):
+      if ahead not in self._ahead:
+        self._ahead[ahead] = [
+          self._pool.submit(self.batches.piece, ahead, part) for part in parts
+        ]
     begin = time.perf_counter()
-    pieces = [future.result() for future in self._ahead.popleft()]
+    pieces = [future.result() for future in self._ahead.pop(step)]
     self.seconds_waited += time.perf_counter() - begin
     joined = {k: np.concatenate([piece[k] for piece in pieces]) for k in ARRAYS}
     corrupt = [found for piece in pieces for found in piece['corrupt']]
     self._report_corrupt(corrupt, joined['weights'])
     return {**joined, 'corrupt': corrupt}
-
-  def _submitted(
-    self, pool: futures.ThreadPoolExecutor, step: int
-  ) -> list[futures.Future]:
-    """The pieces of a batch, handed to the threads."""
-    places, rows = self.batches.places(step), self.batches.rows
-    parts = [slice(i, i + _PIECE) for i in range(0, len(rows), _PIECE)]
-    piece = self.batches.piece
-    return [pool.submit(piece, step, places[p], rows[p]) for p in parts]
 
   def _report_corrupt(
     self, corrupt: Sequence[tuple[int, str]], weights: np.ndarray
@@ -238,13 +234,13 @@ def local_rows(n: int) -> np.ndarray:
   return np.unique(np.concatenate([rows[i] for i in slices]))
 
 
-def _global_array(local: np.ndarray, axis: int, n: int) -> jax.Array:
-  """One array over all devices from every process's rows along `axis`."""
+def _over_all_devices(
+  local: Sequence[np.ndarray], axis: int
+) -> tuple[jax.Array, ...]:
+  """Arrays over all devices from every process's rows along `axis`."""
   spec = PartitionSpec(*[None] * axis, 'data')
-  shape = (*local.shape[:axis], n, *local.shape[axis + 1 :])
-  return jax.make_array_from_process_local_data(
-    NamedSharding(devices.mesh(), spec), local, shape
-  )
+  sharding = NamedSharding(devices.mesh(), spec)
+  return jax.make_array_from_process_local_data(sharding, tuple(local))
 
 
 class StreamSource(Reader):
@@ -269,14 +265,9 @@ class StreamSource(Reader):
       errors.UserError: A file cannot be decoded and must not be skipped.
     """
     local = [self.batch(i) for i in range(step, step + k)]
-
-    def joined(name: str) -> jax.Array:
-      parts = [batch[name] for batch in local]
-      stacked = parts[0][None] if k == 1 else np.stack(parts)
-      return _global_array(stacked, 1, self.batches.batch_size)
-
+    stacked = [np.stack([b[name] for b in local]) for name in ARRAYS[:2]]
     keys = pipeline.keys_of_steps(self._key, step, k)
-    return joined('pixels'), joined('labels'), keys
+    return *_over_all_devices(stacked, axis=1), keys
 
 
 class StreamEvaluation:
@@ -305,8 +296,7 @@ class StreamEvaluation:
       for step in range(len(batches)):
         batch = reader.batch(step)
         skipped += len(batch['corrupt'])
-        arrays = (batch[name] for name in ARRAYS)
-        yield tuple(_global_array(a, 0, batches.batch_size) for a in arrays)
+        yield _over_all_devices([batch[name] for name in ARRAYS], axis=0)
     if jax.process_count() > 1:
       skipped = multihost_utils.process_allgather(np.int32(skipped)).sum()
     self.size = len(batches.chosen) - int(skipped)

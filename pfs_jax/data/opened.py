@@ -89,12 +89,13 @@ class Opened(abc.ABC):
 class Arrays(Opened):
   """A data set in memory under one config; see `data.open_set`."""
 
-  def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
+  def __init__(
+    self, c: ml_collections.ConfigDict, facts: specs.Spec, workdir: pathlib.Path
+  ):
     fields = c.data
     if specs.is_own(fields):
       found = own.load(fields, workdir)
     else:
-      specs.configured(fields)  # Refuses fields that do not fit.
       found = arrays.load(
         fields.name,
         data_dir=fields.data_dir,
@@ -106,15 +107,14 @@ class Arrays(Opened):
       for stage in ('search', 'train'):
         if c[stage][field]:
           raise errors.UserError(
-            f'config.{stage}.{field} must be 0 for {found.spec.name}, which is '
+            f'config.{stage}.{field} must be 0 for {facts.name}, which is '
             f'not streamed; got {c[stage][field]:g}.'
           )
     self.spec, self._config = found.spec, c
     self._train = found.train_images, found.train_labels
     self._test = found.test_images, found.test_labels
-    images, labels = self._train
-    _, (_, last) = arrays.split(images, labels, fields.validation_examples)
-    self._held_out = np.arange(len(labels)) >= len(labels) - len(last)
+    (_, kept), _ = arrays.split(*self._train, fields.validation_examples)
+    self._held_out = np.arange(len(found.train_labels)) >= len(kept)
 
   def _source(self, stage, chosen, key):
     images, labels = self._train
@@ -142,8 +142,9 @@ class Streamed(Opened):
   If there are class folders, they give the class names of its `spec`.
   """
 
-  def __init__(self, c: ml_collections.ConfigDict, workdir: pathlib.Path):
-    spec = specs.configured(c.data)
+  def __init__(
+    self, c: ml_collections.ConfigDict, spec: specs.Spec, workdir: pathlib.Path
+  ):
     if c.data.train_examples:
       raise errors.UserError(
         'config.data.train_examples must be 0 for a data set that is streamed; '

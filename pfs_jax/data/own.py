@@ -6,6 +6,7 @@ fixed permutation, so that the last ones can be held out as a random sample.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import zipfile
@@ -45,9 +46,10 @@ def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
     found = arrays.Dataset(*train, *test, spec)
   _check_identity(workdir, found)
   order = np.random.default_rng(0).permutation(len(found.train_labels))
-  train = found.train_images[order], found.train_labels[order]
-  return arrays.Dataset(
-    *train, found.test_images, found.test_labels, found.spec
+  return dataclasses.replace(
+    found,
+    train_images=found.train_images[order],
+    train_labels=found.train_labels[order],
   ).first(fields.train_examples)
 
 
