@@ -1,44 +1,117 @@
 """Data parallelism: several devices and processes make the same search."""
 
 import json
+import re
 import signal
 import socket
 import textwrap
 from concurrent import futures
 
+import jax
 import numpy as np
 import pytest
 
-from pfs_jax import devices, errors, peers, runs
+from pfs_jax import devices, errors, models, peers, prune, runs, search, train
+from pfs_jax.data import pipeline
 from tests import processes, small_run
 
+JOIN = """
+import sys
+from pfs_jax import peers
+peers.start(sys.argv[1], 2, int(sys.argv[2]))
+"""
 
-def free_port():
+
+def free_address():
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
+    return f'127.0.0.1:{s.getsockname()[1]}'
 
 
 def in_two_processes(arguments, **options):
   """Both ends of two processes; arguments(host and port, i) -> arguments."""
-  where = f'127.0.0.1:{free_port()}'
+  where = free_address()
   started = [
     processes.start(arguments(where, i), devices=2, **options) for i in range(2)
   ]
   return [p.finish(120) for p in started]
 
 
-STEPS = ['-m', 'tests.data_parallel', 20]
+def joined(code, *more, **options):
+  """Both ends of two processes that join and then do the same code.
+
+  The code finds `more` from sys.argv[3] on.
+  """
+  return in_two_processes(
+    lambda where, i: ['-c', JOIN + code, where, i, *more], **options
+  )
+
+
+COLLECTIVE = re.compile(
+  r'= (.*?) (?:all-reduce|all-gather|all-to-all|collective-permute|'
+  r'reduce-scatter)(?:-start)?\('
+)
+
+
+def numbers_sent(text):
+  """Numbers that the collectives of a compiled program result in."""
+  shapes = ' '.join(COLLECTIVE.findall(text))
+  dims = re.findall(r'\w+\[([\d,]*)\]', shapes)
+  return int(sum(np.prod([int(d) for d in ds.split(',') if d]) for ds in dims))
+
+
+def size(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def print_search():
+  """Searches on all devices of all processes; process 0 prints JSON."""
+  dtype = np.float64
+  module = models.build('resnet8', 10, 4, gated=True, dtype=dtype)
+  variables = models.init(module, jax.random.key(0), (8, 8, 3))
+  variables = jax.tree.map(lambda v: v.astype(dtype), variables)
+  rng = np.random.default_rng(0)
+  source = pipeline.ArraySource(
+    rng.integers(0, 256, (128, 8, 8, 3), dtype=np.uint8),
+    rng.integers(0, 10, 128),
+    batch_size=32,
+    key=jax.random.key(1),
+    augmentation=pipeline.Augmentation(
+      (0.5,) * 3, (0.25,) * 3, padding=2, flip=True, dtype=dtype
+    ),
+  )
+  settings = {'sparsity': 0.3, 'balance': 0.5, 'learning_rate': 0.01}
+  state = devices.replicate(search.init(module, variables, **settings))
+  call = train.compiled_call(search.step, source.draw)
+  call = call.lower(state, source.resident, source.chunk(0, 1)).compile()
+  losses = []
+  for step in range(20):
+    state, metrics = call(state, source.resident, source.chunk(step, 1))
+    losses.append(float(metrics['ce'][0]))
+  gates = models.gates_by_layer('resnet8', jax.device_get(state.gates))
+  model = models.cost_model('resnet8', 10, 8, 3, 4)
+  structure = prune.fit(gates, model, model.macs(model.widths) // 2)
+  found = {
+    'devices': jax.device_count(),
+    'losses': losses,
+    'gates': np.concatenate(list(gates.values())).tolist(),
+    'counts': structure.counts,
+    'sent': numbers_sent(call.as_text()),
+    'sizes': {
+      'gates': size(gates),
+      'statistics': size(state.batch_stats),
+      'weights': size(state.params),
+    },
+  }
+  if jax.process_index() == 0:
+    print(json.dumps(found))
+
+
+SEARCH = 'from tests import test_devices; test_devices.print_search()'
 
 
 def on_devices(n):
-  return json.loads(processes.output(STEPS, devices=n, x64=True))
-
-
-def on_two_processes():
-  ends = in_two_processes(lambda where, i: [*STEPS, where, 2, i], x64=True)
-  assert [d.returncode for d in ends] == [0, 0], ends
-  return json.loads(ends[0].stdout.splitlines()[-1])  # Gloo prints, too.
+  return json.loads(processes.output(SEARCH, devices=n, x64=True))
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +142,9 @@ def test_eight_devices_search_as_one_does_and_send_little(one):
 
 @pytest.mark.slow
 def test_two_processes_search_as_one_does(one):
-  two = on_two_processes()
+  ends = joined(SEARCH, x64=True)
+  assert [d.returncode for d in ends] == [0, 0], ends
+  two = json.loads(ends[0].stdout.splitlines()[-1])  # Gloo prints, too.
   assert two['devices'] == 4
   assert_same_search(two, one)
 
@@ -77,18 +152,10 @@ def test_two_processes_search_as_one_does(one):
 @pytest.mark.slow
 def test_processes_that_finish_end_well():
   """In real interpreters: the news of a failure is awaited until the end."""
-  code = """
-    import sys
-    from pfs_jax import peers
-    peers.start(sys.argv[1], 2, int(sys.argv[2]))
-    """
-  where = f'127.0.0.1:{free_port()}'
+  where = free_address()
   with futures.ThreadPoolExecutor() as pool:
     done = pool.map(
-      lambda i: processes.run(
-        ['-c', textwrap.dedent(code), where, i], fresh=True
-      ),
-      range(2),
+      lambda i: processes.run(['-c', JOIN, where, i], fresh=True), (0, 1)
     )
   assert [(d.returncode, d.stderr) for d in done] == [(0, '')] * 2
 
@@ -130,8 +197,13 @@ COMMAND = """
 
 def two_runs(workdir, victim, fault, at):
   """The ends of (the victim, the other one)."""
-  fields = {'search.epochs': 1, 'train.epochs': 200, 'checkpoint_steps': 4}
-  fields['model.factory'] = 'tests.test_tournament:Tiny'
+  fields = {
+    'model.factory': 'tests.test_tournament:Tiny',
+    'search.epochs': 1,
+    'train.epochs': 200,
+    'train.statistics': 'running',  # A third less to trace in each process.
+    'checkpoint_steps': 4,
+  }
 
   def arguments(where, i):
     mine = [fault, at] if i == victim else ['none', -1]
@@ -146,7 +218,12 @@ def two_runs(workdir, victim, fault, at):
 
 @pytest.mark.slow
 def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
-  """Fault after fault on one run: in its search (18 steps), then training."""
+  """Fault after fault on one run: in its search (18 steps), then training.
+
+  Each process is killed in each stage, between two saves and right after one.
+  An unreadable image and a full disk leave the other process in different
+  waits, so both come on each process.
+  """
 
   def last_step(stage):
     records = runs.read_metrics(tmp_path / stage)
@@ -154,11 +231,9 @@ def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
 
   for stage, victim, fault, at in (
     ('search', 1, 'SIGKILL', 6),
-    ('search', 0, 'SIGKILL', 12),
-    ('train', 1, 'SIGKILL', 22),
-    ('train', 0, 'SIGKILL', 26),
-    ('train', 1, 'write', 30),
-    ('train', 0, 'write', 34),
+    ('search', 0, 'write', 10),
+    ('train', 0, 'SIGKILL', 22),
+    ('train', 1, 'write', 26),
   ):
     killed, left = two_runs(tmp_path, victim, fault, at)
     assert (killed.returncode, left.returncode) == (-signal.SIGKILL, 1), left
@@ -167,23 +242,20 @@ def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
       'same commands continue.\n'
     )
     assert at - 4 <= last_step(stage) <= at + 4
-  for victim, fault, at in (
-    (0, 'image', 42),
-    (1, 'image', 50),
-    (0, 'disk', 54),
-    (1, 'disk', 58),
+  full = 'written: No space left on device: '
+  for victim, fault, at, message in (
+    (0, 'image', 34, 'x.jpg cannot be read.'),
+    (1, 'image', 42, 'x.jpg cannot be read.'),
+    (0, 'disk', 46, full),
+    (1, 'disk', 50, full),
   ):
-    message = {
-      'image': 'x.jpg cannot be read.',
-      'disk': 'written: No space left on device: ',
-    }[fault]
     failed, told = two_runs(tmp_path, victim, fault, at)
     assert (failed.returncode, told.returncode) == (2, 1), (failed, told)
     assert message in failed.stderr and message in told.stderr
     assert f'error: process {victim}: ' in told.stderr
     assert [d.stderr.count('\n') for d in (failed, told)] == [1, 1]
     assert at - 4 <= last_step('train') <= at + 4
-  ends = two_runs(tmp_path, 1, 'SIGTERM', 71)
+  ends = two_runs(tmp_path, 1, 'SIGTERM', 63)
   assert [d.returncode for d in ends] == [128 + signal.SIGTERM] * 2, ends
   steps = [
     line.split(' step ')[1].split(';')[0]
