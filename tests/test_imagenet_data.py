@@ -1,7 +1,6 @@
 """Streaming: files, order, crops, colour, corruption, workers, TFDS."""
 
 import dataclasses
-import functools
 import hashlib
 import io
 import math
@@ -9,8 +8,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
-import subprocess
 import textwrap
 import threading
 import time
@@ -21,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfs_jax import config, data, errors
+from pfs_jax import config, data, devices, errors
 from pfs_jax.data import (
   colour,
   decoding,
@@ -31,10 +28,10 @@ from pfs_jax.data import (
   shapes,
   specs,
 )
-from tests import processes, test_data
+from tests import processes, test_data, test_devices
 
 CLASSES, TRAIN, VAL, SIZE = 5, 40, 9, 32
-SHAPES = [(40, 40), (64, 48), (48, 64), (100, 70), (33, 90)]
+SHAPES = [(40, 40), (64, 48), (48, 64), (100, 70), (9, 200)]
 
 
 # Files. Pixels tell which image they are of.
@@ -242,58 +239,17 @@ def test_the_search_never_sees_what_is_held_out(folder):
   assert _open(folder, data__validation_examples=0).validation() is None
 
 
-# The order.
-
-
-def test_an_epoch_repeats_no_image(folder):
-  source = _open(folder).train_source('train', hold_out=False)
-  n = source.steps_per_epoch
-  batches = _batches(source, range(3 * n))
-  orders = []
-  for epoch in range(3):
-    part = batches[epoch * n : (epoch + 1) * n]
-    order = [i for x, _ in part for i in _which(x)]
-    assert len(set(order)) == len(order) == n * 24
-    assert all((_which(x) // TRAIN == y).all() for x, y in part)
-    orders.append(order)
-  assert sorted(orders[0]) != orders[0]
-  assert orders[0] != orders[1] != orders[2]
-  left = [set(range(CLASSES * TRAIN)) - set(order) for order in orders]
-  assert left[0] != left[1]  # Nobody is always left out.
-
-
-def test_a_batch_depends_on_seed_and_step_alone(folder):
-  walked = _walked(folder)
-  source = _open(folder, data__workers=3).train_source('train', False)
-  # It jumps back and ahead, as a run that is continued does.
-  _assert_equal(
-    _batches(source, [9, 10, 2, 11, 12]),
-    [walked[i] for i in (9, 10, 2, 11, 12)],
-  )
-
-
-@functools.cache
-def _walked(folder):
-  return _batches(_open(folder).train_source('train', False), range(13))
+# The order; test_pipeline.py has what holds for all sources.
 
 
 def test_seeds_and_stages_differ(folder):
-  first = _walked(folder)[0]
-  other = _open(folder, seed=1).train_source('train', False)
-  assert (_which(_batches(other, [0])[0][0]) != _which(first[0])).any()
-  search = _open(folder, data__validation_examples=0).train_source(
-    'search', True
+  stages = (
+    _open(folder).train_source('train', False),
+    _open(folder, seed=1).train_source('train', False),
+    _open(folder, data__validation_examples=0).train_source('search', True),
   )
-  assert (_which(_batches(search, [0])[0][0]) != _which(first[0])).any()
-
-
-def test_several_steps_a_call_are_the_same_steps(folder):
-  walked = _walked(folder)
-  with _open(folder).train_source('train', False) as source:
-    x, y, (steps, _) = source.chunk(4, 3)
-  assert steps.tolist() == [4, 5, 6]
-  got = list(zip(np.asarray(x), np.asarray(y), strict=True))
-  _assert_equal(got, walked[4:7])
+  first, *others = (_which(_batches(s, [0])[0][0]).tolist() for s in stages)
+  assert first not in others
 
 
 def test_processes_decode_their_rows_only(folder):
@@ -309,110 +265,53 @@ def test_processes_decode_their_rows_only(folder):
         np.testing.assert_array_equal(found[name], expected[name][rows])
 
 
-SHARDED = """
-  import hashlib, json, sys
-  import jax
-  port, index = sys.argv[1:3]
-  if port != '0':
-    jax.distributed.initialize(
-      f'127.0.0.1:{port}', num_processes=2, process_id=int(index))
-  import numpy as np
-  from jax.experimental import multihost_utils
-  from pfs_jax import config, devices
-  from pfs_jax.data import loading
-  decoded = []
-  piece = loading.Batches.piece
-  def counted(self, step, rows):
-    decoded.append(len(rows))
-    assert len(self.rows) <= 24 // jax.process_count()
-    return piece(self, step, rows)
+def print_batches(root):
+  """Prints digests of batches, which all processes must agree about."""
+  rows, piece = [], loading.Batches.piece
+
+  def counted(self, step, found):
+    rows.append(len(self.rows))
+    return piece(self, step, found)
+
+  def digest(array):
+    same = jax.jit(lambda a: a, out_shardings=devices.replicated())
+    return hashlib.sha256(np.asarray(same(array)).tobytes()).hexdigest()
+
   loading.Batches.piece = counted
-  from pfs_jax import data
-  import pathlib
-  from tests import test_imagenet_data as t
-  d = t._open(sys.argv[3], data__corrupt='skip')
-  found = []
+  d = _open(root, data__corrupt='skip')
   with d.train_source('search', True) as source:
     x, y, _ = source.chunk(3, 2)
-    source.__exit__()
-  def gather(v):
-    same = jax.jit(lambda a: a, out_shardings=devices.replicated())
-    return np.asarray(same(v))
-  def digests(*arrays):
-    return [hashlib.sha256(gather(v).tobytes()).hexdigest() for v in arrays]
-  found = digests(x, y)
-  test, total = d.test(), 0.0
-  for x, y, w in test:
-    found += digests(x, y, w)
-    total += float(gather(w).sum())
-  assert decoded
-  print(json.dumps([found, total, test.size]))
-"""
+  assert set(rows) == {24 // jax.process_count()}
+  test, found = d.test(), [digest(x), digest(y)]
+  for batch in test:
+    found += [digest(array) for array in batch]
+  print([found, test.size])
 
 
-def _hosts(code, arguments, devices):
-  """(exit code, last line, stderr) of processes that start together.
-
-  Args:
-    code: Takes a port (0: alone) and the number of the process first.
-    arguments: What it takes besides.
-    devices: Simulated devices of each; the first process is alone.
-  """
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = str(s.getsockname()[1])
-  running = [
-    subprocess.Popen(
-      processes.command([*code, port if i else '0', str(max(i - 1, 0)), *more]),
-      env=processes.environment(n),
-      cwd=processes.ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i, (n, more) in enumerate(zip(devices, arguments, strict=True))
-    if n
-  ]
-  found = []
-  for process in running:
-    out, err = process.communicate(timeout=120)
-    lines = [v for v in out.splitlines() if not v.startswith('[Gloo]')]
-    found.append((process.returncode, lines[-1:], err))
-  return found
-
-
-@pytest.mark.slow  # Three new interpreters.
+@pytest.mark.slow  # Three processes.
 def test_two_processes_make_the_batches_of_one(folder, tmp_path):
   root = tmp_path / 'one_corrupt'
   shutil.copytree(folder, root)
   (root / 'val/n03/n03_0.JPEG').write_bytes(b'no image')
-  code = ['-c', textwrap.dedent(SHARDED)]
-  done = _hosts(code, [[str(root)]] * 3, (4, 2, 2))
-  assert [code for code, _, _ in done] == [0, 0, 0], done
-  (one,), *two = [line for _, line, _ in done]
-  assert two == [[one], [one]]
-  assert one.endswith(f', {CLASSES * VAL - 1}.0, {CLASSES * VAL - 1}]')
+  code = 'import sys; from tests import test_imagenet_data as t'
+  code = f'{code}; t.print_batches(sys.argv[-1])'
+  one = processes.output(['-c', code, root], devices=4)
+  two = test_devices.joined(code, root)
+  assert [d.returncode for d in two] == [0, 0], two
+  assert [d.stdout.splitlines()[-1] for d in two] == [one] * 2
+  assert one.endswith(f', {CLASSES * VAL - 1}]')
 
 
-@pytest.mark.slow  # Two new interpreters.
+@pytest.mark.slow  # Two processes.
 def test_a_corrupt_image_on_one_process_ends_all(folder, tmp_path):
   root = tmp_path / 'one_corrupt'
   shutil.copytree(folder, root)
   (root / 'train/n03/n03_0.JPEG').write_bytes(b'no image')
-  join = """
-  import sys
-  from pfs_jax import peers
-  port, index = sys.argv.pop(1), int(sys.argv.pop(1))
-  peers.start(f'127.0.0.1:{port}', 2, index)
-  """
-  code = ['-c', textwrap.dedent(join) + textwrap.dedent(TRAINED)]
-  more = [str(root), str(tmp_path / 'work')]
-  start = time.monotonic()
-  done = _hosts(code, [more] * 3, (0, 1, 1))
-  assert time.monotonic() - start < 100
-  assert sorted(code for code, _, _ in done) == [1, 2], done
-  for _, _, err in done:
-    assert 'n03_0.JPEG cannot be decoded' in err and 'Traceback' not in err
+  done = test_devices.joined(textwrap.dedent(TRAINED), root, tmp_path / 'work')
+  assert sorted(d.returncode for d in done) == [1, 2], done
+  for d in done:
+    assert 'n03_0.JPEG cannot be decoded' in d.stderr
+    assert 'Traceback' not in d.stderr
 
 
 # Evaluation.
@@ -443,16 +342,6 @@ def test_evaluation_counts_every_image_once(folder, batch_size, threads):
 
 
 # Pixels.
-
-
-@pytest.mark.parametrize('size', [(64, 48), (32, 32), (9, 200)])
-def test_a_flat_colour_stays_flat(size):
-  rng = np.random.default_rng(0)
-  for i, scale in ((0, 0.0), (77, 0.08), (199, 1.0)):
-    pixels = decoding.decode(_jpeg(i, size), SIZE, scale, rng)
-    assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
-    assert _which(pixels) == i
-    assert np.ptp(pixels[..., :2], axis=(0, 1)).max() < 7
 
 
 @pytest.mark.parametrize(
@@ -692,25 +581,18 @@ def test_augmentation_flips_then_colours_then_normalises():
   np.testing.assert_array_equal(full.test(x), straight)
 
 
-def test_the_draw_augments_by_step_and_is_equal_by_value(folder):
+def test_augmentation_follows_the_config(folder):
   fields = {'train__colour_jitter': 0.4, 'train__lighting': 0.1}
-  source, other = (
-    _open(folder, **fields).train_source('train', False) for _ in range(2)
+  full, plain = (
+    _open(folder, data__augment=augment, **fields).train_source('train', False)
+    for augment in (True, False)
   )
-  assert source.draw == other.draw and hash(source.draw) == hash(other.draw)
-  assert source.draw.augmentation.colour_jitter == 0.4
-
-  def drawn(source, step):
-    with source:
-      item = jax.tree.map(lambda v: v[0], source.chunk(step, 1))
-    return np.asarray(jax.jit(source.draw)(source.resident, item)[0])
-
-  np.testing.assert_array_equal(drawn(source, 3), drawn(other, 3))
-  assert not (drawn(source, 3) == drawn(source, 4)).all()
-  plain = _open(folder, data__augment=False, **fields)
-  x, _ = _batches(source := plain.train_source('train', False), [3])[0]
-  normalised = source.draw.augmentation.test(jnp.asarray(x))
-  np.testing.assert_allclose(drawn(source, 3), normalised, atol=1e-6)
+  normalised = pipeline.Augmentation(*specs.IMAGENET_MOMENTS)
+  assert full.draw.augmentation == dataclasses.replace(
+    normalised, flip=True, colour_jitter=0.4, lighting=0.1
+  )
+  assert plain.draw.augmentation == normalised
+  assert (full.batches.scale, plain.batches.scale) == (0.25, 0)
 
 
 # Threads.
@@ -739,7 +621,7 @@ TRAINED = """
   import jax, optax
   from pfs_jax import console, train
   from tests import test_imagenet_data as t
-  d = t._open(sys.argv[1], data__workers=2)
+  d = t._open(sys.argv[-2], data__workers=2)
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
@@ -751,7 +633,7 @@ TRAINED = """
     with d.train_source('train', False) as source:
       train.loop(
         state, train.step, source, train.Plan(10**6, 10, 10**6, 10**6),
-        folder=pathlib.Path(sys.argv[2]), label='train')
+        folder=pathlib.Path(sys.argv[-1]), label='train')
   console.guarded(main)()
 """
 

@@ -1,16 +1,21 @@
-"""Batches: their order, their augmentation, and evaluation's one pass."""
+"""Batches: their order, their augmentation, and evaluation's one pass.
+
+What holds for batches of arrays holds for batches of streamed files, too.
+"""
 
 import dataclasses
 import functools
+import io
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from pfs_jax import errors, train
-from pfs_jax.data import pipeline
+from pfs_jax.data import loading, pipeline
 from tests import processes
 
 PLAIN = pipeline.Augmentation(mean=(0.5,), std=(0.25,))
@@ -22,8 +27,10 @@ def _images(n, size=8, channels=1, seed=0):
   return rng.integers(1, 256, (n, size, size, channels), np.uint8)
 
 
-def _source(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
-  # The label is the index, so that a batch tells which images it holds.
+# The label is the index, so that a batch tells which images it holds.
+
+
+def _arrays(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
   return pipeline.ArraySource(
     _images(n),
     np.arange(n),
@@ -33,25 +40,57 @@ def _source(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
   )
 
 
+class Files:
+  """PNG files in memory, with the interface of `listing.Folder`."""
+
+  def __init__(self, images):
+    self._images = images
+
+  def read(self, i):
+    file = io.BytesIO()
+    Image.fromarray(self._images[i]).save(file, 'png')
+    return file.getvalue(), i
+
+
+def _streamed(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
+  batches = loading.Batches(
+    *(Files(_images(n, channels=3)), np.arange(n), batch_size),
+    *(loading.local_rows(batch_size), 8, (seed, 1)),
+    # Crops on the host where the augmentation crops on the device.
+    scale=0.25 if augmentation.padding else 0.0,
+    keep=1.0,
+  )
+  plain = dataclasses.replace(
+    augmentation, mean=(0.5,) * 3, std=(0.25,) * 3, padding=0
+  )
+  key = jax.random.key(seed)
+  return loading.StreamSource(batches, 2, key=key, augmentation=plain)
+
+
+both_sources = pytest.mark.parametrize('source_of', [_arrays, _streamed])
 _compiled = functools.cache(jax.jit)
 
 
 def _batch(source, step):
-  item = jax.tree.map(lambda v: np.asarray(v)[0], source.chunk(step, 1))
+  with source:
+    item = jax.tree.map(lambda v: np.asarray(v)[0], source.chunk(step, 1))
   return jax.device_get(_compiled(source.draw)(source.resident, item))
 
 
 def _labels(source, step):
   """Which images a batch holds; `test_images_keep_their_labels` draws them."""
-  return np.asarray(source.chunk(step, 1)[0])[0].tolist()
+  with source:
+    *_, labels, _ = source.chunk(step, 1)
+  return np.asarray(labels)[0].tolist()
 
 
 # The order.
 
 
-def test_an_epoch_repeats_no_image():
+@both_sources
+def test_an_epoch_repeats_no_image(source_of):
   n, batch_size = 23, 5
-  source = _source(n, batch_size)
+  source = source_of(n, batch_size)
   assert source.steps_per_epoch == n // batch_size
   for epoch in range(3):
     first = epoch * source.steps_per_epoch
@@ -61,42 +100,47 @@ def test_an_epoch_repeats_no_image():
     assert set(seen) <= set(range(n))
 
 
-def test_epochs_differ_in_order_and_in_what_remains():
-  source = _source(23, 20)
+@both_sources
+def test_epochs_differ_in_order_and_in_what_remains(source_of):
+  source = source_of(23, 20)
   orders = [tuple(_labels(source, epoch)) for epoch in range(4)]
   assert len(set(orders)) == 4
   assert all(list(order) != sorted(order) for order in orders)
   assert len({frozenset(order) for order in orders}) > 1
 
 
-def test_a_batch_depends_on_key_and_step_alone():
-  walked, jumped = _source(seed=3), _source(seed=3)
+@both_sources
+def test_a_batch_depends_on_key_and_step_alone(source_of):
+  walked, jumped = source_of(seed=3), source_of(seed=3)
   there = [_batch(walked, step) for step in range(8)]
   for step in (7, 0, 4):  # Back and forth over the epochs.
     for a, b in zip(there[step], _batch(jumped, step), strict=True):
       np.testing.assert_array_equal(a, b)
 
 
-def test_keys_give_other_orders_and_other_crops():
-  a, b = _source(seed=1), _source(seed=2)
+@both_sources
+def test_keys_give_other_orders_and_other_crops(source_of):
+  a, b = source_of(seed=1), source_of(seed=2)
   assert _labels(a, 0) != _labels(b, 0)
   crops = [
-    _batch(_source(1, 1, seed=seed), 0)[0].tobytes() for seed in range(12)
+    _batch(source_of(1, 1, seed=seed), 0)[0].tobytes() for seed in range(12)
   ]
   assert len(set(crops)) > 6
 
 
-def test_a_step_is_augmented_anew():
-  source = _source(1, 1)  # The same image in every step.
+@both_sources
+def test_a_step_is_augmented_anew(source_of):
+  source = source_of(1, 1)  # The same image in every step.
   views = {_batch(source, step)[0].tobytes() for step in range(12)}
   assert len(views) > 6
 
 
-def test_images_keep_their_labels():
-  source = _source(augmentation=PLAIN)
-  raw = _images(23)
+@both_sources
+def test_images_keep_their_labels(source_of):
+  source = source_of(augmentation=PLAIN)
   for step in (0, 3, 9):
     x, y = _batch(source, step)
+    raw = _images(23, channels=x.shape[-1])
     np.testing.assert_allclose(
       x, (raw[y] / 255.0 - 0.5) / 0.25, rtol=0, atol=1e-6
     )
@@ -106,7 +150,7 @@ def test_images_keep_their_labels():
 def test_a_batch_size_out_of_range_is_refused(batch_size):
   rule = rf'batch_size must be in \[1, 23\].*; got {batch_size}\.'
   with pytest.raises(errors.UserError, match=rule):
-    _source(23, batch_size)
+    _arrays(23, batch_size)
 
 
 # Augmentation.
@@ -189,8 +233,9 @@ def _running_sum(state, x, y):
   return state, {'state': state}
 
 
-def test_three_steps_a_call_are_three_calls():
-  source, first = _source(23, 5), 3  # Over the border of an epoch.
+@both_sources
+def test_three_steps_a_call_are_three_calls(source_of):
+  source, first = source_of(23, 5), 3  # Over the border of an epoch.
   call = train.compiled_call(_running_sum, source.draw)
   one_by_one = jnp.zeros(())
   values = []
@@ -199,21 +244,23 @@ def test_three_steps_a_call_are_three_calls():
       one_by_one, source.resident, source.chunk(step, 1)
     )
     values.append(float(metrics['state'][0]))
-  together, metrics = call(
-    jnp.zeros(()), source.resident, source.chunk(first, 3)
-  )
+  with source:
+    together, metrics = call(
+      jnp.zeros(()), source.resident, source.chunk(first, 3)
+    )
   assert metrics['state'].shape == (3,)
   np.testing.assert_allclose(metrics['state'], values, rtol=1e-6)
   np.testing.assert_allclose(together, one_by_one, rtol=1e-6)
   assert len(set(values)) == 3
 
 
-def test_sources_of_equal_augmentation_share_a_program():
-  a, b = _source(seed=1), _source(seed=2)
+@both_sources
+def test_sources_of_equal_augmentation_share_a_program(source_of):
+  a, b = source_of(seed=1), source_of(seed=2)
   assert train.compiled_call(_running_sum, a.draw) is train.compiled_call(
     _running_sum, b.draw
   )
-  other = _source(augmentation=PLAIN)
+  other = source_of(augmentation=PLAIN)
   assert train.compiled_call(_running_sum, a.draw) is not train.compiled_call(
     _running_sum, other.draw
   )
