@@ -228,8 +228,8 @@ def test_evaluation_is_not_augmented():
 
 
 def _running_sum(state, x, y):
-  """A step whose result depends on every pixel and on the order of steps."""
-  state = 0.9 * state + x.mean() + 0.01 * y.mean()
+  """A step whose result depends on crops, flips and the order of steps."""
+  state = 0.9 * state + x[:, :, :3].mean() + 0.01 * y.mean()
   return state, {'state': state}
 
 
