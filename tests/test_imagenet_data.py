@@ -298,7 +298,7 @@ def test_two_processes_make_the_batches_of_one(folder, tmp_path):
   one = processes.output(['-c', code, root], devices=4)
   two = test_devices.joined(code, root)
   assert [d.returncode for d in two] == [0, 0], two
-  assert [d.stdout.splitlines()[-1] for d in two] == [one] * 2
+  assert [test_devices.printed(d) for d in two] == [one] * 2
   assert one.endswith(f', {CLASSES * VAL - 1}]')
 
 
