@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import http.server
 import io
 import os
@@ -19,13 +18,14 @@ import tarfile
 import textwrap
 import threading
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pfs_jax import data, errors, storage
-from pfs_jax.data import archives, records, specs, upstream
+from pfs_jax import console, data, errors, storage
+from pfs_jax.data import archives, prepare, records, specs, upstream
 from tests import processes
 
 DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
@@ -40,21 +40,17 @@ CACHED = (storage.CHECKSUMS, 'pfs_jax_uint8.npz')
 # noise, so that an image that lost its label shows.
 
 
-def _fake_split(name, count, seed):
-  facts = specs.SPECS[name]
-  shape = (count, facts.image_size, facts.image_size, facts.channels)
-  rng = np.random.default_rng(seed)
-  images = rng.integers(0, 256, shape, np.uint8)
-  labels = rng.integers(0, facts.num_classes, count, np.uint8)
-  images[:, 0, 0, 0] = labels
-  return images, labels
-
-
 def _fake_splits(name):
-  return {
-    'train': _fake_split(name, TRAIN, 0),
-    'test': _fake_split(name, TEST, 1),
-  }
+  """{split: (images, labels)}"""
+  facts, splits = specs.SPECS[name], {}
+  for seed, (split, count) in enumerate({'train': TRAIN, 'test': TEST}.items()):
+    shape = (count, facts.image_size, facts.image_size, facts.channels)
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, shape, np.uint8)
+    labels = rng.integers(0, facts.num_classes, count, np.uint8)
+    images[:, 0, 0, 0] = labels
+    splits[split] = images, labels
+  return splits
 
 
 def _gz_idx(array):
@@ -78,16 +74,15 @@ def _tar_gz(members):
   stream = io.BytesIO()
   with tarfile.open(fileobj=stream, mode='w') as archive:
     for info, content in members.items():
-      info = (
-        info if isinstance(info, tarfile.TarInfo) else tarfile.TarInfo(info)
-      )
-      info.size = info.size or len(content)
+      if isinstance(info, str):
+        info = tarfile.TarInfo(info)
+      info.size = len(content)
       archive.addfile(info, io.BytesIO(content))
   return gzip.compress(stream.getvalue(), mtime=1)
 
 
 def _fake_files(name):
-  train, test = _fake_split(name, TRAIN, 0), _fake_split(name, TEST, 1)
+  train, test = _fake_splits(name).values()
   if 'mnist' in name:
     return {
       f'{prefix}-{kind}-idx{rank}-ubyte.gz': _gz_idx(array)
@@ -111,28 +106,24 @@ def _fake_files(name):
   return {f'cifar-{number}-binary.tar.gz': _tar_gz(members)}
 
 
-def _install(name, contents, base_url=NOWHERE):
-  """Registers small counts and the fakes' checksums; for fixtures below."""
-  specs.SPECS[name] = dataclasses.replace(
-    specs.SPECS[name], train_examples=TRAIN, test_examples=TEST
-  )
-  listed = tuple(
-    upstream.File(k, base_url + k, len(v), hashlib.sha256(v).hexdigest())
-    for k, v in contents.items()
-  )
-  theirs = upstream.expected
-  upstream.expected = lambda n: listed if n == name else theirs(n)
-
-
 @pytest.fixture
 def fakes(monkeypatch):
-  """install(name, base_url) -> {file name: content}, undone afterwards."""
+  """install(name, base_url) -> {file name: content}, undone afterwards.
+
+  It registers small counts and the checksums of the fakes.
+  """
   monkeypatch.setattr(specs, 'SPECS', dict(specs.SPECS))
-  monkeypatch.setattr(upstream, 'expected', upstream.expected)
 
   def install(name, base_url=NOWHERE):
     contents = _fake_files(name)
-    _install(name, contents, base_url)
+    specs.SPECS[name] = dataclasses.replace(
+      specs.SPECS[name], train_examples=TRAIN, test_examples=TEST
+    )
+    listed = tuple(
+      upstream.File(k, base_url + k, len(v), storage.sha256(v))
+      for k, v in contents.items()
+    )
+    monkeypatch.setattr(upstream, 'expected', {name: listed}.__getitem__)
     return contents
 
   return install
@@ -314,26 +305,24 @@ def test_source_dir_gives_what_tfds_prepares(name, fakes, tmp_path):
   _assert_equal(d, data.load(name, data_dir=str(tmp_path / 'tfds')))
 
 
-@pytest.mark.parametrize('wrong', ['missing', 'other'])
-def test_source_dir_with_a_wrong_file(wrong, fakes, tmp_path):
-  contents = fakes('mnist')
+def test_source_dir_with_a_wrong_file(fakes, tmp_path):
+  contents, source = fakes('mnist'), tmp_path / 'source'
+  _folder(source, contents)
   name = 't10k-labels-idx1-ubyte.gz'
-  wanted = hashlib.sha256(contents[name]).hexdigest()
-  contents[name] += b'x'
-  if wrong == 'missing':
-    del contents[name]
-  source = _folder(tmp_path / 'source', contents)
-  with pytest.raises(errors.UserError) as e:
-    data.load('mnist', data_dir=str(tmp_path / 'data'), source_dir=source)
-  message = str(e.value)
-  assert len(message.splitlines()) <= 3
-  assert 'config.data.source_dir' in message and source in message
-  if wrong == 'missing':
-    assert f'cannot read {name}' in message
-    assert 'train-images-idx3-ubyte.gz' in message  # What else is expected.
-  else:
-    assert name in message and wanted in message
-  assert _tree(tmp_path / 'data') == []
+
+  def refused(*parts):
+    with pytest.raises(errors.UserError) as e:
+      data.load('mnist', data_dir=str(tmp_path / 'x'), source_dir=str(source))
+    message = str(e.value)
+    assert len(message.splitlines()) <= 3
+    for part in ('config.data.source_dir', str(source), name, *parts):
+      assert part in message
+    assert _tree(tmp_path / 'x') == []
+
+  (source / name).write_bytes(contents[name] + b'x')
+  refused('is another file', storage.sha256(contents[name]))
+  (source / name).unlink()
+  refused(f'cannot read {name}', 'train-images-idx3-ubyte.gz')  # What else.
 
 
 def test_real_checksums_are_those_of_tfds():
@@ -383,18 +372,6 @@ def test_debian_fashion_mnist(tmp_path):
 # Archives are read in memory: nothing that they name is ever opened.
 
 
-def _evil(kind):
-  """A member that would be read as a batch, but is no plain file."""
-  info = tarfile.TarInfo('cifar-100-binary/train.bin')
-  if kind == 'device':
-    info.type, info.devmajor, info.devminor = tarfile.CHRTYPE, 1, 5
-  elif kind == 'sym':
-    info.type, info.linkname = tarfile.SYMTYPE, '/etc/hostname'
-  else:
-    info.type, info.linkname = tarfile.LNKTYPE, '../../etc/hostname'
-  return info
-
-
 def test_evil_archives_are_refused(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (good,) = _fake_files('cifar100').values()
@@ -408,9 +385,15 @@ def test_evil_archives_are_refused(tmp_path, monkeypatch):
   # Names that lead out of a folder are passed over; nothing is written.
   stray = {'../evil.txt': b'x', '/tmp/evil': b'x', **parts}
   assert read(_tar_gz(stray)) == read(good)
-  for kind in ('device', 'sym', 'link'):
+  for kind, target in (
+    (tarfile.CHRTYPE, ''),
+    (tarfile.SYMTYPE, '/etc/hostname'),
+    (tarfile.LNKTYPE, '../../etc/hostname'),
+  ):
+    evil = tarfile.TarInfo('cifar-100-binary/train.bin')
+    evil.type, evil.linkname = kind, target
     with pytest.raises(ValueError, match='is not one regular file'):
-      read(_tar_gz({_evil(kind): b'', **parts}))
+      read(_tar_gz({evil: b'', **parts}))
   with pytest.raises(ValueError, match='test.bin is missing'):
     read(_tar_gz({'cifar-100-binary/train.bin': b''}))
   for broken in (b'', b'hello', good[:-40], gzip.compress(b'no archive')):
@@ -485,9 +468,8 @@ def test_download(fakes, tmp_path, capsys):
     fakes('fashion_mnist', url)
     d = data.load('fashion_mnist', data_dir=str(tmp_path))
   assert len(asked) == len(set(asked)) == 4
-  assert _pixels(d.test_images, d.test_labels) == _pixels(
-    *_fake_split('fashion_mnist', TEST, 1)
-  )
+  raw = _fake_splits('fashion_mnist')['test']
+  assert _pixels(d.test_images, d.test_labels) == _pixels(*raw)
   out, err = capsys.readouterr()
   assert out == '' and f'downloading {url}' in err
 
@@ -696,40 +678,23 @@ def test_default_data_dir(monkeypatch):
   assert records.directory('~/x') == home / 'x'
 
 
-def test_two_processes_at_once(fakes, tmp_path):
-  """Both wait for our lock, then one prepares and both get the same."""
+def test_two_at_once(fakes, tmp_path, monkeypatch):
+  """Both wait for the lock, then one prepares and both get the same."""
   source = _folder(tmp_path / 'source', fakes('cifar10'))
-  root = tmp_path / 'data'
-  code = textwrap.dedent("""
-    import hashlib, pathlib, sys
-    from pfs_jax import console, data
-    from pfs_jax.data import prepare
-    from tests import test_data
-    made = prepare._build
-    def counted(*args):
-      print('made', file=sys.stderr)
-      return made(*args)
-    prepare._build = counted
-    note = console.note
-    def noted(text):
-      note(text)
-      if 'another process' in text:
-        pathlib.Path(sys.argv[3]).touch()
-    console.note = noted
-    test_data._install('cifar10', test_data._fake_files('cifar10'))
-    d = data.load('cifar10', data_dir=sys.argv[1], source_dir=sys.argv[2])
-    print(hashlib.sha256(d.train_images.tobytes()).hexdigest())
-  """)
-  waits = [tmp_path / 'one', tmp_path / 'two']
-  with storage.locked(root):
-    both = [processes.start(['-c', code, root, source, w]) for w in waits]
-    deadline = time.monotonic() + 60
-    while not all(w.exists() for w in waits):
-      assert time.monotonic() < deadline
-      time.sleep(0.02)
-    assert _tree(root) == []
-  done = [process.finish(60) for process in both]
-  assert [d.returncode for d in done] == [0, 0], done
-  assert done[0].stdout == done[1].stdout
-  # The second one found the cache made.
-  assert sum(d.stderr.count('made') for d in done) == 1
+  root, build = tmp_path / 'data', prepare._build
+  made, waiting = [], threading.Semaphore(0)
+  monkeypatch.setattr(prepare, '_build', lambda *a: made.append(a) or build(*a))
+
+  def note(text):
+    assert text.endswith(f'another process prepares data in {root}; waiting')
+    waiting.release()
+
+  monkeypatch.setattr(console, 'note', note)
+  # A lock is one of an open file, so two threads are as two processes are.
+  with futures.ThreadPoolExecutor(2) as pool:
+    with storage.locked(root):
+      both = [pool.submit(_again, root, source) for _ in range(2)]
+      assert all(waiting.acquire(timeout=60) for _ in both)
+      assert _tree(root) == []
+    _assert_equal(*(one.result(60) for one in both))
+  assert len(made) == 1  # The second one found the cache made.
