@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn import datasets
 
 from pfs_jax import config, data, errors, user_code
-from pfs_jax.data import own
+from pfs_jax.data import listing, own
 from tests import processes, small_run
 
 
@@ -25,10 +25,14 @@ def _config(**fields):
   c = config.default()
   c.data.validation_examples = 10
   c.train.batch_size = 16
-  for name, value in fields.items():
-    c.data[name] = value
+  c.data.update(fields)
   config.validate(c)
   return c
+
+
+def _config_of(source, **fields):
+  name = 'npz' if source.suffix == '.npz' else 'folder'
+  return _config(name=name, source_dir=str(source), **fields)
 
 
 def _arrays(n=60, tests=12, size=8, channels=1, classes=3):
@@ -59,9 +63,19 @@ def _folder(root, sizes=((8, 8),), classes=('cat', 'dog'), n=10, suffix='png'):
   return root
 
 
+@pytest.fixture
+def pets(tmp_path):
+  return _folder(tmp_path / 'pets')
+
+
 def _load(fields):
   with tempfile.TemporaryDirectory() as workdir:
     return own.load(fields, pathlib.Path(workdir))
+
+
+def _all_images(c):
+  found = _load(c.data)
+  return np.concatenate([found.train_images, found.test_images])
 
 
 def _examples(images, labels):
@@ -74,7 +88,7 @@ def _examples(images, labels):
 
 def test_an_npz_file_becomes_arrays(tmp_path):
   path = _npz(tmp_path / 'mine.npz', class_names=['a', 'b', 'c'])
-  c = _config(name='npz', source_dir=str(path))
+  c = _config_of(path)
   facts = data.configured(c.data)
   assert (facts.image_size, facts.channels, facts.num_classes) == (8, 1, 3)
   assert facts.class_names == ('a', 'b', 'c')
@@ -98,7 +112,7 @@ def test_an_npz_file_becomes_arrays(tmp_path):
 
 def test_an_opened_set_trains_holds_out_and_tests(tmp_path):
   path = _npz(tmp_path / 'x.npz')
-  opened = data.open_set(_config(name='npz', source_dir=str(path)), tmp_path)
+  opened = data.open_set(_config_of(path), tmp_path)
   assert opened.validation().size == 10 and opened.test().size == 12
   with opened.train_source('train', hold_out=True) as source:
     assert source.steps_per_epoch == 50 // 16
@@ -106,12 +120,10 @@ def test_an_opened_set_trains_holds_out_and_tests(tmp_path):
     x, _ = source.draw(source.resident, item)
   assert x.shape == (16, 8, 8, 1)
   assert source.draw.augmentation.flip and source.draw.augmentation.padding == 1
-  c = _config(name='npz', source_dir=str(path), flip=False)
+  c = _config_of(path, flip=False)
   source = data.open_set(c, tmp_path).train_source('train', False)
   assert not source.draw.augmentation.flip
-  few = data.open_set(
-    _config(name='npz', source_dir=str(path), train_examples=40), tmp_path
-  )
+  few = data.open_set(_config_of(path, train_examples=40), tmp_path)
   assert few.train_source('train', False).steps_per_epoch == 40 // 16
 
 
@@ -119,7 +131,7 @@ def test_an_opened_set_trains_holds_out_and_tests(tmp_path):
 def test_folders_of_train_and_test(split, tmp_path):
   _folder(tmp_path / 'train')
   _folder(tmp_path / split, n=4, suffix='jpg')
-  c = _config(name='folder', source_dir=str(tmp_path))
+  c = _config_of(tmp_path)
   facts = data.configured(c.data)
   assert facts.class_names == ('cat', 'dog') and facts.image_size == 8
   assert (facts.train_examples, facts.test_examples) == (20, 8)
@@ -131,16 +143,16 @@ def test_folders_of_train_and_test(split, tmp_path):
   assert (found.train_images == found.train_images[:, :1, :1]).all()
 
 
-def test_one_folder_is_split_by_name(tmp_path):
-  root = _folder(tmp_path / 'pets')
-  found = _load(_config(name='folder', source_dir=str(root)).data)
+def test_one_folder_is_split_by_name(pets):
+  c = _config_of(pets)
+  found = _load(c.data)
   assert np.bincount(found.test_labels).tolist() == [2, 2]  # A fifth of each.
   assert np.bincount(found.train_labels).tolist() == [8, 8]
   first = {v[0] for v in found.test_images[:2, 0, 0].tolist()}
   assert len(first) == 2
   # More images of other classes change nothing for these.
-  _folder(root, classes=('bee',))
-  again = _load(_config(name='folder', source_dir=str(root)).data)
+  _folder(pets, classes=('bee',))
+  again = _load(c.data)
   assert np.bincount(again.test_labels).tolist() == [2, 2, 2]
   of_cats = again.test_images[again.test_labels == 1]
   assert {v[0] for v in of_cats[:, 0, 0].tolist()} == first
@@ -148,7 +160,7 @@ def test_one_folder_is_split_by_name(tmp_path):
 
 def test_images_of_any_size_become_squares(tmp_path):
   root = _folder(tmp_path, sizes=((30, 20), (17, 64), (9, 9)))
-  c = _config(name='folder', source_dir=str(root))
+  c = _config_of(root)
   # The shorter side of the first training image.
   assert data.configured(c.data).image_size in (20, 17, 9)
   c.data.image_size = 12
@@ -159,18 +171,13 @@ def test_images_of_any_size_become_squares(tmp_path):
   stripes[:, :10] = stripes[:, 20:] = 255
   Image.fromarray(stripes).save(root / 'cat' / '0.png')
   c.data.image_size = 10
-  found = _load(c.data)
-  every = np.concatenate([found.train_images, found.test_images])
-  assert (every == 0).all((1, 2, 3)).sum() == 1
+  assert (_all_images(c) == 0).all((1, 2, 3)).sum() == 1
 
 
-def test_sixteen_bits_are_scaled(tmp_path):
-  root = _folder(tmp_path)
+def test_sixteen_bits_are_scaled(pets):
   values = np.full((8, 8), 0x8080, np.uint16)
-  Image.fromarray(values).save(root / 'dog' / '3.png')
-  found = _load(_config(name='folder', source_dir=str(root)).data)
-  every = np.concatenate([found.train_images, found.test_images])
-  assert (every == 128).all((1, 2, 3)).sum() == 1
+  Image.fromarray(values).save(pets / 'dog' / '3.png')
+  assert (_all_images(_config_of(pets)) == 128).all((1, 2, 3)).sum() == 1
 
 
 MODULE = """
@@ -275,25 +282,24 @@ def test_a_function_that_cannot_be_imported_is_named(module, tmp_path):
 )
 def test_arrays_that_are_wrong_are_named(changes, message, tmp_path):
   path = _npz(tmp_path / 'x.npz', **changes)
-  found = _refusal(_config(name='npz', source_dir=str(path)))
+  found = _refusal(_config_of(path))
   assert str(path) in found and re.search(message, found), found
 
 
 def test_fields_that_do_not_fit_are_named(tmp_path):
-  path = str(_npz(tmp_path / 'x.npz'))
+  path = _npz(tmp_path / 'x.npz')
   for field, value, message in (
     ('image_size', 9, 'image_size must be 0 or 8; got 9'),
     ('num_classes', 2, 'labels must be in 0..1; got 0..2'),
     ('train_examples', 61, 'must be in 0..60 for npz'),
   ):
-    c = _config(name='npz', source_dir=path, **{field: value})
-    assert message in _refusal(c)
+    assert message in _refusal(_config_of(path, **{field: value}))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   good = _npz(tmp_path / 'good.npz').read_bytes()
   bad = tmp_path / 'bad.npz'
-  c = _config(name='npz', source_dir=str(bad))
+  c = _config_of(bad)
   assert 'must be a .npz file (No such file' in _refusal(c)
   for content in (b'', b'hello', good[: len(good) // 2]):
     bad.write_bytes(content)
@@ -303,54 +309,49 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   bad.write_bytes(bytes(spoilt))
   assert 'cannot be read' in _refusal(c)
   assert 'must be a .npz file' in _refusal(_config(name='npz'))
+  bad.write_bytes(good)
   monkeypatch.setattr(own, 'MAX_BYTES', 1000)
-  assert 'must hold at most 1,000 bytes' in _refusal(
-    _config(name='npz', source_dir=str(_npz(tmp_path / 'y.npz')))
-  )
+  assert 'must hold at most 1,000 bytes' in _refusal(c)
 
 
-def test_folders_that_are_wrong_are_named(tmp_path, monkeypatch):
-  c = _config(name='folder', source_dir=str(tmp_path / 'pets'))
+def test_folders_that_are_wrong_are_named(pets):
+  c = _config_of(pets)
   assert 'must be a folder of class' in _refusal(_config(name='folder'))
-  assert 'cannot read' in _refusal(c)
-  root = _folder(tmp_path / 'pets')
+  assert 'cannot read' in _refusal(_config_of(pets / 'nowhere'))
   for field, value, message in (
     ('num_classes', 3, 'num_classes must be 0 or 2'),
     ('image_size', 100_000, 'streams large folders'),
   ):
-    wrong = _config(name='folder', source_dir=str(root))
+    wrong = _config_of(pets)
     wrong.data[field] = value
     assert message in _refusal(wrong)
-  (root / 'empty').mkdir()
+  (pets / 'empty').mkdir()
   assert 'pets/empty has none' in _refusal(c)
-  Image.new('L', (8, 8)).save(root / 'empty' / 'one.png')
+  Image.new('L', (8, 8)).save(pets / 'empty' / 'one.png')
   assert 'at least 2 images of every class' in _refusal(c)
-  (root / 'empty' / 'one.png').rename(root / 'dog' / 'one.png')
-  (root / 'empty').rename(odd := root / os.fsdecode(b'odd\xff'))
+  (pets / 'empty' / 'one.png').rename(pets / 'dog' / 'one.png')
+  (pets / 'empty').rename(odd := pets / os.fsdecode(b'odd\xff'))
   for name in ('1', '2', '3', '4'):
     Image.new('L', (8, 8)).save(odd / f'{name}.png')
   assert r"class names must be printable text; got 'odd\udcff'" in _refusal(c)
   shutil.rmtree(odd)
-  (root / 'dog' / '5.png').write_bytes(b'no image')
+  (pets / 'dog' / '5.png').write_bytes(b'no image')
   found = _refusal(c)
   assert 'dog/5.png cannot be decoded (neither JPEG nor PNG)' in found
   assert 'Replace it' in found
-  for path in root.glob('cat/*.png'):
+  for path in pets.glob('cat/*.png'):
     path.write_bytes(b'')
   assert 'image_size is 0' in _refusal(c)
 
 
-def test_corrupt_images_are_left_out_when_asked(tmp_path, capsys):
-  root = _folder(tmp_path / 'pets')
-  (root / 'dog' / '5.png').write_bytes(b'no image')
-  c = _config(
-    name='folder', source_dir=str(root), corrupt='skip', validation_examples=0
-  )
+def test_corrupt_images_are_left_out_when_asked(pets, capsys):
+  (pets / 'dog' / '5.png').write_bytes(b'no image')
+  c = _config_of(pets, corrupt='skip', validation_examples=0)
   found = _load(c.data)
   assert found.spec.train_examples + found.spec.test_examples == 20
   assert len(found.train_labels) + len(found.test_labels) == 19
   assert 'skipped' in capsys.readouterr().err
-  for path in root.glob('dog/*.png'):
+  for path in pets.glob('dog/*.png'):
     path.write_bytes(b'')
   assert (_load(c.data).train_labels == 0).all()
 
@@ -358,47 +359,40 @@ def test_corrupt_images_are_left_out_when_asked(tmp_path, capsys):
 # What must not be read, or not taken for the same.
 
 
-def test_links_out_of_a_folder_are_refused(tmp_path):
-  root = _folder(tmp_path / 'pets')
+def test_links_out_of_a_folder_are_refused(pets, tmp_path):
   secret = tmp_path / 'secret.png'
   Image.new('RGB', (8, 8)).save(secret)
-  c = _config(name='folder', source_dir=str(root))
-  (root / 'dog' / 'link.png').symlink_to(root / 'dog' / '1.png')
+  c = _config_of(pets)
+  (pets / 'dog' / 'link.png').symlink_to(pets / 'dog' / '1.png')
   assert data.configured(c.data).num_classes == 2  # Inside: no harm.
   for place, target in (
-    (root / 'dog' / 'out.png', secret),
-    (root / 'elsewhere', tmp_path),
+    (pets / 'dog' / 'out.png', secret),
+    (pets / 'elsewhere', tmp_path),
   ):
     place.symlink_to(target)
     found = _refusal(c)
     assert f'{place} leads to {target}' in found and 'cp -rL' in found
     place.unlink()
-  os.mkfifo(root / 'dog' / 'pipe.png')  # Reading it would wait for ever.
+  os.mkfifo(pets / 'dog' / 'pipe.png')  # Reading it would wait for ever.
   assert 'must hold regular files' in _refusal(c)
 
 
-def test_programs_are_not_started_to_decode(tmp_path):
-  """Pillow would start Ghostscript for EPS, whatever the file's name."""
-  root = _folder(tmp_path / 'pets')
-  Image.new('RGB', (8, 8)).save(root / 'dog' / '5.png', 'EPS')
-  c = _config(name='folder', source_dir=str(root))
+def test_files_that_are_not_decoded(pets, monkeypatch):
+  c, path = _config_of(pets), pets / 'dog' / '5.png'
+  # Pillow would start Ghostscript for EPS, whatever the file's name.
+  Image.new('RGB', (8, 8)).save(path, 'EPS')
   assert 'neither JPEG nor PNG' in _refusal(c)
-
-
-def test_files_beyond_a_size_are_not_read(tmp_path, monkeypatch):
-  root = _folder(tmp_path / 'pets')
-  monkeypatch.setattr('pfs_jax.data.listing.MAX_BYTES', 1 << 10)
-  (root / 'dog' / '5.png').write_bytes(bytes(2000))
-  c = _config(name='folder', source_dir=str(root))
-  assert 'larger than' in _refusal(c)
-  monkeypatch.undo()
+  path.write_bytes(bytes(2000))
+  with monkeypatch.context() as patch:
+    patch.setattr(listing, 'MAX_BYTES', 1 << 10)
+    assert 'larger than' in _refusal(c)
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 20)  # A bomb is over twice.
   assert 'exceeds limit' in _refusal(c)
 
 
 def test_a_workdir_keeps_to_its_data(tmp_path):
   path = _npz(tmp_path / 'x.npz')
-  c = _config(name='npz', source_dir=str(path))
+  c = _config_of(path)
   workdir = tmp_path / 'run'
   data.open_set(c, workdir)
   path.rename(tmp_path / 'y.npz')
@@ -416,15 +410,16 @@ def test_a_workdir_keeps_to_its_data(tmp_path):
 @pytest.mark.slow  # A whole run.
 def test_a_folder_from_the_command_line(tmp_path):
   source = datasets.load_digits()
-  for i, (image, label) in enumerate(
-    zip(source.images, source.target, strict=True)
-  ):
-    path = tmp_path / 'digits' / f'digit_{label}' / f'scan{i}.png'
+  for i, image in enumerate(source.images[:600]):
+    path = tmp_path / 'digits' / f'digit_{source.target[i]}' / f'scan{i}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((image * 15).astype(np.uint8)).save(path)
-  command = small_run.arguments(
-    *('run', tmp_path / 'run', '--config.data.name=folder'),
-    f'--config.data.source_dir={tmp_path / "digits"}',
-  )
-  out = processes.output(command)
-  assert 'keep0.5' in out or 'accuracy' in out
+  options = {
+    'data.name': 'folder',
+    'data.source_dir': tmp_path / 'digits',
+    'data.validation_examples': 100,
+    'model.factory': 'tests.test_tournament:Tiny',
+  }
+  more = [f'--config.{name}={value}' for name, value in options.items()]
+  out = processes.output(small_run.arguments('run', tmp_path / 'run', *more))
+  assert 'narrow' in out and 'test accuracy' in out
