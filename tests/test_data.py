@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfs_jax import console, data, errors, storage
+from pfs_jax import config, console, data, errors, storage
 from pfs_jax.data import archives, prepare, records, specs, upstream
 from tests import processes
 
@@ -232,19 +232,23 @@ def test_train_examples_keeps_the_first():
       data.load('digits', train_examples=count)
 
 
-def test_split_holds_the_last_back():
-  x, y = np.arange(20).reshape(10, 2), np.arange(10)
-  (tx, ty), (vx, vy) = data.split(x, y, 3)
-  np.testing.assert_array_equal(ty, [0, 1, 2, 3, 4, 5, 6])
-  np.testing.assert_array_equal(vy, [7, 8, 9])
-  np.testing.assert_array_equal(tx, x[:7])
-  np.testing.assert_array_equal(vx, x[7:])
-  (tx, ty), (vx, vy) = data.split(x, y, 0)
-  assert len(ty) == len(tx) == 10 and len(vx) == len(vy) == 0
-  message = r'config\.data\.validation_examples must be in 0\.\.9'
-  for holdout in (-1, 10, 11):
-    with pytest.raises(errors.UserError, match=message):
-      data.split(x, y, holdout)
+def test_the_last_are_held_out(tmp_path):
+  c = config.default()
+  c.data.name, c.data.validation_examples = 'digits', 300
+  opened = data.open_set(c, tmp_path)
+  ((images, labels, _),) = opened.validation()
+  digits = data.load('digits')
+  np.testing.assert_array_equal(images, digits.train_images[-300:])
+  np.testing.assert_array_equal(labels, digits.train_labels[-300:])
+  for hold_out, n in ((True, 1200), (False, 1500)):
+    found, _ = opened.train_source('train', hold_out).resident
+    np.testing.assert_array_equal(found, digits.train_images[:n])
+  c.data.validation_examples = 0
+  assert data.open_set(c, tmp_path).validation() is None
+  c.data.validation_examples = 1500
+  message = r'config\.data\.validation_examples must be in 0\.\.1499'
+  with pytest.raises(errors.UserError, match=message):
+    data.open_set(c, tmp_path)
 
 
 # Files that the user has.

@@ -200,10 +200,10 @@ def test_flip_and_crop_are_independent():
 def test_normalise_is_the_formula_by_channel():
   images = _images(2, channels=3)
   mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-  found = pipeline.normalise(jnp.asarray(images), mean, std, jnp.float32)
+  found = pipeline.Augmentation(mean, std).test(images)
   expected = (images / 255.0 - np.array(mean)) / np.array(std)
   np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
-  low = pipeline.normalise(jnp.asarray(images), mean, std, jnp.bfloat16)
+  low = pipeline.Augmentation(mean, std, dtype=jnp.bfloat16).test(images)
   assert low.dtype == found.dtype == jnp.float32
 
 

@@ -1,4 +1,4 @@
-"""Data sets: `spec`, `configured`, `open_set`; as arrays: `load`, `split`.
+"""Data sets: `spec`, `configured`, `open_set`; as arrays: `load`.
 
 This package imports neither TFDS nor scikit-learn; a data set that needs one of
 them imports it when it is read.
@@ -10,10 +10,10 @@ import pathlib
 from typing import Any
 
 from pfs_jax.data import specs
-from pfs_jax.data.arrays import Dataset, load, split
+from pfs_jax.data.arrays import Dataset, load
 from pfs_jax.data.specs import Spec, spec
 
-__all__ = ['Dataset', 'Spec', 'configured', 'load', 'open_set', 'spec', 'split']
+__all__ = ['Dataset', 'Spec', 'configured', 'load', 'open_set', 'spec']
 
 
 def configured(fields: Any) -> Spec:

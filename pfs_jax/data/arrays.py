@@ -9,8 +9,6 @@ import numpy as np
 from pfs_jax import errors
 from pfs_jax.data import specs
 
-Pair = tuple[np.ndarray, np.ndarray]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
@@ -119,25 +117,3 @@ def _digits(facts: specs.Spec) -> dict[str, np.ndarray]:
     'test_images': images[is_test],
     'test_labels': labels[is_test],
   }
-
-
-def split(
-  images: np.ndarray, labels: np.ndarray, holdout: int
-) -> tuple[Pair, Pair]:
-  """Holds the LAST `holdout` (0..N-1) of N examples back for validation.
-
-  Returns:
-    (images, labels) to train on, (images, labels) to validate on; views.
-
-  Raises:
-    errors.UserError: `holdout` is negative or leaves nothing to train on.
-  """
-  n = len(labels)
-  assert len(images) == n, (len(images), n)
-  if not 0 <= holdout < n:
-    raise errors.UserError(
-      f'config.data.validation_examples must be in 0..{n - 1}, less than the '
-      f'training images; got {holdout}.'
-    )
-  keep = n - holdout
-  return (images[:keep], labels[:keep]), (images[keep:], labels[keep:])

@@ -281,18 +281,16 @@ class StreamEvaluation:
     size: Number of images; after a pass, of those that could be decoded.
   """
 
-  def __init__(
-    self, batches: Batches, *reader: Any, augmentation: pipeline.Augmentation
-  ):
+  def __init__(self, *reader: Any, augmentation: pipeline.Augmentation):
     self.augmentation = augmentation
-    self.size = len(batches.chosen)
-    self._arguments = batches, *reader
+    self._reader = Reader(*reader)
+    self.size = len(self._reader.batches.chosen)
 
   def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
     """Yields (images, labels, weights) on the devices."""
     skipped = 0
-    with Reader(*self._arguments) as reader:
-      batches = reader.batches
+    batches = self._reader.batches
+    with self._reader as reader:
       for step in range(len(batches)):
         batch = reader.batch(step)
         skipped += len(batch['corrupt'])

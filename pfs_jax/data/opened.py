@@ -113,8 +113,13 @@ class Arrays(Opened):
     self.spec, self._config = found.spec, c
     self._train = found.train_images, found.train_labels
     self._test = found.test_images, found.test_labels
-    (_, kept), _ = arrays.split(*self._train, fields.validation_examples)
-    self._held_out = np.arange(len(found.train_labels)) >= len(kept)
+    n, held_out = len(found.train_labels), fields.validation_examples
+    if not 0 <= held_out < n:
+      raise errors.UserError(
+        f'config.data.validation_examples must be in 0..{n - 1}, less than the '
+        f'training images; got {held_out}.'
+      )
+    self._held_out = np.arange(n) >= n - held_out  # The last ones.
 
   def _source(self, stage, chosen, key):
     images, labels = self._train

@@ -257,7 +257,9 @@ def _first_size(train: listing.Folder) -> int:
     ) from e
 
 
-def _decoded(images: listing.Folder, size: int, fields: Any) -> arrays.Pair:
+def _decoded(
+  images: listing.Folder, size: int, fields: Any
+) -> tuple[np.ndarray, np.ndarray]:
   """(pixels, labels) of all images, without those that are skipped."""
   n = len(images)
   rows, skip = np.arange(min(n, 64)), fields.corrupt == 'skip'

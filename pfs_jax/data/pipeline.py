@@ -21,25 +21,6 @@ from pfs_jax import devices, errors
 from pfs_jax.data import colour
 
 
-def normalise(
-  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
-) -> jax.Array:
-  """uint8 [..., C] -> float (x / 255 - mean) / std, at least float32.
-
-  >>> white = jnp.full((1, 1, 1), 255, jnp.uint8)
-  >>> float(normalise(white, (0.5,), (0.25,), jnp.float32)[0, 0, 0])
-  2.0
-  """
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  return _standardised(images.astype(dtype) / 255, mean, std)
-
-
-def _standardised(x: jax.Array, mean, std) -> jax.Array:
-  shape = (1,) * (x.ndim - 1) + (-1,)
-  shift, scale = (jnp.asarray(v, x.dtype).reshape(shape) for v in (mean, std))
-  return (x - shift) / scale
-
-
 def crop_and_flip(
   images: jax.Array, key: jax.Array, padding: int, flip: bool
 ) -> jax.Array:
@@ -93,19 +74,33 @@ class Augmentation:
   def train(self, images: jax.Array, key: jax.Array) -> jax.Array:
     """Augmented and normalised training images."""
     images = crop_and_flip(images, key, self.padding, self.flip)
-    if not (self.colour_jitter or self.lighting):
-      return self.test(images)
-    jitter_key, lighting_key = jax.random.split(jax.random.fold_in(key, 1))
-    x = images.astype(jnp.promote_types(self.dtype, jnp.float32)) / 255
-    if self.colour_jitter:
-      x = colour.jitter(x, jitter_key, self.colour_jitter)
-    if self.lighting:
-      x = colour.lighting(x, lighting_key, self.lighting)
-    return _standardised(x, self.mean, self.std)
+    x = self._scaled(images)
+    if self.colour_jitter or self.lighting:
+      jitter_key, lighting_key = jax.random.split(jax.random.fold_in(key, 1))
+      if self.colour_jitter:
+        x = colour.jitter(x, jitter_key, self.colour_jitter)
+      if self.lighting:
+        x = colour.lighting(x, lighting_key, self.lighting)
+    return self._normalised(x)
 
   def test(self, images: jax.Array) -> jax.Array:
-    """Normalised images, without anything random."""
-    return normalise(images, self.mean, self.std, self.dtype)
+    """uint8 [N, H, W, C] -> float (x / 255 - mean) / std, at least float32.
+
+    >>> white = jnp.full((1, 1, 1, 1), 255, jnp.uint8)
+    >>> float(Augmentation(mean=(0.5,), std=(0.25,)).test(white).item())
+    2.0
+    """
+    return self._normalised(self._scaled(images))
+
+  def _scaled(self, images: jax.Array) -> jax.Array:
+    return images.astype(jnp.promote_types(self.dtype, jnp.float32)) / 255
+
+  def _normalised(self, x: jax.Array) -> jax.Array:
+    mean, std = (
+      jnp.asarray(v, x.dtype).reshape(1, 1, 1, -1)
+      for v in (self.mean, self.std)
+    )
+    return (x - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)
