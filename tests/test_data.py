@@ -172,6 +172,11 @@ def test_spec_agrees_with_tfds():
   # CIFAR-100's labels are in alphabetical order (the data set's home page).
   names = data.spec('cifar100').class_names
   assert list(names) == sorted(names)
+  # ImageNet's are the sorted names of folders.
+  builder = tfds.builder_cls('imagenet2012')(data_dir='/nonexistent')
+  lines = builder.info.features['label'].names
+  assert lines == sorted(lines)
+  assert len(lines) == data.spec('imagenet2012').num_classes == 1000
 
 
 def test_unknown_name_lists_the_known():

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import io
 import itertools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +153,43 @@ def test_a_batch_size_out_of_range_is_refused(batch_size):
   rule = rf'batch_size must be in \[1, 23\].*; got {batch_size}\.'
   with pytest.raises(errors.UserError, match=rule):
     _arrays(23, batch_size)
+
+
+# Streamed files.
+
+
+def test_processes_decode_their_rows_only():
+  batches = _streamed(23, 10).batches
+  for step in (0, 9):
+    expected = batches.piece(step, np.arange(10))
+    for rows in (np.arange(5), np.arange(5, 10), np.array([3, 7, 8])):
+      found = batches.piece(step, rows)
+      for name in loading.ARRAYS:
+        np.testing.assert_array_equal(found[name], expected[name][rows])
+
+
+def test_waits_are_counted():
+  with _streamed() as source:
+    source.batch(0)
+    waited = source.seconds_waited
+    assert 0 < waited < 10
+    time.sleep(0.2)  # Time for what is ahead.
+    source.batch(1)
+    assert source.seconds_waited - waited < 0.1
+
+
+def test_threads_end_with_their_source():
+  def decoders():
+    return [t for t in threading.enumerate() if t.name.startswith('decode')]
+
+  source = _streamed()
+  for _ in range(2):
+    with pytest.raises(ZeroDivisionError), source:
+      source.chunk(0, 1)
+      assert 1 <= len(decoders()) <= 2
+      raise ZeroDivisionError
+    assert not decoders()
+  source.__exit__()
 
 
 # Augmentation.
