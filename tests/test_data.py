@@ -422,41 +422,36 @@ def test_evil_archives_are_refused(tmp_path, monkeypatch):
 # The network.
 
 
+def _answer(handler, content, length=None):
+  handler.send_response(200)
+  handler.send_header('Content-Length', str(length or len(content)))
+  handler.end_headers()
+  handler.wfile.write(content)
+
+
 @contextlib.contextmanager
-def _server(contents, spoil=None):
-  """Serves files; `spoil(handler, content)` may answer in its own way."""
+def _server(contents, answer=_answer):
+  """Serves files by answer(handler, content); (address, paths asked for)."""
   asked = []
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
       asked.append(self.path)
-      content = contents[self.path[1:]]
-      if spoil:
-        spoil(self, content)
-      else:
-        _answer(self, content, len(content))
+      answer(self, contents[self.path[1:]])
 
     def log_message(self, *args):
       pass
 
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  # Asked often whether to end: shutdown() waits for the next time.
-  thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-  thread.start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}/', asked
-  finally:
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def _answer(handler, content, length=None):
-  handler.send_response(200)
-  if length is not None:
-    handler.send_header('Content-Length', str(length))
-  handler.end_headers()
-  handler.wfile.write(content)
+  with (
+    http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server,
+    futures.ThreadPoolExecutor(1) as pool,
+  ):
+    # Asked often whether to end: shutdown() waits for the next time.
+    pool.submit(server.serve_forever, 0.01)
+    try:
+      yield f'http://127.0.0.1:{server.server_port}/', asked
+    finally:
+      server.shutdown()
 
 
 def _refused(name, tmp_path, **kwargs):
