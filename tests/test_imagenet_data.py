@@ -7,16 +7,17 @@ import os
 import pathlib
 import shutil
 import signal
-import textwrap
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 from PIL import Image
 
-from pfs_jax import config, data, devices, errors
+from pfs_jax import config, console, data, devices, errors, train
 from pfs_jax.data import (
   colour,
   decoding,
@@ -271,15 +272,39 @@ def print_batches(root):
   print([found, test.size])
 
 
+class Linear(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+@console.guarded
+def train_on(root, workdir):
+  """Trains until it is interrupted."""
+  variables = Linear().init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+  state = train.init(Linear(), variables, optax.sgd(0.1))
+  plan = train.Plan(10**6, 10, 10**6, 10**6)
+  with _open(root, data__workers=2).train_source('train', False) as source:
+    train.loop(
+      *(state, train.step, source, plan),
+      folder=pathlib.Path(workdir),
+      label='train',
+    )
+
+
+# In other processes.
+CALLED = 'import sys; from tests import test_imagenet_data as t; '
+PRINT_BATCHES = CALLED + 't.print_batches(sys.argv[-1])'
+TRAIN_ON = CALLED + 't.train_on(*sys.argv[-2:])'
+
+
 @pytest.mark.slow  # Three processes.
 def test_two_processes_make_the_batches_of_one(folder, tmp_path):
   root = tmp_path / 'one_corrupt'
   shutil.copytree(folder, root)
   (root / 'val/n03/n03_0.JPEG').write_bytes(b'no image')
-  code = 'import sys; from tests import test_imagenet_data as t'
-  code = f'{code}; t.print_batches(sys.argv[-1])'
-  one = processes.output(['-c', code, root], devices=4)
-  two = test_devices.joined(code, root)
+  one = processes.output(['-c', PRINT_BATCHES, root], devices=4)
+  two = test_devices.joined(PRINT_BATCHES, root)
   assert [d.returncode for d in two] == [0, 0], two
   assert [test_devices.printed(d) for d in two] == [one] * 2
   assert one.endswith(f', {CLASSES * VAL - 1}]')
@@ -290,7 +315,7 @@ def test_a_corrupt_image_on_one_process_ends_all(folder, tmp_path):
   root = tmp_path / 'one_corrupt'
   shutil.copytree(folder, root)
   (root / 'train/n03/n03_0.JPEG').write_bytes(b'no image')
-  done = test_devices.joined(textwrap.dedent(TRAINED), root, tmp_path / 'work')
+  done = test_devices.joined(TRAIN_ON, root, tmp_path / 'work')
   assert sorted(d.returncode for d in done) == [1, 2], done
   for d in done:
     assert 'n03_0.JPEG cannot be decoded' in d.stderr
@@ -505,9 +530,9 @@ def test_nothing_but_corrupt_files_is_an_error(tmp_path):
 # Colour.
 
 
-def _noise(n=4, size=6, seed=0):
-  rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.uniform(0.2, 0.6, (n, size, size, 3)), jnp.float32)
+def _noise(n=4):
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.uniform(0.2, 0.6, (n, 6, 6, 3)), jnp.float32)
 
 
 def test_jitter_is_brightness_contrast_and_saturation():
@@ -574,35 +599,12 @@ def test_augmentation_follows_the_config(folder):
   assert (full.batches.scale, plain.batches.scale) == (0.25, 0)
 
 
-# Threads.
-
-
-TRAINED = """
-  import pathlib, sys
-  import flax.linen as nn
-  import jax, optax
-  from pfs_jax import console, train
-  from tests import test_imagenet_data as t
-  d = t._open(sys.argv[-2], data__workers=2)
-  class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-      return nn.Dense(t.CLASSES)(x.mean((1, 2)))
-  net = Net()
-  variables = net.init(jax.random.key(0), t.np.zeros((1, 32, 32, 3)))
-  state = train.init(net, variables, optax.sgd(0.1))
-  def main():
-    with d.train_source('train', False) as source:
-      train.loop(
-        state, train.step, source, train.Plan(10**6, 10, 10**6, 10**6),
-        folder=pathlib.Path(sys.argv[-1]), label='train')
-  console.guarded(main)()
-"""
+# Interruption.
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_training_with_its_threads(folder, tmp_path):
-  process = processes.start(['-c', textwrap.dedent(TRAINED), folder, tmp_path])
+  process = processes.start(['-c', TRAIN_ON, folder, tmp_path])
   deadline = time.monotonic() + 60
   while 'train 10/' not in process.output():
     assert time.monotonic() < deadline
@@ -617,19 +619,6 @@ def test_ctrl_c_ends_a_training_with_its_threads(folder, tmp_path):
 # TFDS.
 
 
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-  """imagenet2012 as TFDS has it, with our few images, without TensorFlow."""
-  root = tmp_path_factory.mktemp('tfds')
-  splits = {'train': [], 'validation': []}
-  names = {'train': 'train', 'val': 'validation'}
-  for (split, label, name), (_, content) in _files().items():
-    example = {'image': content, 'label': int(label[1:]), 'file_name': name}
-    splits[names[split]].append((name, example))
-  test_data.prepared_by_tfds('imagenet2012', root, splits)
-  return root
-
-
 def _open_prepared(root, workdir, **fields):
   c = _config(
     '',
@@ -641,9 +630,15 @@ def _open_prepared(root, workdir, **fields):
   return data.open_set(c, workdir)
 
 
-def test_a_prepared_set_gives_the_images_of_the_folder(
-  prepared, folder, tmp_path
-):
+def test_a_prepared_set_gives_the_images_of_the_folder(folder, tmp_path):
+  splits = {'train': [], 'validation': []}
+  for (split, label, name), (_, content) in _files().items():
+    example = {'image': content, 'label': int(label[1:]), 'file_name': name}
+    splits['train' if split == 'train' else 'validation'].append(
+      (name, example)
+    )
+  prepared = tmp_path / 'tfds'
+  test_data.prepared_by_tfds('imagenet2012', prepared, splits)
   d, f = _open_prepared(prepared, tmp_path), _open(folder)
   assert sorted(_evaluated(d.test())) == sorted(_evaluated(f.test()))
   # The same images are held out, since the rule is about file names.

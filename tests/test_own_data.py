@@ -35,14 +35,14 @@ def _config_of(source, **fields):
   return _config(name=name, source_dir=str(source), **fields)
 
 
-def _arrays(n=60, tests=12, size=8, channels=1, classes=3):
+def _arrays():
+  """Images of three classes."""
   rng = np.random.default_rng(0)
-  shape = (size, size, channels)
   return {
-    'images': rng.integers(0, 256, (n, *shape), np.uint8),
-    'labels': np.arange(n) % classes,
-    'test_images': rng.integers(0, 256, (tests, *shape), np.uint8),
-    'test_labels': np.arange(tests) % classes,
+    'images': rng.integers(0, 256, (60, 8, 8, 1), np.uint8),
+    'labels': np.arange(60) % 3,
+    'test_images': rng.integers(0, 256, (12, 8, 8, 1), np.uint8),
+    'test_labels': np.arange(12) % 3,
   }
 
 

@@ -24,8 +24,8 @@ PLAIN = pipeline.Augmentation(mean=(0.5,), std=(0.25,))
 AUGMENTED = dataclasses.replace(PLAIN, padding=2, flip=True)
 
 
-def _images(n, size=8, channels=1, seed=0):
-  rng = np.random.default_rng(seed)
+def _images(n, size=8, channels=1):
+  rng = np.random.default_rng(0)
   return rng.integers(1, 256, (n, size, size, channels), np.uint8)
 
 
