@@ -182,7 +182,7 @@ class Reader:
       errors.UserError: An image cannot be decoded and must not be skipped, or
         too many images cannot be decoded to fill a batch.
     """
-    if step not in self._ahead:
+    if step != next(iter(self._ahead), None):  # It is not the next step.
       self.__exit__()
       # Warnings about odd EXIF and the like do not matter here.
       warnings.filterwarnings('ignore', module=r'PIL\.')
