@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -26,21 +27,14 @@ _LEAVES = {
 }
 
 
-def _vgg_prefixes(name: str) -> dict[str, tuple[str, str]]:
-  """{our layer: (torch convolution, torch normalisation)}."""
-  prefixes, index = {}, 0
-  for depth in vgg.DEPTHS[name]:
-    for _ in range(depth):
-      torch_name = f'feature.{index}'
-      layer = f'conv{len(prefixes)}'
-      prefixes[layer] = f'{torch_name}.conv', f'{torch_name}.bn'
-      index += 1
-    index += 1  # The max pool has a number, too.
-  return prefixes
-
-
-def _resnet_prefixes(layer: str) -> tuple[str, str]:
+def _prefixes(name: str, layer: str) -> tuple[str, str]:
   """(torch convolution, torch normalisation) of one of our layers."""
+  if name in vgg.DEPTHS:
+    index = int(layer.removeprefix('conv'))
+    ends = itertools.accumulate(vgg.DEPTHS[name])
+    index += sum(index >= end for end in ends)  # Max pools count, too.
+    prefix = f'feature.{index}'
+    return f'{prefix}.conv', f'{prefix}.bn'
   if layer == 'stem':
     return 'conv1', 'bn1'
   block, part = layer.split('/')
@@ -51,16 +45,7 @@ def _resnet_prefixes(layer: str) -> tuple[str, str]:
   return f'{prefix}.{part}', f'{prefix}.bn{part.removeprefix("conv")}'
 
 
-def _torch_names(name: str) -> tuple[str, Callable[[str], tuple[str, str]]]:
-  """The linear layer's name, and our layer -> (convolution, normalisation)."""
-  if name in vgg.DEPTHS:
-    return 'classifier', _vgg_prefixes(name).__getitem__
-  if name.startswith('resnet') and name != 'resnet50':
-    return 'linear', _resnet_prefixes
-  raise errors.UserError(f'from_torch does not know the names of {name!r}.')
-
-
-def _torch_key(path: str, linear: str, prefixes) -> str:
+def _torch_key(name: str, linear: str, path: str) -> str:
   """The torch key of one of our leaves, such as `stem/bn/scale`."""
   layer, _, leaf = path.rpartition('/')
   if layer == 'classifier':
@@ -69,7 +54,7 @@ def _torch_key(path: str, linear: str, prefixes) -> str:
   if leaf != part:
     layer, _, part = layer.rpartition('/')
     leaf = f'{part}/{leaf}'
-  convolution, norm = prefixes(layer)
+  convolution, norm = _prefixes(name, layer)
   return f'{convolution if part == "conv" else norm}.{_LEAVES[leaf]}'
 
 
@@ -103,21 +88,24 @@ def from_torch(
     for k, v in arrays.items()
     if not k.endswith('num_batches_tracked')
   }
-  linear, prefixes = _torch_names(name)
+  if name in vgg.DEPTHS:
+    first, linear = 'feature.0.conv', 'classifier'
+  elif name.startswith('resnet') and name != 'resnet50':
+    first, linear = 'conv1', 'linear'
+  else:
+    raise errors.UserError(f'from_torch does not know the names of {name!r}.')
   if f'{linear}.bias' not in arrays:
     raise errors.UserError(f'from_torch({name!r}): missing {linear}.bias.')
-  first, _ = prefixes('conv0' if name in vgg.DEPTHS else 'stem')
+  bias = arrays[f'{linear}.bias']
   kernel = arrays.get(f'{first}.weight', np.empty(0))
   channels = kernel.shape[1] if kernel.ndim == 4 else 3
-  classes = arrays[f'{linear}.bias'].size
-  module = models.build(name, classes, width=width, counts=counts, gated=True)
+  module = models.build(name, bias.size, width=width, counts=counts, gated=True)
   x = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
   shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), x)
   flat = flax.traverse_util.flatten_dict(shapes)
-  keys = {p: _torch_key('/'.join(p[1:]), linear, prefixes) for p in flat}
+  keys = {p: _torch_key(name, linear, '/'.join(p[1:])) for p in flat}
   # All statistics, or all gates, may be absent, but not only some of them.
   held = {path[0] for path, key in keys.items() if key in arrays} | {'params'}
-  dtype = arrays[f'{linear}.bias'].dtype
   found, problems = {}, []
   for path, key in keys.items():
     shape = flat[path].shape
@@ -131,7 +119,7 @@ def from_torch(
     elif path[0] in held:
       problems.append(f'missing {key}')
     elif path[0] == 'batch_stats':
-      found[path] = np.full(shape, 1 if path[-1] == 'var' else 0, dtype)
+      found[path] = np.full(shape, 1 if path[-1] == 'var' else 0, bias.dtype)
   unknown = sorted(set(arrays) - set(keys.values()))
   problems += [f'unknown {key}' for key in unknown]
   if problems:

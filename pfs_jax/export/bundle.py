@@ -93,9 +93,10 @@ def save(
       FORMATS[name].write(folder, module, variables, shape, facts)
     made = manifest.of(folder, structure, spec, formats)
     storage.write_json(folder / manifest.FILE, made)
-    found = _read_back(folder, batches, factory)
+    arrays = _read_back(folder, batches, factory)
     for name in formats:
-      made['formats'][name]['max_error'] = _error(name, found[name], wanted)
+      found = [arrays[f'{name}/{i}'] for i in range(len(batches))]
+      made['formats'][name]['max_error'] = _error(name, found, wanted)
     storage.write_json(folder / manifest.FILE, made)
   return made
 
@@ -132,11 +133,12 @@ def _check_target(
 
 
 def _batches(shape: Sequence[int], spec: data.Spec) -> list[np.ndarray]:
-  """Random images, normalised."""
   random = np.random.default_rng(0)
-  sizes = [(n, *shape) for n in BATCH_SIZES]
-  pixels = [random.integers(0, 256, size, np.uint8) for size in sizes]
-  return [manifest.normalised(x, spec.mean, spec.std) for x in pixels]
+  batches = []
+  for n in BATCH_SIZES:
+    pixels = random.integers(0, 256, (n, *shape), np.uint8)
+    batches.append(manifest.normalised(pixels, spec.mean, spec.std))
+  return batches
 
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
@@ -160,18 +162,16 @@ def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
 
 def _read_back(
   folder: pathlib.Path, batches: Sequence[np.ndarray], factory: str
-) -> dict[str, list[np.ndarray]]:
-  """{format: [logits of each batch]} of the export in another process.
+) -> dict[str, np.ndarray]:
+  """{'<format>/<i>': logits} of each batch i of images in another process.
 
   That process uses the CPU, because a TPU belongs to one process at a time.
   """
   asked, answered = (folder.with_name(name) for name in ('x.npz', 'y.npz'))
   storage.write_arrays(asked, {str(i): x for i, x in enumerate(batches)})
   program = (sys.executable, '-m', 'pfs_jax.export.check')
-  path = [
-    str(pathlib.Path(__file__).parents[2]),
-    *map(os.path.abspath, sys.path),
-  ]
+  root = str(pathlib.Path(__file__).parents[2])
+  path = map(os.path.abspath, [root, *sys.path])
   environment = {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(path)}
   done = subprocess.run(
     [*program, folder, asked, answered, factory],
@@ -185,11 +185,7 @@ def _read_back(
     raise errors.UserError(
       f'the export cannot be read back: {lines[-1].removeprefix("error: ")}'
     )
-  arrays = storage.read_arrays(answered)
-  return {
-    name: [arrays[f'{name}/{i}'] for i in range(len(batches))]
-    for name in manifest.read(folder)['formats']
-  }
+  return storage.read_arrays(answered)
 
 
 def _error(
@@ -307,8 +303,8 @@ def load(
     function, network = room.read(folder, shape, factory)
   text = storage.read_text(folder / weights.STRUCTURE)
   structure = manifest.described(Structure.from_json(text, folder))
-  names = {weights.STRUCTURE: manifest.network_name(structure)}
-  for file, name in {**names, room.FILE: network}.items():
+  described = manifest.network_name(structure)
+  for file, name in ((weights.STRUCTURE, described), (room.FILE, network)):
     if name != manifest.network_name(found['structure']):
       raise errors.UserError(
         f'{folder / file} is not of the structure in {manifest.FILE}: it '

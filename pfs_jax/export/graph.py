@@ -82,8 +82,7 @@ class Graph:
     bias = np.zeros(kernel.shape[axis])
     folded = False
     while node.output != OUTPUT:
-      names = [(n, name) for n in self.nodes for name in n.inputs]
-      users = [n for n, name in names if name == node.output]
+      users = [n for n in self.nodes for i in n.inputs if i == node.output]
       step = self._affine(users[0], node.output, kernel) if users else None
       if len(users) != 1 or step is None:
         break

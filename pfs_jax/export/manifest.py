@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -118,7 +118,7 @@ def of(
     'checked': {'platform': 'cpu', 'batch_sizes': list(BATCH_SIZES)},
     'versions': {**runs.versions(), **{p: version(p) for p in packages}},
   }
-  return cast(Manifest, made)
+  return made
 
 
 def described(structure: Structure) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def described(structure: Structure) -> dict[str, Any]:
     'macs': structure.macs,
     'params': structure.params,
   }
-  return cast(dict[str, Any], json.loads(json.dumps(found)))  # As in the file.
+  return dict(json.loads(json.dumps(found)))  # As in the file.
 
 
 def network_name(description: Mapping[str, Any]) -> str:
@@ -157,7 +157,7 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
     raise errors.UserError(
       f'{path}: schema must be {SCHEMA}; got {schema!r}. Export again.'
     )
-  found = cast(Manifest, storage.read_json(path, Manifest))
+  found: Manifest = storage.read_json(path, Manifest)
   channels, classes = found['input']['shape'][3], found['output']['shape'][1]
   lengths = (len(found['input']['mean']), len(found['input']['std']))
   named = len(found['class_names']) in (0, classes)

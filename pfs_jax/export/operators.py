@@ -70,8 +70,16 @@ def _elementwise(graph, op: str, *inputs: Any) -> Tensor:
   return Tensor(graph.add(op, names), order)
 
 
-def _elementwise_op(op: str) -> Callable[..., Tensor]:
-  return lambda graph, equation, *inputs: _elementwise(graph, op, *inputs)
+def _elementwise_op(first: str, *then: str) -> Callable[..., Tensor]:
+  """An operator on all inputs, and others on its result."""
+
+  def write(graph, equation, *inputs) -> Tensor:
+    x = _elementwise(graph, first, *inputs)
+    for op in then:
+      x = _elementwise(graph, op, x)
+    return x
+
+  return write
 
 
 def _tensor_and_limit(a, b) -> tuple[Tensor, float | None]:
@@ -98,20 +106,6 @@ def _minimum(graph, equation, a, b) -> Tensor:
   return _elementwise(graph, 'Min', a, b)
 
 
-def _inverse_root(graph, equation, x) -> Tensor:
-  return _elementwise(graph, 'Reciprocal', _elementwise(graph, 'Sqrt', x))
-
-
-def _exponential_minus_one(graph, equation, x) -> Tensor:
-  return _elementwise(
-    graph, 'Sub', _elementwise(graph, 'Exp', x), np.float32(1)
-  )
-
-
-def _square(graph, equation, x) -> Tensor:
-  return _elementwise(graph, 'Mul', x, x)
-
-
 def _power(graph, equation, x) -> Tensor:
   dtype = equation.outvars[0].aval.dtype
   return _elementwise(graph, 'Pow', x, np.asarray(equation.params['y'], dtype))
@@ -136,10 +130,6 @@ def _converted(graph, equation, x, *_) -> Tensor:
   )
   kind = helper.np_dtype_to_tensor_dtype(np.dtype(after))
   return Tensor(graph.add('Cast', [x.name], to=kind), x.order)
-
-
-def _identity(graph, equation, x) -> Tensor:
-  return x
 
 
 # Convolutions, products, windows and sums.
@@ -329,14 +319,15 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'concatenate': _joined,
   'conv_general_dilated': _convolution,
   'convert_element_type': _converted,
-  'copy': _identity,
-  'copy_p': _identity,
+  **dict.fromkeys(['copy', 'copy_p', 'stop_gradient'], lambda _, __, x: x),
   'dot_general': _dense,
   'eq': _elementwise_op('Equal'),
   'erfc': lambda graph, _, x: _elementwise(
     graph, 'Sub', np.float32(1), _elementwise(graph, 'Erf', x)
   ),
-  'expm1': _exponential_minus_one,
+  'expm1': lambda graph, _, x: _elementwise(
+    graph, 'Sub', _elementwise(graph, 'Exp', x), np.float32(1)
+  ),
   'ge': _elementwise_op('GreaterOrEqual'),
   'gt': _elementwise_op('Greater'),
   'integer_pow': _power,
@@ -352,11 +343,10 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'reduce_window_max': _pooled,
   'reduce_window_sum': _pooled,
   'reshape': _reshaped,
-  'rsqrt': _inverse_root,
+  'rsqrt': _elementwise_op('Sqrt', 'Reciprocal'),
   'select_n': _selected,
   'slice': _sliced,
-  'square': _square,
+  'square': lambda graph, _, x: _elementwise(graph, 'Mul', x, x),
   'squeeze': _reshaped,
-  'stop_gradient': _identity,
   'transpose': _transposed,
 }
