@@ -243,6 +243,19 @@ OPERATORS = {
     jax.lax.slice(x, (0, 0, 1, 0), x.shape, (1, 2, 1, 1)),
     ((0, 0), (1, 0), (0, 0), (0, 2)),
   ),
+  'split': lambda x: (lambda a, b: jnp.concatenate([b, a, nn.glu(b)], -1))(
+    *jnp.split(conv(x, 5), [1], -1)
+  ),
+  'split by rows': lambda x: sum(
+    i * part for i, part in enumerate(jnp.split(x, 4, 1))
+  ),
+  'sign': lambda x: jnp.sign(nn.relu(x)) + 3 * jnp.sign(conv(x, 3)),
+  'not equal': lambda x: jnp.where(
+    (nn.relu(x) != 0) != (conv(x, 3) > 0), x, jnp.where(jnp.isnan(x), 5.0, 7.0)
+  ),
+  'reversed': lambda x: (
+    jnp.flip(x, (0, 2)) + 3 * jnp.flip(conv(x, 3), -1) + jax.lax.rev(x, ())
+  ),
   'axes moved': lambda x: conv(x.transpose(0, 2, 1, 3)),
   'channels first': lambda x: nn.max_pool(
     x.transpose(0, 3, 1, 2)[..., None], (1, 2, 2), (1, 2, 2)
@@ -285,6 +298,7 @@ REFUSED = {
   'cumsum': lambda x: jnp.cumsum(x, 1),
   'dot_general.*depends on the image': lambda x: x @ x,
   r'gather .*jax\.lax\.slice can': lambda x: x[:, ::2],
+  'split.*along the batch': lambda x: jnp.split(x, 1)[0],
   'dim_as_value': lambda x: x - x.mean(),
   'convert_element_type.*bfloat16.*dtype=float32': lambda x: conv(
     x, dtype=jnp.bfloat16

@@ -137,7 +137,8 @@ def _write(graph: Graph, equation, inputs) -> Sequence[Any]:
   operators.refuse(name == 'gather', indexed)
   if name not in operators.TABLE:
     raise Refused
-  return [operators.TABLE[name](graph, equation, *inputs)]
+  found = operators.TABLE[name](graph, equation, *inputs)
+  return found if equation.primitive.multiple_results else [found]
 
 
 def _computed(equation, inputs) -> list[np.ndarray]:

@@ -7,11 +7,13 @@ written only where two orders meet, which as a rule is only behind the input.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export  # Not imported with jax.
 import jax.numpy as jnp
 import numpy as np
 
@@ -293,15 +295,34 @@ def _sliced(graph, equation, x) -> Tensor:
     p['start_indices'], p['limit_indices'], strides, sizes, strict=True
   )
   taken = [
-    (start, stop, x.order.index(axis), stride)
+    (start, stop, axis, stride)
     for axis, (start, stop, stride, size) in enumerate(ends)
     if (start, stride) != (0, 1) or stop != size
   ]
+  return _part(graph, x, taken)
+
+
+def _split(graph, equation, x) -> list[Tensor]:
+  axis, sizes = equation.params['axis'], equation.params['sizes']
+  ends = zip(itertools.accumulate(sizes), sizes, strict=True)
+  return [_part(graph, x, [(end - size, end, axis, 1)]) for end, size in ends]
+
+
+def _reversed(graph, equation, x) -> Tensor:
+  beyond = np.iinfo(np.int64).min  # Before the first element of any axis.
+  axes = equation.params['dimensions']
+  return _part(graph, x, [(-1, beyond, axis, -1) for axis in axes])
+
+
+def _part(graph, x, taken) -> Tensor:
+  """A slice; `taken` has (start, stop, axis, step) of the axes that it cuts."""
   if not taken:
     return x
-  refuse(any(not isinstance(t[1], int) for t in taken), 'along the batch')
-  inputs = [graph.integers(column) for column in zip(*taken, strict=True)]
-  return Tensor(graph.add('Slice', [x.name, *inputs]), x.order)
+  starts, stops, axes, steps = zip(*taken, strict=True)
+  refuse(any(map(jax.export.is_symbolic_dim, stops)), 'along the batch')
+  places = [x.order.index(axis) for axis in axes]
+  columns = map(graph.integers, (starts, stops, places, steps))
+  return Tensor(graph.add('Slice', [x.name, *columns]), x.order)
 
 
 def _joined(graph, equation, *parts) -> Tensor:
@@ -311,9 +332,9 @@ def _joined(graph, equation, *parts) -> Tensor:
   return Tensor(graph.add('Concat', names, axis=axis), order)
 
 
-_SAME_NAME = 'abs add div erf exp log mul neg pow sqrt sub tanh'
-# {operator of JAX: (graph, equation, *inputs) -> Tensor}.
-TABLE: dict[str, Callable[..., Tensor]] = {
+_SAME_NAME = 'abs add div erf exp log mul neg pow sign sqrt sub tanh'
+# {operator of JAX: (graph, equation, *inputs) -> Tensor, or a list of them}.
+TABLE: dict[str, Callable[..., Any]] = {
   **{name: _elementwise_op(name.capitalize()) for name in _SAME_NAME.split()},
   'broadcast_in_dim': _broadcast,
   'concatenate': _joined,
@@ -336,6 +357,7 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'lt': _elementwise_op('Less'),
   'max': _maximum,
   'min': _minimum,
+  'ne': _elementwise_op('Equal', 'Not'),
   'pad': _padded,
   'reduce_max': _reduced('ReduceMax'),
   'reduce_min': _reduced('ReduceMin'),
@@ -343,9 +365,11 @@ TABLE: dict[str, Callable[..., Tensor]] = {
   'reduce_window_max': _pooled,
   'reduce_window_sum': _pooled,
   'reshape': _reshaped,
+  'rev': _reversed,
   'rsqrt': _elementwise_op('Sqrt', 'Reciprocal'),
   'select_n': _selected,
   'slice': _sliced,
+  'split': _split,
   'square': lambda graph, _, x: _elementwise(graph, 'Mul', x, x),
   'squeeze': _reshaped,
   'transpose': _transposed,
