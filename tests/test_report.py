@@ -265,8 +265,8 @@ def test_all_that_a_run_may_leave_is_shown(tmp_path):
     assert said in outline.text, said
 
 
-def choices(job):
-  """Writes a probe and a tournament."""
+def choices(job, *chosen):
+  """Writes a probe, a tournament, or both."""
   layers, n = list(job.network.cost_model.layers), 13
   probe = {
     'layers': layers,
@@ -278,9 +278,29 @@ def choices(job):
   rounds = [{'epochs': 1, 'losses': losses}, {'epochs': 2, 'losses': losses}]
   counts = {'uniform': [1] * n, 'tilt1': [2] * n}
   tournament = {'layers': layers, 'rounds': rounds, 'counts': counts}
-  for name, content in (('probe', probe), ('tournament', tournament)):
+  contents = {'probe': probe, 'tournament': tournament}
+  for name in chosen or contents:
     words = {'columns': ['a', 'b'], 'rows': [[name, '1']], 'sentence': EVIL}
-    storage.write_json(job.workdir / f'{name}.json', content | words)
+    storage.write_json(job.workdir / f'{name}.json', contents[name] | words)
+
+
+def test_a_probe_alone(tmp_path):
+  """Its picture, table and sentence; not that of another config."""
+  job = stages.Job(tiny(), tmp_path)
+  made = config.identity(job.config, 'train', 'probe')
+  runs.claim(tmp_path / 'probe', {**made, 'budget': 'keep0.3'})
+  with pytest.raises(errors.UserError, match='holds no run yet'):
+    report.write(job.config, tmp_path)  # It is not finished.
+  choices(job, 'probe')
+  report.write(job.config, tmp_path)
+  outline = check_page(tmp_path, ['probe'])
+  assert 'vgg16 on digits, probed, seed 0' in outline.text
+  assert 'A probe was made, and no search.' in outline.text
+  assert EVIL.replace('\x07', '') in outline.text.replace('\x07', '')
+  text = (tmp_path / 'report.html').read_text()
+  assert cells_of(text, 'probe') == [['a', 'b'], ['probe', '1']]
+  with pytest.raises(errors.UserError, match='config.probe.epochs '):
+    report.write(tiny(**{'probe.epochs': 1.5}), tmp_path)
 
 
 def test_a_single_point_is_no_curve(tmp_path):

@@ -65,12 +65,20 @@ def _check_workdir(job: Job) -> None:
   workdir, c = job.workdir, job.config
   search = workdir / 'search' / 'config.json'
   trained = job.budget_folders() or (workdir / 'train').exists()
-  if not (search.exists() or trained):
+  if search.exists():
+    runs.claim(search.parent, config.identity(c, 'search'))
+  elif _only_probed(job) and not trained:
+    runs.claim_part(workdir / 'probe', config.identity(c, 'train', 'probe'))
+  elif not trained:
     raise errors.UserError(
       f'{workdir} holds no run yet: --mode=search or --mode=run makes one.'
     )
-  if search.exists():
-    runs.claim(search.parent, config.identity(c, 'search'))
+
+
+def _only_probed(job: Job) -> bool:
+  """Whether there is a probe without a search."""
+  probed = (job.workdir / 'probe.json').exists()
+  return probed and not (job.workdir / 'search' / 'config.json').exists()
 
 
 def _cuts(job: Job) -> list[Cut]:
@@ -133,6 +141,8 @@ def _title(job: Job, cuts: Sequence[Cut]) -> str:
   """A short title: 'vgg16 on digits, cut to 50.0% of the MACs, seed 0'."""
   c, name = job.config, job.model_name.rpartition(':')[2]
   done = f'{len(cuts)} budgets' if cuts else 'search under way'
+  if not cuts and _only_probed(job):
+    done = 'probed'
   if len(cuts) == 1:
     done = f'cut to {_share(job, cuts[0].macs)} of the MACs'
   return f'{name} on {c.data.name}, {done}, seed {c.seed}'
@@ -198,6 +208,8 @@ def _result_lines(
   job: Job, cuts: Sequence[Cut], trained: Sequence[Cut]
 ) -> Sequence[str]:
   """The result in a few sentences."""
+  if not cuts and _only_probed(job):
+    return ['A probe was made, and no search. No structure is cut yet.']
   if not cuts:
     steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
     at = f'at step {steps[-1]}' if steps else 'at its start'
