@@ -29,7 +29,6 @@ from pfs_jax import (
 from pfs_jax.export import bundle, check, manifest
 from pfs_jax.export import onnx as onnx_export
 from pfs_jax.export import weights as weights_room
-from pfs_jax.stages import exporting
 from tests import small_run
 
 # Name: (image size, channels, width). The widths are as small as they go.
@@ -91,10 +90,10 @@ def pruned(network, every=3):
   )
 
 
-def network_of(family):
+def network_of(family, every=3):
   size, channels, width = FAMILIES.get(family, (8, 1, 2))
   network = models.network(family, 10, size, channels, base_width=width)
-  structure = pruned(network)
+  structure = pruned(network, every)
   module = network.narrow(structure.counts)
   variables = weights(module, (size, size, channels))
   return module, variables, structure, spec_of(size, channels)
@@ -318,6 +317,8 @@ def test_onnx_refuses_by_name(message, tmp_path, monkeypatch):
 
 # The folder.
 
+FILES = {room.FILE: name for name, room in export.FORMATS.items()}
+
 
 def test_the_manifest(saved):
   folder, manifest, structure = saved
@@ -428,46 +429,32 @@ def test_what_replaces_what(network, copied):
 
 
 def test_bad_arguments(network, tmp_path):
-  module, variables, structure, spec = network
-  ours = (module, variables, structure)
-  for formats in (('tflite',), ()):
-    message = 'must be some of stablehlo, safetensors, onnx'
+  names = ('module', 'variables', 'structure', 'spec')
+  good = dict(zip(names, network, strict=True))
+  unnamed = dataclasses.replace(good['structure'], model={})
+  nan = jax.tree.map(lambda x: x * np.nan, good['variables'])
+  formats = 'must be some of stablehlo, safetensors, onnx'
+  for name, value, message in (
+    ('formats', ('tflite',), formats),
+    ('formats', (), formats),
+    ('spec', spec_of(8, 1, 7), r'logits \[N, 7\]; got \[2, 10\]'),
+    ('structure', unnamed, 'model.name is missing'),
+    ('factory', 'nowhere:f', "factory given is 'nowhere:f'"),
+    ('variables', nan, 'not finite'),
+  ):
     with pytest.raises(errors.UserError, match=message):
-      export.save(tmp_path / 'e', *ours, spec, formats=formats)
-  with pytest.raises(errors.UserError, match=r'logits \[N, 7\]; got \[2, 10\]'):
-    export.save(tmp_path / 'e', *ours, spec_of(8, 1, 7))
-  own = dataclasses.replace(structure, model={})
-  with pytest.raises(errors.UserError, match='model.name is missing'):
-    export.save(tmp_path / 'e', module, variables, own, spec)
-  with pytest.raises(errors.UserError, match="factory given is 'nowhere:f'"):
-    export.save(tmp_path / 'e', *ours, spec, factory='nowhere:f')
-  bad = jax.tree.map(lambda x: x * np.nan, variables)
-  with pytest.raises(errors.UserError, match='not finite'):
-    export.save(tmp_path / 'e', module, bad, structure, spec)
+      export.save(tmp_path / 'e', **good | {name: value})
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-  'file, name',
-  [
-    ('model.stablehlo', 'stablehlo'),
-    ('model.safetensors', 'safetensors'),
-    ('model.onnx', 'onnx'),
-    ('structure.json', 'safetensors'),
-  ],
-)
-def test_damage_is_seen(copied, file, name, capsys):
+@pytest.mark.parametrize('file', [*FILES, 'structure.json'])
+def test_a_changed_or_missing_file_is_named(copied, file):
+  name = FILES.get(file, 'safetensors')
   content = bytearray((copied / file).read_bytes())
   content[len(content) // 2] ^= 1
   (copied / file).write_bytes(content)
   with pytest.raises(errors.UserError, match=f'{file} is damaged'):
     export.load(copied, name)
-  png = copied.parent / 'x.png'
-  Image.new('L', (8, 8)).save(png)
-  with pytest.raises(SystemExit) as end:
-    predict.main([str(copied), str(png), f'--format={name}'])
-  assert end.value.code == 2
-  assert len(capsys.readouterr().err.splitlines()) == 1
   (copied / file).unlink()
   with pytest.raises(errors.UserError, match=f'{file} does not exist'):
     export.load(copied, name)
@@ -505,18 +492,13 @@ def reseal(folder, file, **changed):
 def other_counts(tmp_path_factory):
   """An export of the same network with other channel counts."""
   folder = tmp_path_factory.mktemp('other') / 'e'
-  made = models.network('resnet8', 10, 8, 1, base_width=2)
-  structure = pruned(made, every=2)
-  module = made.narrow(structure.counts)
-  variables = weights(module, (8, 8, 1))
-  export.save(folder, module, variables, structure, spec_of(8, 1))
+  export.save(folder, *network_of('resnet8', every=2))
   return folder
 
 
-@pytest.mark.parametrize('name', export.FORMATS)
+@pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('kind', ['empty', 'text', 'cut', 'bits'])
-def test_damage_with_its_checksum_is_one_line(copied, name, kind):
-  file = export.FORMATS[name].FILE
+def test_damage_with_its_checksum_is_one_line(copied, file, kind):
   content = (copied / file).read_bytes()
   changed = {
     'empty': b'',
@@ -527,18 +509,17 @@ def test_damage_with_its_checksum_is_one_line(copied, name, kind):
   (copied / file).write_bytes(changed[kind])
   reseal(copied, file)
   with pytest.raises(errors.UserError, match=re.escape(file)) as e:
-    export.load(copied, name)(np.zeros((1, 8, 8, 1), np.float32))
+    export.load(copied, FILES[file])(np.zeros((1, 8, 8, 1), np.float32))
   assert str(e.value).count('\n') == 0
 
 
-@pytest.mark.parametrize('name', export.FORMATS)
-def test_a_network_of_other_counts_is_one_line(copied, other_counts, name):
+@pytest.mark.parametrize('file', FILES)
+def test_a_network_of_other_counts_is_one_line(copied, other_counts, file):
   """A whole file of another export, checksum and all."""
-  file = export.FORMATS[name].FILE
 
   def refused(wrong):
     with pytest.raises(errors.UserError, match=re.escape(wrong)) as e:
-      export.load(copied, name)
+      export.load(copied, FILES[file])
     assert str(e.value).count('\n') == 0
 
   shutil.copy(other_counts / file, copied)
@@ -549,7 +530,7 @@ def test_a_network_of_other_counts_is_one_line(copied, other_counts, name):
   refused('structure.json is not of the structure in manifest.json')
   theirs = export.read_manifest(other_counts)['structure']
   reseal(copied, file, structure=theirs)
-  assert export.load(copied, name).manifest['structure'] == theirs
+  assert export.load(copied, FILES[file]).manifest['structure'] == theirs
 
 
 def test_a_program_that_calls_out_is_refused(copied):
@@ -674,19 +655,21 @@ def test_what_the_fresh_process_says_is_passed_on(
     (['E', '/nowhere.png'], '/nowhere.png cannot be read: No such file'),
     (['E', 'E/manifest.json'], 'cannot be read: it is not an image'),
     (['E', 'E'], 'cannot be read: Is a directory'),
+    (['D', 'P'], 'model.stablehlo is damaged'),
     (['E', 'P', '--format=tflite'], "got 'tflite'"),
     (['E', 'P', '--top=0'], '--top must be >= 1'),
     (['E', 'P', '--top=x'], 'invalid int'),
     (['E', 'P', '--fast'], 'unrecognized arguments: --fast'),
   ],
 )
-def test_predict_refuses_in_one_line(saved, tmp_path, capsys, args, message):
-  png = tmp_path / 'p.png'
-  Image.new('L', (8, 8)).save(png)
-  names = {'E': str(saved[0]), 'P': str(png)}
-  names['E/manifest.json'] = str(saved[0] / 'manifest.json')
+def test_predict_refuses_in_one_line(saved, copied, capsys, args, message):
+  """E is an export, D a damaged one, and P a picture."""
+  (copied / 'model.stablehlo').write_bytes(b'')
+  places = {'E': saved[0], 'D': copied, 'P': copied.parent / 'p.png'}
+  places['E/manifest.json'] = saved[0] / 'manifest.json'
+  Image.new('L', (8, 8)).save(places['P'])
   with pytest.raises(SystemExit) as end:
-    predict.main([names.get(a, a) for a in args])
+    predict.main([str(places.get(a, a)) for a in args])
   shown = capsys.readouterr()
   assert end.value.code == 2 and not shown.out
   assert len(shown.err.splitlines()) == 1 and message in shown.err
@@ -764,49 +747,31 @@ def test_large_images_are_cropped_as_in_evaluation(tmp_path):
 
 
 def test_the_stage_gives_what_the_training_found(finished, monkeypatch):
+  """The export computes in float32, whatever the dtype of the training."""
   given = {}
 
   def save(folder, module, variables, structure, spec, **more):
-    given.update(folder=folder, spec=spec, **more)
+    given.update(folder=folder, module=module, spec=spec, **more)
     return {'formats': {}}
 
   monkeypatch.setattr(export, 'save', save)
+  identity = storage.read_json(finished / 'train' / 'config.json')
+  identity['config.dtype'] = 'bfloat16'
+  storage.write_json(finished / 'train' / 'config.json', identity)
   result = storage.read_json(finished / 'result.json')
   result['class_names'] = [f'folder {i}' for i in range(10)]
   storage.write_json(finished / 'result.json', result, sealed=True)
-  stages.export(stages.Job(small_run.config(), finished), finished / 'out')
+  job = stages.Job(small_run.config(dtype='bfloat16'), finished)
+  counts = job.network.cost_model.widths
+  assert job.network.narrow(counts).dtype == jnp.bfloat16
+  stages.export(job, finished / 'out')
+  assert given['module'].dtype == jnp.float32
   assert given['folder'] == finished / 'out'
   assert list(given['spec'].class_names) == result['class_names']
   share = f'{result["test_accuracy"]:.2%} of 297 images'
   assert given['measured']['test accuracy'] == share
 
 
-def test_bfloat16_is_exported_in_float32(tmp_path, monkeypatch):
-  from configs import digits
-
-  c, given = digits.get_config(), []
-  c.dtype = 'bfloat16'
-  job = stages.Job(c, tmp_path)
-  model = job.network.cost_model
-  structure = prune.Structure(model.layers, model.widths, 1, 1)
-  assert job.network.narrow(model.widths).dtype == jnp.bfloat16
-  result = {'class_names': [], 'test_accuracy': 0.5, 'test_examples': 2}
-  state = types.SimpleNamespace(variables={})
-  replaced = {
-    'cutting.read': lambda *_: ('keep0.5', structure),
-    'training.restore': lambda *_: (state,),
-    'runs.read_result': lambda _: {**result, 'steps': 1},
-    'export.save': lambda *args, **_: given.append(args[1]) or {'formats': {}},
-  }
-  for name, function in replaced.items():
-    module, _, attribute = name.partition('.')
-    monkeypatch.setattr(getattr(exporting, module), attribute, function)
-  stages.export(job)
-  assert given[0].dtype == jnp.float32
-
-
 def test_export_before_training_is_refused(tmp_path):
-  from configs import digits
-
   with pytest.raises(errors.UserError, match='structure.json does not exist'):
-    stages.export(stages.Job(digits.get_config(), tmp_path))
+    stages.export(stages.Job(small_run.config(), tmp_path))
