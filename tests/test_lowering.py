@@ -16,50 +16,38 @@ FAMILIES = {
   'resnet50': (4, 1 / 16, 32),
 }
 PLATFORMS = ('tpu', 'cuda')
+F32, BF16 = jnp.float32, jnp.bfloat16
 
 
 def dtypes(tree):
   return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
 
 
-def module_and_inputs(name, dtype, gated):
+def traced(name, step, dtype):
+  """A step of search or training, or the evaluation, before its lowering."""
   width, multiplier, size = FAMILIES[name]
-  module = models.build(
-    name, 10, width, gated=gated, multiplier=multiplier, dtype=dtype
-  )
+  options = {'multiplier': multiplier, 'dtype': dtype}
+  module = models.build(name, 10, width, gated=step == 'search', **options)
   x = jax.ShapeDtypeStruct((4, size, size, 3), dtype)
   y = jax.ShapeDtypeStruct((4,), jnp.int32)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return module, jax.eval_shape(module.init, key, x), x, y
+  variables = jax.eval_shape(module.init, key, x)
+  if step == 'eval':
+    return jax.jit(module.apply).trace(variables, x)
+
+  def init(v):
+    if step == 'train':
+      return train.init(module, v, optax.sgd(0.1, 0.9, nesterov=True), 0.1)
+    rates = {'sparsity': 0.5, 'balance': 0.5, 'learning_rate': 0.01}
+    return search.init(module, v, **rates)
+
+  function = {'search': search.step, 'train': train.step}[step]
+  return function.trace(jax.eval_shape(init, variables), x, y)
 
 
-def search_step(name, dtype):
-  module, variables, x, y = module_and_inputs(name, dtype, True)
-  state = jax.eval_shape(
-    lambda v: search.init(
-      module, v, sparsity=0.5, balance=0.5, learning_rate=0.01
-    ),
-    variables,
-  )
-  return search.step.trace(state, x, y)
-
-
-def train_step(name, dtype):
-  module, variables, x, y = module_and_inputs(name, dtype, False)
-  tx = optax.sgd(0.1, 0.9, nesterov=True)
-  state = jax.eval_shape(lambda v: train.init(module, v, tx, 0.1), variables)
-  return train.step.trace(state, x, y)
-
-
-def evaluation(name, dtype):
-  module, variables, x, _ = module_and_inputs(name, dtype, False)
-  return jax.jit(module.apply).trace(variables, x)
-
-
-STEPS = {'search': search_step, 'train': train_step, 'eval': evaluation}
-
-
-F32, BF16 = jnp.float32, jnp.bfloat16
+def convolutions(program, platform):
+  text = program.lower(lowering_platforms=(platform,)).as_text()
+  return [t for t in text.splitlines() if 'stablehlo.convolution' in t]
 
 
 @pytest.mark.parametrize(
@@ -75,18 +63,13 @@ F32, BF16 = jnp.float32, jnp.bfloat16
   ],
 )
 def test_steps_lower_for_accelerators(name, step, dtype):
-  traced = STEPS[step](name, dtype)
-  texts = [traced.lower(lowering_platforms=(p,)).as_text() for p in PLATFORMS]
+  program = traced(name, step, dtype)
   element = {'float32': 'xf32>', 'bfloat16': 'xbf16>'}[jnp.dtype(dtype).name]
-  for text in texts:
-    results = [
-      line.rpartition('->')[2]
-      for line in text.splitlines()
-      if 'stablehlo.convolution' in line
-    ]
-    assert len(results) >= 13, 'a convolution is not lowered as one'
-    assert all(element in result for result in results)
-  out = traced.out_info
+  for platform in PLATFORMS:
+    lines = convolutions(program, platform)
+    assert len(lines) >= 13, 'a convolution is not lowered as one'
+    assert all(element in line.rpartition('->')[2] for line in lines)
+  out = program.out_info
   # Parameters, gates, statistics, moments, metrics and logits are float32.
   assert dtypes(out) - {'int32', 'uint32'} == {'float32'}  # Steps and keys.
   if step == 'search':
@@ -96,12 +79,10 @@ def test_steps_lower_for_accelerators(name, step, dtype):
 
 
 def test_depthwise_is_a_grouped_convolution_on_accelerators():
-  traced = evaluation('mobilenet_v1', jnp.float32)
-  blocks = 13
+  program, blocks = traced('mobilenet_v1', 'eval', F32), 13
 
   def grouped(platform):
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    lines = [t for t in text.splitlines() if 'stablehlo.convolution' in t]
+    lines = convolutions(program, platform)
     return sum('feature_group_count = 1 :' not in line for line in lines)
 
   assert [grouped(p) for p in (*PLATFORMS, 'cpu')] == [blocks, blocks, 0]
