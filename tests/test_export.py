@@ -25,6 +25,7 @@ from pfs_jax import (
   prune,
   stages,
   storage,
+  surgery,
 )
 from pfs_jax.export import bundle, check, manifest
 from pfs_jax.export import onnx as onnx_export
@@ -42,18 +43,14 @@ FAMILIES = {
 
 
 def spec_of(size, channels, classes=10):
-  return data.Spec(
-    name='test',
+  return dataclasses.replace(
+    data.spec('digits'),
     image_size=size,
     channels=channels,
     num_classes=classes,
     mean=(0.3, 0.4, 0.5)[:channels],
     std=(0.2, 0.3, 0.4)[:channels],
-    flip=False,
-    crop_padding=0,
     class_names=tuple(f'thing {i}' for i in range(classes)),
-    train_examples=1,
-    test_examples=1,
   )
 
 
@@ -79,15 +76,9 @@ def weights(module, shape):
 
 def pruned(network, every=3):
   """A structure with other counts in every layer."""
-  model = network.cost_model
-  counts = tuple(max(1, w - i % every) for i, w in enumerate(model.widths))
-  return prune.Structure(
-    model.layers,
-    counts,
-    model.macs(counts),
-    model.params(counts),
-    model=network.description,
-  )
+  widths = network.cost_model.widths
+  counts = tuple(max(1, w - i % every) for i, w in enumerate(widths))
+  return models.structure_from_list(network, counts)
 
 
 def network_of(family, every=3):
@@ -562,72 +553,47 @@ def test_missing_formats(copied):
 
 # A model of the user's own, in a process that is really fresh.
 
-
-class Own(nn.Module):
-  classes: int
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Conv(6, (3, 3))(x)
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    return nn.Dense(self.classes)(x.mean((1, 2)))
-
-
-def own(num_classes):
-  return Own(num_classes)
+OWN = 'tests.test_tournament:Tiny'
 
 
 @pytest.mark.slow
 def test_own_model_in_a_fresh_process(tmp_path, monkeypatch):
-  from pfs_jax import surgery
-
   monkeypatch.setattr(bundle, 'subprocess', subprocess)
-  factory = f'{__name__}:own'
-  network = surgery.network_from_factory(factory, 10, 8, 1)
+  network = surgery.network_from_factory(OWN, 10, 8, 1)
   structure = pruned(network)
   module, spec = network.narrow(structure.counts), spec_of(8, 1)
   variables = weights(module, (8, 8, 1))
   folder = tmp_path / 'e'
   manifest = export.save(
-    folder, module, variables, structure, spec, factory=factory
+    folder, module, variables, structure, spec, factory=OWN
   )
   assert set(manifest['formats']) == set(export.FORMATS)
-  assert manifest['structure']['model']['factory'] == factory
+  assert manifest['structure']['model']['factory'] == OWN
   x = images_of(2, spec)
   expected = np.asarray(module.apply(variables, x))
-  found = export.load(folder, 'safetensors', factory)(x)
+  found = export.load(folder, 'safetensors', OWN)(x)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def poison(folder, factory, ran):
   """Makes a bundle, hashes and all, ask for a call of os.system."""
-  path, manifest = folder / 'structure.json', export.read_manifest(folder)
-  structure = json.loads(path.read_text())
-  structure['model'] = {
-    'factory': factory,
-    'num_classes': f'touch {ran}',
-    'image_size': 8,
-    'channels': 1,
-  }
-  path.write_text(json.dumps(structure))
-  manifest['files']['structure.json'] = storage.sha256(path.read_bytes())
-  manifest['structure']['model'] = structure['model']
-  manifest['build'] = 'pfs_jax.stages.exporting:build_from'
-  (folder / 'manifest.json').write_text(json.dumps(manifest))
+  path = folder / 'structure.json'
+  model = {'factory': factory, 'num_classes': f'touch {ran}'}
+  model |= {'image_size': 8, 'channels': 1}
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'model': model}))
+  described = export.read_manifest(folder)['structure'] | {'model': model}
+  code = 'pfs_jax.stages.exporting:build_from'
+  reseal(folder, 'structure.json', structure=described, build=code)
 
 
-@pytest.mark.parametrize('factory', ['', 'tests.test_export:own'])
+@pytest.mark.parametrize('factory', ['', OWN])
 def test_a_bundle_runs_no_code_that_it_names(copied, tmp_path, capsys, factory):
   ran = tmp_path / 'ran'
   poison(copied, 'os:system', ran)
   Image.new('L', (8, 8)).save(tmp_path / 'x.png')
+  options = ['--format=safetensors', f'--factory={factory}']
   with pytest.raises(SystemExit) as end:
-    predict.main(
-      [
-        *(str(copied), str(tmp_path / 'x.png')),
-        *('--format=safetensors', f'--factory={factory}'),
-      ]
-    )
+    predict.main([str(copied), str(tmp_path / 'x.png'), *options])
   assert not ran.exists() and end.value.code == 2
   error = capsys.readouterr().err
   assert error.count('\n') == 1 and "model.factory is 'os:system'" in error
