@@ -63,22 +63,20 @@ def build(job: Job) -> Page:
 def _check_workdir(job: Job) -> None:
   """Refuses an empty folder, and the work of another config."""
   workdir, c = job.workdir, job.config
-  search = workdir / 'search' / 'config.json'
-  trained = job.budget_folders() or (workdir / 'train').exists()
-  if search.exists():
-    runs.claim(search.parent, config.identity(c, 'search'))
-  elif _only_probed(job) and not trained:
+  if _searched(job):
+    runs.claim(workdir / 'search', config.identity(c, 'search'))
+  elif job.budget_folders() or (workdir / 'train').exists():
+    return  # `_cuts` checks the trainings.
+  elif (workdir / 'probe.json').exists():
     runs.claim_part(workdir / 'probe', config.identity(c, 'train', 'probe'))
-  elif not trained:
+  else:
     raise errors.UserError(
       f'{workdir} holds no run yet: --mode=search or --mode=run makes one.'
     )
 
 
-def _only_probed(job: Job) -> bool:
-  """Whether there is a probe without a search."""
-  probed = (job.workdir / 'probe.json').exists()
-  return probed and not (job.workdir / 'search' / 'config.json').exists()
+def _searched(job: Job) -> bool:
+  return (job.workdir / 'search' / 'config.json').exists()
 
 
 def _cuts(job: Job) -> list[Cut]:
@@ -140,12 +138,19 @@ def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
 def _title(job: Job, cuts: Sequence[Cut]) -> str:
   """A short title: 'vgg16 on digits, cut to 50.0% of the MACs, seed 0'."""
   c, name = job.config, job.model_name.rpartition(':')[2]
-  done = f'{len(cuts)} budgets' if cuts else 'search under way'
-  if not cuts and _only_probed(job):
-    done = 'probed'
+  done = f'{len(cuts)} budgets' if cuts else _before_cuts(job)[0]
   if len(cuts) == 1:
     done = f'cut to {_share(job, cuts[0].macs)} of the MACs'
   return f'{name} on {c.data.name}, {done}, seed {c.seed}'
+
+
+def _before_cuts(job: Job) -> tuple[str, str]:
+  """How far a run without a structure has come: for the title, in words."""
+  if (job.workdir / 'probe.json').exists() and not _searched(job):
+    return 'probed', 'A probe was made, and no search'
+  steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
+  at = f'at step {steps[-1]}' if steps else 'at its start'
+  return 'search under way', f'The search is {at}'
 
 
 def interval(accuracy: float, n: int) -> tuple[float, float]:
@@ -208,12 +213,8 @@ def _result_lines(
   job: Job, cuts: Sequence[Cut], trained: Sequence[Cut]
 ) -> Sequence[str]:
   """The result in a few sentences."""
-  if not cuts and _only_probed(job):
-    return ['A probe was made, and no search. No structure is cut yet.']
   if not cuts:
-    steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
-    at = f'at step {steps[-1]}' if steps else 'at its start'
-    return [f'The search is {at}. No structure is cut yet.']
+    return [f'{_before_cuts(job)[1]}. No structure is cut yet.']
   lines = []
   if not len(cuts) == len(trained) == 1:
     n = len(trained)
