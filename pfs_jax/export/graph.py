@@ -107,13 +107,10 @@ class Graph:
     if other.size != 1 and not other.size == other.shape[1] == channels:
       return None
     c = other.astype(np.float64).reshape(-1)
-    if node.op == 'Mul':
-      return c, 0.0
     if node.op == 'Div':
       return (1 / c, 0.0) if left else None
-    if node.op == 'Add':
-      return 1.0, c
-    return (1.0, -c) if left else (-1.0, c)
+    terms = (1.0, -c) if left else (-1.0, c)
+    return {'Mul': (c, 0.0), 'Add': (1.0, c), 'Sub': terms}[node.op]
 
   def write(
     self,

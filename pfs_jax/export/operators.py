@@ -84,28 +84,18 @@ def _elementwise_op(first: str, *then: str) -> Callable[..., Tensor]:
   return write
 
 
-def _tensor_and_limit(a, b) -> tuple[Tensor, float | None]:
-  """(tensor, constant scalar or None) of two operands in any order."""
+def _limited(graph, equation, a, b) -> Tensor:
+  """Max or Min; Relu for a maximum of 0, Clip for a limit of a Relu (ReLU6)."""
+  op = equation.primitive.name.capitalize()
   x, limit = (a, b) if isinstance(a, Tensor) else (b, a)
-  scalar = not isinstance(limit, Tensor) and np.ndim(limit) == 0
-  return x, limit if scalar else None
-
-
-def _maximum(graph, equation, a, b) -> Tensor:
-  x, limit = _tensor_and_limit(a, b)
-  if limit is not None and limit == 0:
-    return _elementwise(graph, 'Relu', x)
-  return _elementwise(graph, 'Max', a, b)
-
-
-def _minimum(graph, equation, a, b) -> Tensor:
-  """Min; or Clip, if it limits a Relu (ReLU6)."""
-  x, limit = _tensor_and_limit(a, b)
-  relu = graph.maker(x.name)
-  if relu and relu.op == 'Relu' and limit is not None and limit >= 0:
-    bounds = [graph.constant(np.zeros_like(limit)), graph.constant(limit)]
-    return Tensor(graph.add('Clip', [relu.inputs[0], *bounds]), x.order)
-  return _elementwise(graph, 'Min', a, b)
+  if not isinstance(limit, Tensor) and np.ndim(limit) == 0:
+    if op == 'Max' and limit == 0:
+      return _elementwise(graph, 'Relu', x)
+    relu = graph.maker(x.name)
+    if op == 'Min' and limit >= 0 and relu and relu.op == 'Relu':
+      bounds = [graph.constant(np.zeros_like(limit)), graph.constant(limit)]
+      return Tensor(graph.add('Clip', [relu.inputs[0], *bounds]), x.order)
+  return _elementwise(graph, op, a, b)
 
 
 def _power(graph, equation, x) -> Tensor:
@@ -167,8 +157,7 @@ def _dense(graph, equation, x, kernel) -> Tensor:
   contracted, batched = (tuple(map(tuple, pair)) for pair in numbers)
   ranks = [v.aval.ndim for v in equation.invars]
   last = ranks[0] - 1
-  depends = isinstance(kernel, Tensor)
-  refuse(depends, 'by a matrix that depends on the image')
+  refuse(isinstance(kernel, Tensor), 'by a matrix that depends on the image')
   other = any(batched) or contracted != ((last,), (0,)) or ranks[1] != 2
   refuse(other, 'but for the last axis by the first one of a matrix')
   op = 'Gemm' if last == 1 else 'MatMul'
@@ -355,8 +344,8 @@ TABLE: dict[str, Callable[..., Any]] = {
   'le': _elementwise_op('LessOrEqual'),
   'logistic': _elementwise_op('Sigmoid'),
   'lt': _elementwise_op('Less'),
-  'max': _maximum,
-  'min': _minimum,
+  'max': _limited,
+  'min': _limited,
   'ne': _elementwise_op('Equal', 'Not'),
   'pad': _padded,
   'reduce_max': _reduced('ReduceMax'),

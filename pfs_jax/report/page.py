@@ -53,8 +53,9 @@ class Page:
     self._add(f'<p class="{kind}">{escape(text)}</p>')
 
   def table(self, table: Table, folded: bool = False) -> None:
-    """Adds a table; a folded one opens on a click."""
-    self._add(self._table_html(table, folded))
+    """Adds a table unless it is empty; a folded one opens on a click."""
+    if table.rows:
+      self._add(self._table_html(table, folded))
 
   def _table_html(self, table: Table, folded: bool) -> str:
     self._tables.add(table.title)

@@ -343,12 +343,9 @@ def _details(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
   rows = [[k, str(v)] for k, v in versions.items()]
   rows.sort(key=lambda row: row[0] not in ('commit', 'hardware'))
   report.section('How it was made')
-  for table in (
-    Table('Time, compilation included', ['stage', 'steps', 'time'], times),
-    Table('Exported files', ['file', 'size'], files),
-    Table('Versions', ['of', 'value'], rows),
-  ):
-    if table.rows:
-      report.table(table)
+  columns = ['stage', 'steps', 'time']
+  report.table(Table('Time, compilation included', columns, times))
+  report.table(Table('Exported files', ['file', 'size'], files))
+  report.table(Table('Versions', ['of', 'value'], rows))
   fields = noted.get('config') or job.config.to_dict()
   report.config(fields, fields)

@@ -80,8 +80,7 @@ def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
       for measure in (tables.ACCURACY, tables.LOSS)
     ]
     for table in numbered:
-      if table.rows:
-        report.table(table)
+      report.table(table)
     report.section('Accuracy')
     _accuracy(report, trained, numbered[0])
     _differences(report, tables.against(study), trained, numbered[0])
