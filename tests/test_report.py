@@ -94,6 +94,9 @@ def trained(workdir, budgets=1, **changes):
       'params': there['params'],
       'counts': there['counts'],
       'budget': name,
+      'class_names': [],
+      'steps': 30,
+      'seconds': 4000.0,
       'versions': {'jax': '0.0.1', 'commit': 'abc', 'hardware': '1 x abacus'},
       **changes,
     }
@@ -341,6 +344,15 @@ def test_empty_workdir_is_refused_and_left_alone(tmp_path):
   with pytest.raises(errors.UserError, match='holds no run yet'):
     report.write(tiny(), tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
+
+
+def test_a_result_that_was_edited_wrongly_is_named(tmp_path):
+  job = trained(tmp_path)
+  result = storage.read_json(tmp_path / 'result.json')
+  del result['counts']
+  storage.write_json(tmp_path / 'result.json', result)
+  with pytest.raises(errors.UserError, match='result.json: .*`counts`'):
+    report.write(job.config, tmp_path)
 
 
 @pytest.mark.parametrize('field', ['seed', 'search.epochs', 'train.epochs'])

@@ -83,9 +83,10 @@ def _cuts(job: Job) -> list[Cut]:
   """All budgets of the workdir, the widest network first."""
   found = []
   for name, folder in job.budget_folders().items():
-    path, r = folder / 'result.json', {}
+    path = folder / 'result.json'
+    r: Mapping[str, Any] = {}
     if path.exists():
-      r = storage.read_json(path)
+      r = runs.read_result(path)
       counts, macs, params = r['counts'], r['macs'], r['params']
     else:
       text = storage.read_text(folder / 'structure.json')
@@ -338,8 +339,8 @@ def _details(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
     for path in (job.workdir / 'versions.json', job.workdir / 'config.json')
     if path.exists()
   }
-  trained = [cut.result['versions'] for cut in cuts if cut.result]
-  versions = trained[0] if trained else noted.get('versions', {})
+  trained = [cut.result for cut in cuts if 'versions' in cut.result]
+  versions = (trained[0] if trained else noted).get('versions', {})
   rows = [[k, str(v)] for k, v in versions.items()]
   rows.sort(key=lambda row: row[0] not in ('commit', 'hardware'))
   report.section('How it was made')
