@@ -49,7 +49,10 @@ def pytest_configure(config):
     # Else each process compiles all sources again, which takes 3 s.
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
     os.environ['PYTHONPYCACHEPREFIX'] = str(folder / 'bytecode')
-    sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder / 'bytecode')
+    sys.dont_write_bytecode, sys.pycache_prefix = (
+      False,
+      str(folder / 'bytecode'),
+    )
   # In the environment, so that processes that tests start share the cache.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')

@@ -300,6 +300,27 @@ def test_a_probe_alone(tmp_path):
     report.write(tiny(**{'probe.epochs': 1.5}), tmp_path)
 
 
+@pytest.mark.parametrize(
+  'name, field, value, message',
+  [
+    ('probe', 'sentence', None, 'sentence'),
+    ('probe', 'losses', [], 'losses must have an entry for each layer'),
+    ('probe', 'error', {}, 'mean and error must name all layers'),
+    ('tournament', 'rounds', [{'epochs': 1}], 'losses'),
+    ('tournament', 'layers', ['a'], 'is not of the 13 layers here'),
+  ],
+)
+def test_a_choice_is_checked(tmp_path, name, field, value, message):
+  job = searched(tmp_path)
+  choices(job, name)
+  path = tmp_path / f'{name}.json'
+  found = storage.read_json(path)
+  storage.write_json(path, {**found, field: value})
+  with pytest.raises(errors.UserError, match=message) as refused:
+    report.write(job.config, tmp_path)
+  assert str(path) in str(refused.value)
+
+
 def test_a_single_point_is_no_curve(tmp_path):
   log(tmp_path, [{'step': 10, 'loss': 0.25}])
   shown = page.Page('a run')

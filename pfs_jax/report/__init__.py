@@ -51,5 +51,5 @@ def write(
     storage.write_bytes(folder / f'{name}.svg', svg)
   storage.write_text(page, report.html())
   console.say(
-    f'{page} is written; its {len(report.pictures)} pictures are in {folder}.'
+    f'{page} is written; its pictures ({len(report.pictures)}) are in {folder}.'
   )

@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from pfs_jax import runs, storage
+from pfs_jax import errors, runs, storage
 from pfs_jax.report import figures
 from pfs_jax.report.page import Page
 from pfs_jax.stages import Job
 from pfs_jax.tables import Table
+
+
+class _Probe(TypedDict):
+  """The fields of probe.json that a report shows."""
+
+  layers: list[str]
+  losses: list[list[float]]
+  mean: dict[str, float]
+  error: dict[str, float]
+  sentence: str
+  columns: list[str]
+  rows: list[list[str]]
+
+
+class _Round(TypedDict):
+  """A round of a tournament."""
+
+  epochs: float
+  losses: dict[str, list[float]]
+
+
+class _Tournament(TypedDict):
+  """The fields of tournament.json that a report shows."""
+
+  layers: list[str]
+  counts: dict[str, list[int]]
+  rounds: list[_Round]
+  sentence: str
+  columns: list[str]
+  rows: list[list[str]]
 
 
 def thinned(n: int, most: int) -> list[int]:
@@ -33,7 +63,12 @@ def probe(report: Page, job: Job) -> None:
   path = job.workdir / 'probe.json'
   if not path.exists():
     return
-  found: dict[str, Any] = storage.read_json(path)
+  found: _Probe = storage.read_json(path, _Probe)
+  layers = set(found['layers'])
+  if not layers <= found['mean'].keys() & found['error'].keys():
+    raise errors.UserError(f'{path}: mean and error must name all layers.')
+  if len(found['losses']) != len(found['layers']):
+    raise errors.UserError(f'{path}: losses must have an entry for each layer.')
   rows = []
   for layer, values in zip(found['layers'], found['losses'], strict=True):
     mean, error = found['mean'][layer], found['error'][layer]
@@ -56,16 +91,19 @@ def tournament(report: Page, job: Job) -> None:
   path = job.workdir / 'tournament.json'
   if not path.exists():
     return
-  found: dict[str, Any] = storage.read_json(path)
+  found: _Tournament = storage.read_json(path, _Tournament)
+  widths = job.network.cost_model.widths
+  lengths = {len(counts) for counts in found['counts'].values()}
+  if lengths | {len(found['layers'])} != {len(widths)}:
+    raise errors.UserError(f'{path} is not of the {len(widths)} layers here.')
   lines = []
   for name in found['counts']:
     rounds = [r for r in found['rounds'] if name in r['losses']]
     values = [r['losses'][name] for r in rounds]
     means = [float(np.mean(v)) for v in values]
-    errors = [float(np.std(v, ddof=len(v) > 1) / len(v) ** 0.5) for v in values]
+    spread = [float(np.std(v, ddof=len(v) > 1) / len(v) ** 0.5) for v in values]
     epochs = [r['epochs'] for r in rounds]
-    lines.append(figures.Line(name, epochs, means, errors))
-  widths = job.network.cost_model.widths
+    lines.append(figures.Line(name, epochs, means, spread))
   shares = 100 * np.divide(list(found['counts'].values()), widths).T
   titles = [f'{i}. {name}' for i, name in enumerate(found['counts'], 1)]
   rows = [
@@ -108,7 +146,7 @@ def _gates_by_label(job: Job) -> dict[str, np.ndarray]:
     found[f'step {int(paths[i].stem)}'] = [g.ravel() for g in read]
   chosen, path = chosen_gates(job), job.workdir / 'kept.json'
   if chosen and path.exists():
-    kept = storage.read_json(path)
+    kept = storage.read_json(path, dict[str, list[int]])
     masks = {
       k: np.isin(np.arange(g.size), kept.get(k, [])) for k, g in chosen.items()
     }
