@@ -414,9 +414,12 @@ def test_what_is_trained_is_not_cut_to_other_counts(tmp_path):
       {'tournament.candidates': ('filters+rewind',)},
       r"config.tournament.candidates must be .*; got 'filters\+rewind'",
     ),
-    (
-      {'tournament.candidates': ('searched#first',)},
-      r"config.tournament.candidates must be .*; got 'searched#first'",
+    *(
+      (
+        {'tournament.candidates': (f'searched#{number}',)},
+        rf"config.tournament.candidates must be .*; got 'searched#{number}",
+      )
+      for number in ('first', '', '²', '9' * 5000)
     ),
     (
       {'tournament.candidates': ('uniform',)},

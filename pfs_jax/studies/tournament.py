@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -304,7 +305,7 @@ def check(job: stages.Job) -> None:
 
 def _is_candidate(name: str) -> bool:
   """Whether an arm can take part in a tournament; refuses unknown words."""
-  words, _, number = name.partition('#')
+  words, sign, number = name.partition('#')
   arm = arms.parse(words)
   allowed = ('search.', 'budget.ranking')
   return (
@@ -312,7 +313,7 @@ def _is_candidate(name: str) -> bool:
     and arm.training == 'scratch'
     and not arm.pretrain_epochs
     and all(field.startswith(allowed) for field in arm.overrides)
-    and (number.isdigit() or '#' not in name)
+    and re.fullmatch(r'(#\d{1,10})?', sign + number) is not None
   )
 
 
