@@ -87,6 +87,16 @@ def test_a_finished_run_prints_its_table(finished, capsys):
   out = capsys.readouterr().out
   assert 'test accuracy' in out and 'steps/s' not in out
   assert {p: p.stat().st_mtime for p in finished.rglob('*.npz')} == before
+  assert '(keep0.5)' in out
+
+
+def test_the_table_names_the_winner_of_a_tournament(finished, capsys):
+  path = finished / 'structure.json'
+  found = storage.read_json(path)
+  found['source']['tournament'] = {'chosen': 'tilt1'}
+  storage.write_json(path, found)
+  execute('train', finished)
+  assert "(keep0.5, the widths of 'tilt1' by a" in capsys.readouterr().out
 
 
 def test_eval_restores(finished, capsys, monkeypatch):

@@ -137,6 +137,7 @@ def test_the_choice_on_planted_losses(tmp_path, monkeypatch):
   )
   names = ('bad', 'slow', 'early', 'steady')
   c = small(**{'tournament.candidates': names, 'tournament.seeds': 3})
+  c.budget.ranking = 'layer_mean'  # This names the files, and does no more.
   found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
   assert found['chosen'] == 'steady'
   assert found['gain'] == pytest.approx(0.1 - 0.001 * 2 / 3)
@@ -149,6 +150,7 @@ def test_the_choice_on_planted_losses(tmp_path, monkeypatch):
     (n, s) for n in ('uniform', 'steady') for s in (1, 2, 3)
   }
   assert 'steady beats uniform width' in found['sentence']
+  assert 'keep0.5-layermean has the widths of steady.' in found['sentence']
   assert [r['epochs'] for r in found['rounds']] == [1, 2, 4]
 
 

@@ -26,6 +26,9 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
   ):
     rows.append([layer, str(width), str(count), f'{count / width:.0%}'])
   columns = ['layer', 'searched', 'kept', 'share']
+  won = structure.source.get('tournament')
+  if isinstance(won, dict):  # The name is that of the config's ranking.
+    name += f', the widths of {won.get("chosen")!r} by a tournament'
   console.table(f'Channels kept ({name})', columns, rows)
 
   def shown(accuracy: float | None) -> str:

@@ -161,7 +161,8 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     'seconds': round(sum(seconds.values()), 1),
     'share': round(sum(seconds.values()) / one_training, 3),
   }
-  found |= _result_summary(found, math.log(job.spec.num_classes))
+  chance = math.log(job.spec.num_classes)
+  found |= _result_summary(found, job.budgets[0].name, chance)
   storage.write_json(path, found, sealed=True)
   return found
 
@@ -229,11 +230,14 @@ def _training(
   return storage.read_json(path)
 
 
-def _result_summary(found: Mapping[str, Any], chance: float) -> dict[str, Any]:
+def _result_summary(
+  found: Mapping[str, Any], budget: str, chance: float
+) -> dict[str, Any]:
   """The table and the sentences of the result.
 
   Args:
     found: The content of tournament.json so far.
+    budget: The name of the structure, which may be that of another ranking.
     chance: The loss of chance: ln of the number of classes.
   """
   log, rows = found['rounds'], []
@@ -249,7 +253,8 @@ def _result_summary(found: Mapping[str, Any], chance: float) -> dict[str, Any]:
   sentence = (
     f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
     f'{found["error"]:.4f}, n = {len(last[INCUMBENT])}). It took '
-    f'{console.duration(found["seconds"])}, {found["share"]:.0%} of a training.'
+    f'{console.duration(found["seconds"])}, {found["share"]:.0%} of a training. '
+    f'The structure {budget} has the widths of {found["chosen"]}.'
   )
   if min(map(min, last.values())) > stages.CHANCE * chance:
     sentence += (
