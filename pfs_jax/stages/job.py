@@ -106,6 +106,11 @@ class Job:
     drawn = models.init(self.network.gated, key, self.image_shape)
     return self.network.table.awake(drawn)
 
+  @property
+  def ungated_weights(self) -> dict[str, Any]:
+    """The first weights without the gates."""
+    return {k: v for k, v in self.first_weights.items() if k != 'gates'}
+
   def reseeded(self, i: int) -> Job:
     """The same run with its i-th other seed; the run itself for i = 0."""
     if i not in self._reseeded:

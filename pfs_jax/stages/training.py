@@ -91,7 +91,7 @@ def _initial_weights(job: Job, path: pathlib.Path, structure: prune.Structure):
       f'{path} does not belong to the structure: it keeps other counts. Run '
       '--mode=prune again.'
     )
-  first = {k: v for k, v in job.first_weights.items() if k != 'gates'}
+  first = job.ungated_weights
   if job.config.train.init == 'inherit':
     folder = job.workdir / 'wide'
     identity = config.identity(job.config, 'train')

@@ -29,27 +29,24 @@ def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
   folder = root / 'cells' / cell.hash
   with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
     found = _structure(cell, folder, root)
-    record = {**_record(cell), **found}
+    versions = runs.versions()
+    record = {
+      'arm': cell.name,
+      'variation': dict(cell.variation),
+      'seed': cell.seed,
+      'config_hash': cell.hash,
+      'commit': versions['commit'],
+      'hardware': versions['hardware'],
+      'test_accuracy': None,
+      'seconds': 0.0,
+      'fields': cell.identity,
+      **found,
+    }
     if cell.arm.training != 'none':
       record |= _trained(cell, folder, root, found)
   storage.write_json(folder / 'cell.json', record, sealed=True)
   products.forget_programs()
   return record
-
-
-def _record(cell: plan.Cell) -> dict[str, Any]:
-  versions = runs.versions()
-  return {
-    'arm': cell.name,
-    'variation': dict(cell.variation),
-    'seed': cell.seed,
-    'config_hash': cell.hash,
-    'commit': versions['commit'],
-    'hardware': versions['hardware'],
-    'test_accuracy': None,
-    'seconds': 0.0,
-    'fields': cell.identity,
-  }
 
 
 def _structure(cell: plan.Cell, folder, root) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def _weights(
   BatchNorm's scale and bias (the running statistics are those without gates).
   """
   job = stages.Job(cell.wide, root)
-  arm, variables = cell.arm, products.first_weights(job)
+  arm, variables = cell.arm, job.ungated_weights
   if arm.training == 'inherit':
     epochs = arm.pretrain_epochs if arm.scores == 'gates' else math.inf
     if epochs:

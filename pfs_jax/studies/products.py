@@ -89,11 +89,6 @@ def scale_penalty(penalty: float) -> optax.GradientTransformation:
   )
 
 
-def first_weights(job: stages.Job) -> dict[str, Any]:
-  """The random variables that a search starts from, gates left out."""
-  return {k: v for k, v in job.first_weights.items() if k != 'gates'}
-
-
 def trained(
   cell: plan.Cell, root: pathlib.Path, epochs: float
 ) -> tuple[dict[str, Any], pathlib.Path]:
@@ -133,7 +128,7 @@ def _train(cell: plan.Cell, folder: pathlib.Path) -> None:
     folder,
     'wide',
     job.config.train.epochs,
-    first_weights(job),
+    job.ungated_weights,
     hold_out=True,
     penalty=scale_penalty(penalty) if penalty else None,
     watch=keep,

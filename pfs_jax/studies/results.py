@@ -59,10 +59,9 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     errors.UserError: The file is no list of records with the fields above.
   """
-  return _records(file, storage.read_bytes(file)) if file.exists() else []
-
-
-def _records(file: pathlib.Path, content: bytes) -> list[dict[str, Any]]:
+  if not file.exists():
+    return []
+  content = storage.read_bytes(file)
   storage.decode(content, list[_Fields], file)  # This drops other fields.
   return storage.decode(content, Any, file)
 
@@ -88,9 +87,9 @@ def known(
   """{config hash: record} of all studies in the folder of this one's file."""
   found = {}
   for file in sorted(path(study, workdir).parent.glob('*.json')):
-    content = storage.read_bytes(file)
-    if content.lstrip().startswith(b'['):  # Other files may be there.
-      found |= {r['config_hash']: r for r in _records(file, content)}
+    # Other files may be there.
+    if storage.read_bytes(file).lstrip().startswith(b'['):
+      found |= {r['config_hash']: r for r in read(file)}
   return found
 
 
