@@ -253,8 +253,8 @@ def _result_summary(
   sentence = (
     f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
     f'{found["error"]:.4f}, n = {len(last[INCUMBENT])}). It took '
-    f'{console.duration(found["seconds"])}, {found["share"]:.0%} of a training. '
-    f'The structure {budget} has the widths of {found["chosen"]}.'
+    f'{console.duration(found["seconds"])}, {found["share"]:.0%} of a training.'
+    f' The structure {budget} has the widths of {found["chosen"]}.'
   )
   if min(map(min, last.values())) > stages.CHANCE * chance:
     sentence += (
