@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from pfs_jax import costs, errors, models, prune
+from pfs_jax import costs, errors, models, prune, scores
 
 CASES = [('resnet20', 8), ('vgg16', 8)]
 
@@ -100,21 +100,21 @@ def test_fit_equals_a_linear_scan_with_traced_costs():
   assert traced(found.counts) == (found.macs, found.params)
 
 
-@pytest.mark.parametrize('name,width', [('resnet20', 16), ('vgg16', 32)])
+@pytest.mark.parametrize(
+  'name,width,off', [('resnet20', 16, 2), ('vgg16', 32, 1.5)]
+)
 @pytest.mark.parametrize('value', [0.0, 0.37])
-def test_equal_gates_give_near_uniform_widths(name, width, value):
+def test_equal_gates_give_near_uniform_widths(name, width, off, value):
   model = cost_model(name, width)
-  gates = {
-    layer: np.full(n, value, np.float32)
-    for layer, n in zip(model.layers, model.widths, strict=True)
-  }
+  gates = {layer: ones * value for layer, ones in scores.equal(model).items()}
   full, floor = model.macs(model.widths), model.macs((1,) * len(model.widths))
-  for share in (0.25, 0.5, 0.75):
-    budget = int(floor + share * (full - floor))
-    found = prune.fit(gates, model, budget)
-    shares = np.array(found.counts) / np.array(model.widths)
-    slack = 2 / min(model.widths)  # The fill may add a channel here and there.
-    assert shares.max() - shares.min() <= slack, found.counts
+  for share in (0.1, 0.25, 0.5, 0.75):
+    found = prune.fit(gates, model, int(floor + share * (full - floor)))
+    # One share for all: each count is within a channel or two of it.
+    widths = np.array(model.widths)
+    uniform = np.median(found.counts / widths) * widths
+    assert np.abs(found.counts - uniform).max() <= off, found.counts
+    assert found.unused['macs'] < scores.channel_costs(model).max()
     assert found.tie_share == 1.0
 
 

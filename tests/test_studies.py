@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import study_results
-from pfs_jax import errors, models, prune, scores, storage, studies
+from pfs_jax import errors, models, prune, scores, studies
 from pfs_jax.studies import arms, cells, engine, plan, products, results, tables
 from pfs_jax.studies import statistics as stats
 from tests import processes
@@ -71,9 +71,7 @@ def test_channel_costs_by_hand():
 def test_over_cost(vgg):
   gates = gates_like(vgg)
   spent = scores.channel_costs(vgg)
-  plain = scores.over_cost(gates, vgg, 0.0)
-  half = scores.over_cost(gates, vgg, 0.5)
-  whole = scores.over_cost(gates, vgg, 1.0)
+  plain, half, whole = (scores.over_cost(gates, vgg, p) for p in (0, 0.5, 1))
   for i, (name, gate) in enumerate(gates.items()):
     np.testing.assert_allclose(plain[name], gate)
     np.testing.assert_allclose(whole[name], gate * spent.mean() / spent[i])
@@ -83,24 +81,8 @@ def test_over_cost(vgg):
 # Baselines, all through the same solver.
 
 
-def kept_shares(model, wanted, share=0.3):
-  ceiling = int(share * model.macs(model.widths))
-  structure = prune.fit(wanted, model, ceiling)
-  return structure, np.array(structure.counts) / model.widths
-
-
 def dearest_channel(model):
   return int(scores.channel_costs(model).max())
-
-
-@pytest.mark.parametrize('share', [0.1, 0.3, 0.7])
-def test_uniform_is_uniform(vgg, share):
-  structure, shares = kept_shares(vgg, scores.equal(vgg), share)
-  counts = np.array(structure.counts)
-  scale = np.median(shares)
-  # One width for all: each count is within a channel of scale * width.
-  assert np.abs(counts - scale * np.array(vgg.widths)).max() <= 1.5
-  assert structure.unused['macs'] < dearest_channel(vgg)
 
 
 def test_random_gates_favour_no_layer(vgg):
@@ -109,11 +91,11 @@ def test_random_gates_favour_no_layer(vgg):
   100 seeds: the standard error of a layer's mean is at most
   sqrt(0.25 / 16 / 100) = 0.0125.
   """
-  shares = []
+  shares, ceiling = [], int(0.3 * vgg.macs(vgg.widths))
   for seed in range(100):
-    structure, found = kept_shares(vgg, scores.random(vgg, seed))
+    structure = prune.fit(scores.random(vgg, seed), vgg, ceiling)
     assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
-    shares.append(found)
+    shares.append(np.divide(structure.counts, vgg.widths))
   by_layer = np.mean(shares, axis=0)
   assert np.ptp(by_layer) < 0.06, by_layer
   small, large = by_layer[:2].mean(), by_layer[-6:].mean()
@@ -136,20 +118,13 @@ def test_shuffled_permutes_within_equal_layers(vgg):
     structure = prune.fit(shuffled, vgg, vgg.macs(wanted))
     assert structure.counts == tuple(wanted)
     permutations.add(tuple(wanted))
-  assert len(permutations) > 1
-
-
-def test_shuffled_scales_to_the_ceiling(vgg):
-  counts = np.array([4, 12, 20, 7, 30, 11, 50, 90, 40, 21, 60, 33, 101])
-  ceiling = vgg.macs(counts)
-  for seed in range(5):
-    shuffled = scores.shuffled(vgg, counts, seed)
-    wanted = np.array([s[0] / 2 for s in shuffled.values()])
-    structure = prune.fit(shuffled, vgg, ceiling)
+    # Another ceiling scales them all by one factor.
+    structure = prune.fit(shuffled, vgg, vgg.macs(counts))
     assert 0 <= structure.unused['macs'] < dearest_channel(vgg)
     room = (wanted < vgg.widths) & (np.array(structure.counts) < vgg.widths)
     factors = (np.array(structure.counts) / wanted)[room & (wanted >= 20)]
     assert np.ptp(factors) < 0.12, factors
+  assert len(permutations) > 1
 
 
 def test_scores_of_trained_weights_by_hand():
@@ -164,30 +139,29 @@ def test_scores_of_trained_weights_by_hand():
 
 
 # The gates of MobileNets act on another BatchNorm than that of their layer.
-@pytest.mark.parametrize('name', ['vgg16', 'mobilenet_v1'])
+@pytest.mark.parametrize('name', ['resnet8', 'mobilenet_v1'])
 def test_folded_gates_act_as_gates(name):
   model = models.network(name, 10, 8, 1, base_width=4)
-  variables = models.init(model.gated, jax.random.key(0), (8, 8, 1))
   rng = np.random.default_rng(0)
-
-  def drawn(path, leaf):  # Biases start at 0, scales at one value.
-    if path[-1].key == 'kernel':
-      return leaf
-    return rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32)
-
-  gates, params = jax.tree_util.tree_map_with_path(
-    drawn, (variables['gates'], variables['params'])
-  )
-  variables = {**variables, 'params': params}
   x = rng.random((4, 8, 8, 1)).astype(np.float32)
-  apply = jax.jit(model.reference.apply)
-  expected = jax.jit(model.gated.apply)({**variables, 'gates': gates}, x)
-  bare = {k: v for k, v in variables.items() if k != 'gates'}
+  shapes = jax.eval_shape(model.gated.init, jax.random.key(0), x)
+  *shapes, gates = (shapes[k] for k in ('params', 'batch_stats', 'gates'))
+  params, stats, gates = jax.tree.map(
+    lambda leaf: rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32),
+    (*shapes, gates),
+  )
+
+  @jax.jit
+  def apply(variables, gates):
+    return model.gated.apply({**variables, 'gates': gates}, x)
+
+  ones, bare = jax.tree.map(np.ones_like, gates), {'params': params}
+  bare['batch_stats'] = stats
   norms = {g.name: g.norms[0] for g in model.table.groups}
   folded = cells.folded(bare, model.by_layer(gates), norms)
-  found = apply(folded, x)
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-  assert not np.allclose(found, apply(bare, x), rtol=1e-3)
+  found, expected = apply(folded, ones), apply(bare, gates)
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  assert not np.allclose(found, apply(bare, ones), rtol=1e-3)
 
 
 def test_scale_penalty_by_hand():
@@ -327,47 +301,39 @@ def test_identity_depends_on_what_matters_only():
   assert differing(**{'data.source_dir': '/x', 'log_steps': 3}) == set()
 
 
+def varied(field, value):
+  return {'field': field, 'values': (value,)}
+
+
 @pytest.mark.parametrize(
   'change,message',
   [
-    ({'arms': ()}, 'config.arms must not be empty'),
-    ({'seeds': (1, 1)}, 'config.seeds must name each once'),
-    ({'field': 'search.epoch', 'values': (1,)}, 'a field of config.base'),
-    (
-      {'field': 'arm.magic', 'values': (1,)},
-      'a field of config.base or arm.pretrain',
-    ),
-    ({'field': 'search.epochs'}, 'must be given together'),
-    ({'seeds': (0.5,)}, 'config.seeds must be integers; got 0.5'),
-    (
-      {'field': 'search.epochs', 'values': ('1',)},
-      "config.values must be numbers; got '1'",
-    ),
-    (
-      {'field': 'model.width', 'values': (8.5,)},
-      'config.field: model.width takes no such values',
-    ),
-    (
-      {'arms': ('searched',), 'field': 'arm.pretrain_epochs', 'values': (0.5,)},
-      'arm.pretrain_epochs must be whole epochs',
-    ),
-    ({'base.model.factory': 'a:b'}, "config.base.model.factory must be ''"),
-    (
-      {'base.budget.ranking': 'cost'},
-      "config.base.budget.ranking must be 'global'",
-    ),
-    ({'baseline': 'magic'}, 'config.baseline must be one of searched; '),
-    (
-      {'field': 'search.sparsity', 'values': (7.0,)},
-      r'config.search.sparsity must be in \[0, 1\]',
-    ),
+    ({'arms': ()}, 'arms must not be empty'),
+    ({'seeds': (1, 1)}, 'seeds must name each once'),
+    ({'seeds': (0.5,)}, 'seeds must be integers; got 0.5'),
+    (varied('search.epoch', 1), 'field must be a field of config.base'),
+    (varied('arm.magic', 1), 'field must be .* or arm.pretrain_epochs; got'),
+    ({'field': 'search.epochs'}, 'field and .* must be given together'),
+    (varied('search.epochs', '1'), "values must be numbers; got '1'"),
+    (varied('model.width', 8.5), 'field: model.width takes no such values'),
+    (varied('search.sparsity', 7.0), r'search.sparsity must be in \[0, 1\]'),
+    ({'base.model.factory': 'a:b'}, "base.model.factory must be ''"),
+    ({'base.budget.ranking': 'cost'}, "base.budget.ranking must be 'global'"),
+    ({'baseline': 'magic'}, 'baseline must be one of searched; '),
   ],
 )
 def test_errors_of_a_study(change, message):
   study = config_of('headline')
   study.baseline = ''
   study.update_from_flattened_dict(change)
-  with pytest.raises(errors.UserError, match=message):
+  with pytest.raises(errors.UserError, match=f'^config.{message}'):
+    plan.cells(study)
+
+
+def test_pretraining_is_in_whole_epochs():
+  study = config_of('ratio')
+  study.update(varied('arm.pretrain_epochs', 0.5))
+  with pytest.raises(errors.UserError, match='^arm.* must be whole epochs'):
     plan.cells(study)
 
 
@@ -395,56 +361,46 @@ def record(arm, seed, accuracy, variation=None, label=None):
 
 def test_rows_compare_with_what_is_comparable():
   study = config_of('compare', 'full')
+  means = {'uniform': 0.8, 'searched': 0.9}
+  means |= {'uniform+scratch_b': 0.85, 'searched+scratch_b': 0.91}
   records = [
-    record(arm, seed, base + seed / 100)
-    for arm, base in (
-      ('uniform', 0.8),
-      ('searched', 0.9),
-      ('uniform+scratch_b', 0.85),
-      ('searched+scratch_b', 0.91),
-    )
-    for seed in (0, 1)
+    record(a, i, m + i / 100) for i in (0, 1) for a, m in means.items()
   ]
   by_label = {row[0]: row for row in tables.comparison(study, records).rows}
-  assert by_label['searched'][1:6] == [
-    '2',
-    '90.50',
-    '0.71',
-    '+10.00',
-    '+10.00 .. +10.00',
-  ]
+  first = '|'.join(by_label['searched'][1:6])
+  assert first == '2|90.50|0.71|+10.00|+10.00 .. +10.00'
   assert by_label['searched+scratch_b'][4] == '+6.00'
   assert by_label['uniform'][4] == ''
   assert tables.against(study) == 'uniform (Scratch-B: uniform+scratch_b)'
-
-
-def test_scratch_b_waits_for_its_baseline():
-  study = config_of('compare', 'full')
+  # Scratch-B waits for its baseline.
   records = [record('uniform', 0, 0.8), record('searched+scratch_b', 0, 0.9)]
   assert tables.baseline_of(study, records, records[1:]) == []
-
-
-def test_pairs_are_counted():
-  study = config_of('headline')
-  records = [record('uniform', 0, 0.8)]
-  records += [record('searched', seed, 0.9) for seed in (0, 1)]
-  row = {r[0]: r for r in tables.comparison(study, records).rows}['searched']
+  # Pairs are counted.
+  records[1:] = [record('searched', seed, 0.9) for seed in (0, 1)]
+  _, row = tables.comparison(study, records).rows
   assert row[1] == '2' and row[4] == '+10.00 (n = 1)'
 
 
-def test_similarity_is_of_structures_that_were_chosen():
-  first = {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
-  uniform, shuffled = (
-    [{**record(arm, seed, None), **first} for seed in (0, 1)]
-    for arm in ('uniform', 'shuffled')
-  )
-  assert tables.similarity(uniform).rows == []
+def cut_record(arm, seed, counts=(2, 4), kept='3f'):
+  names = {'counts': counts, 'kept': kept}
+  cut = {k: dict(zip('ab', v, strict=True)) for k, v in names.items()}
+  return record(arm, seed, None) | cut
+
+
+def test_similarity_of_records():
+  a = cut_record('searched', 0)
+  b = cut_record('searched', 1, (2, 3), '67')
+  chance = (14 / 36 + 3 / 4) / 2
+  (found,) = tables.overlaps([(a, b)])
+  assert found == pytest.approx(((1 / 3 + 3 / 4) / 2, chance))
+  found = tables.correlations([(a, b), (a, cut_record('searched', 2, (4, 2)))])
+  assert found == pytest.approx([1, -1])
+  assert tables.overlaps([(a, b | {'widths': [8, 8]})]) == []
+  # It is that of structures that were chosen, and not of uniform widths.
+  assert not tables.similarity([cut_record('uniform', i) for i in (0, 1)]).rows
+  shuffled = [cut_record('shuffled', i) for i in (0, 1)]
   (row,) = tables.similarity(shuffled).rows
   assert row[2:] == ['1.00', '1.00', '1.00', '-', '-']
-  wider = {**first, 'widths': [8, 8]}
-  wide = {**record('searched', 0, None), **wider}
-  narrow = {**record('searched', 1, None), **first}
-  assert tables.overlaps([(wide, narrow)]) == []
 
 
 def test_merge_keeps_the_order_of_the_study(tmp_path):
@@ -468,18 +424,6 @@ def test_a_damaged_record_is_refused(tmp_path, wrong):
   file.write_text(json.dumps([{**record('searched', 0, None), **wrong}]))
   with pytest.raises(errors.UserError, match=r'x.json: Expected .* at `\$'):
     results.read(file)
-
-
-def test_similarity_of_records():
-  a, b = record('searched', 0, None), record('searched', 1, None)
-  a |= {'counts': {'a': 2, 'b': 4}, 'kept': {'a': '3', 'b': 'f'}}
-  b |= {'counts': {'a': 2, 'b': 3}, 'kept': {'a': '6', 'b': '7'}}
-  chance = (14 / 36 + 3 / 4) / 2
-  (found,) = tables.overlaps([(a, b)])
-  assert found == pytest.approx(((1 / 3 + 3 / 4) / 2, chance))
-  c = {**a, 'counts': {'a': 4, 'b': 2}}
-  found = tables.correlations([(a, b), (a, c)])
-  assert found == pytest.approx([1, -1])
 
 
 # Whole studies, on digits.
@@ -558,30 +502,45 @@ def test_finished_cells_are_taken_from_committed_results(shared, tmp_path):
   assert not list((tmp_path / 'fresh').glob('*/*'))
 
 
-def test_a_cell_that_another_workdir_finishes_is_not_run_again(
-  tmp_path, monkeypatch
-):
-  """Two processes with one folder of results, and a workdir each."""
-  study, done = config_of('headline'), []
-  study.results_dir = str(tmp_path / 'results')
-
-  def run(cell, root):
-    if not done:  # Meanwhile the other process does the last cell.
-      theirs = results.path(study, tmp_path), finished_cell(last)
-      results.merge(*theirs, [last.hash])
-    done.append(cell.hash)
-    return finished_cell(cell)
-
-  last = plan.cells(study)[-1]
-  monkeypatch.setattr(engine.cells, 'run', run)
-  studies.run(study, tmp_path / 'ours')
-  assert done == [cell.hash for cell in plan.cells(study)[:-1]]
-  assert len(results.read(results.path(study, tmp_path))) == len(done) + 1
-
-
 def finished_cell(cell):
   """The record of a cell of which nothing was done."""
   return record(cell.name, cell.seed, 0.5) | {'config_hash': cell.hash}
+
+
+@pytest.fixture
+def instead(monkeypatch):
+  """Calls a function instead of doing a cell; the list of the cells done."""
+
+  def replace(act):
+    def run(cell, root):
+      act(cell)
+      done.append(cell)
+      return finished_cell(cell)
+
+    done = []
+    monkeypatch.setattr(engine.cells, 'run', run)
+    return done
+
+  return replace
+
+
+def test_a_cell_that_another_workdir_finishes_is_not_run_again(
+  tmp_path, instead
+):
+  """Two processes with one folder of results, and a workdir each."""
+  study = config_of('headline')
+  study.results_dir = str(tmp_path / 'results')
+  *others, last = plan.cells(study)
+  file = results.path(study, tmp_path)
+
+  def act(cell):  # Meanwhile the other process does the last cell.
+    if not done:
+      results.merge(file, finished_cell(last), [last.hash])
+
+  done = instead(act)
+  studies.run(study, tmp_path / 'ours')
+  assert [cell.hash for cell in done] == [cell.hash for cell in others]
+  assert len(results.read(file)) == len(others) + 1
 
 
 def test_report_only_runs_nothing(tmp_path, capsys):
@@ -592,35 +551,30 @@ def test_report_only_runs_nothing(tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-  done = []
-
-  def run(cell, root):
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, instead):
+  def act(cell):
     if cell.name == 'uniform':
       raise errors.UserError('loss is nan')
-    done.append(cell.name)
-    return finished_cell(cell)
 
-  monkeypatch.setattr(engine.cells, 'run', run)
+  done = instead(act)
   with pytest.raises(errors.UserError, match='uniform, seed 0: loss is nan'):
     studies.run(config_of('headline'), tmp_path)
   assert len(done) == 4
 
 
-def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch):
+def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch, instead):
   """Busy puts a cell back; the others go first."""
-  order, busy = [], {'searched': 2}
+  busy = ['searched', 'searched']
 
-  def run(cell, root):
-    if busy.get(cell.name, 0) > 0:
-      busy[cell.name] -= 1
+  def act(cell):
+    if cell.name in busy:
+      busy.remove(cell.name)
       raise products.Busy('search')
-    order.append((cell.name, cell.seed))
-    return finished_cell(cell)
 
-  monkeypatch.setattr(engine.cells, 'run', run)
+  done = instead(act)
   monkeypatch.setattr(engine, '_POLL_SECONDS', 0.01)
   studies.run(config_of('headline'), tmp_path)
+  order = [(cell.name, cell.seed) for cell in done]
   names = [name for name, seed in order if seed == 0]
   assert names == ['uniform', 'searched+cost1+structure', 'searched']
   assert order[:3] == [(name, 0) for name in names] and len(order) == 6
@@ -636,10 +590,13 @@ def test_modes_want_their_kind_of_config():
 
 # Processes.
 
+# Three cells: two of them share a search, and two have a training.
 COMMAND = [
   'main.py',
   '--config=configs/studies/ratio.py:smoke',
   '--mode=study',
+  '--config.arms=("uniform", "searched", "searched+layer_mean+structure")',
+  '--config.values=(0.7,)',
   '--config.base.checkpoint_steps=5',
   '--config.base.log_steps=5',
 ]
@@ -699,15 +656,16 @@ def test_two_processes_do_no_cell_twice(untouched, tmp_path):
   both = [start(tmp_path / 'w') for _ in range(2)]
   outs = [finished(process) for process in both]
   assert table(tmp_path / 'w', 'ratio') == table(expected, 'ratio')
-  for path in (tmp_path / 'w' / 'cells').glob('*/train/metrics.jsonl'):
+  logs = list((tmp_path / 'w').glob('*/*/*/metrics.jsonl'))
+  assert len(logs) == 3  # Of two trainings and the search.
+  for path in logs:
     lines = path.read_text().splitlines()
     steps = [json.loads(line)['step'] for line in lines]
     assert steps == sorted(set(steps))
   logs = [p.read_text() for p in (tmp_path / 'w').glob('cells/*/log.txt')]
-  assert len(logs) == 4
-  assert all(text.count('of training') == 1 for text in logs)
+  assert sorted(text.count('of training') for text in logs) == [0, 1, 1]
   for out in outs:
-    assert '4 of 4 cells' in out
+    assert '3 of 3 cells' in out
 
 
 @pytest.mark.slow
@@ -726,10 +684,3 @@ def test_one_study_over_several_hosts_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   with pytest.raises(errors.UserError, match='start the command several times'):
     studies.run(config_of('headline'), tmp_path)
-
-
-def test_a_lock_ends_with_its_process(tmp_path):
-  with storage.locked(tmp_path) as first, storage.locked(tmp_path) as second:
-    assert first and not second
-  with storage.locked(tmp_path) as third:
-    assert third
