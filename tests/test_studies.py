@@ -595,7 +595,7 @@ COMMAND = [
   'main.py',
   '--config=configs/studies/ratio.py:smoke',
   '--mode=study',
-  '--config.arms=("uniform", "searched", "searched+layer_mean+structure")',
+  '--config.arms=("searched", "searched+layer_mean+structure", "uniform")',
   '--config.values=(0.7,)',
   '--config.base.checkpoint_steps=5',
   '--config.base.log_steps=5',
