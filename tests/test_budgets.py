@@ -172,48 +172,50 @@ def test_several_budgets_from_one_search(searched, capsys):
 
 
 @pytest.mark.parametrize(
-  'fields, name, expected',
-  [
-    (
-      {'ranking': 'layer_mean'},
-      'keep0.6-layermean',
-      lambda gates, _: scores.over_layer_mean(gates),
-    ),
-    (
-      {'ranking': 'cost', 'power': 0.5},
-      'keep0.6-cost0.5',
-      lambda gates, model: scores.over_cost(gates, model, 0.5),
-    ),
-  ],
+  'ranking, suffix', [('layer_mean', 'layermean'), ('cost', 'cost0.5')]
 )
-def test_rankings(searched, tmp_path, fields, name, expected):
+def test_rankings(searched, tmp_path, ranking, suffix):
   workdir = shutil.copytree(searched, tmp_path / 'copy')
-  path = workdir / 'search' / 'gates.npz'
-  fields = {f'budget__{k}': v for k, v in fields.items()}
+  fields = {'budget__ranking': ranking, 'budget__power': 0.5}
   one = job(workdir, budget__keep=(0.6,), **fields)
   model = one.network.cost_model
   gates = scores.random(model, 0)  # Those of so short a search hardly differ.
-  storage.write_arrays(path, gates)
+  storage.write_arrays(workdir / 'search' / 'gates.npz', gates)
   stages.execute('prune', one)
+  ranked = scores.over_cost(gates, model, 0.5)
+  if ranking == 'layer_mean':
+    ranked = scores.over_layer_mean(gates)
   macs = one.budgets[0].max_macs
-  wanted = prune.fit(expected(gates, model), model, macs)
-  assert structure(workdir, name).counts == wanted.counts
-  assert wanted.counts != prune.fit(gates, model, macs).counts
+  wanted = prune.fit(ranked, model, macs).counts
+  assert structure(workdir, f'keep0.6-{suffix}').counts == wanted
+  assert wanted != prune.fit(gates, model, macs).counts
 
 
-def test_train_takes_a_budget_by_name_and_a_plain_list(searched, tmp_path):
-  stages.execute('prune', job(searched, budget__keep=(0.55,)))
-  one = job(searched, train__structure='keep0.55', train__epochs=0.1)
-  stages.execute('train', one)
-  result = json.loads((searched / 'keep0.55' / 'result.json').read_text())
+def result(workdir):
+  return json.loads((workdir / 'result.json').read_text())
+
+
+def test_train_takes_a_budget_its_name_and_any_file(searched, tmp_path, capsys):
+  before = result(searched)
+  short = {'budget__keep': (0.55,), 'train__epochs': 0.1}
+  stages.execute('prune', job(searched, **short))
+  stages.execute('train', job(searched, **short))
   found = structure(searched, 'keep0.55')
-  assert result['macs'] == found.macs
+  assert result(searched / 'keep0.55')['macs'] == found.macs > before['macs']
+  assert result(searched) == before  # That of the first budget stays.
+  capsys.readouterr()
+  del short['budget__keep']
+  stages.execute('train', job(searched, train__structure='keep0.55', **short))
+  assert 'Channels kept (keep0.55)' in capsys.readouterr().out
   path, counts = tmp_path / 'counts.json', found.to_list()
-  path.write_text(json.dumps(counts))
-  given = {'train__structure': str(path), 'train__epochs': 0.1}
-  stages.execute('train', job(tmp_path / 'w', **given))
-  result = json.loads((tmp_path / 'w' / 'result.json').read_text())
-  assert list(result['counts'].values()) == counts
+  given = {'train__structure': str(path), **short}
+  for text in (json.dumps(counts), found.to_json()):  # A plain list, and ours.
+    path.write_text(text)
+    stages.execute('train', job(tmp_path / str(len(text)), **given))
+  names = [path.parent.name for path in tmp_path.glob('*/result.json')]
+  assert len(names) == 2
+  for name in names:
+    assert list(result(tmp_path / name)['counts'].values()) == counts
   for bad, message in (
     (counts[:-1], 'must have 3 entries'),
     ([99, *counts[1:]], r'must be an integer in \[1, 6\]; got 99'),
@@ -363,22 +365,21 @@ def test_a_time_never_falls_when_a_count_grows(monkeypatch, tmp_path):
 
 def test_latency_counts_each_call_positions_and_groups(monkeypatch, tmp_path):
   layer = costs.Layer('a', 'dense', 4, 4, positions=1)
-  grouped = dataclasses.replace(layer, path='b', kind='conv', groups=2)
-  grouped = dataclasses.replace(
-    *(grouped,), kernel=(3,), strides=(1,), input_size=(6,)
-  )
+  image = {'kernel': (3,), 'strides': (1,), 'input_size': (6,)}
+  grouped = dataclasses.replace(layer, kind='conv', groups=2, **image)
   shapes = []  # Of what goes in and comes out of the timed layer.
-  monkeypatch.setattr(
-    *(latency, '_milliseconds'),
-    lambda _, call, x, *a: [shapes.append((x.shape, call(x, *a).shape)) or 1.0],
-  )
+
+  def milliseconds(_, call, x, *rest):
+    shapes.append((x.shape, call(x, *rest).shape))
+    return [1.0]
+
+  monkeypatch.setattr(latency, '_milliseconds', milliseconds)
   for op in (layer, dataclasses.replace(layer, positions=64), grouped):
     assert latency._time_layer(op, 4, 4, 2, np.float32) == 1e-3
   assert shapes == [((2, n, 4), (2, n, 4)) for n in (1, 64, 6)]
   Clock(monkeypatch)
-  model = costs.CostModel(
-    (), (), [layer, dataclasses.replace(layer, again=True)]
-  )
+  calls = [layer, dataclasses.replace(layer, again=True)]
+  model = costs.CostModel((), (), calls)
   times = latency.LatencyModel(model, 1, tmp_path / 'l.json')
   assert times(()) == times.layers(())['a'] == pytest.approx(2 * 32e-3)
 
@@ -396,10 +397,9 @@ def test_latency_on_this_device(searched, capsys, tmp_path, monkeypatch):
   assert 0 < found.latency_ms <= 50.0
   cached = json.loads((tmp_path / 'pfs_jax' / 'latency.json').read_text())
   assert min(cached.values()) > 0
+  c.config.budget.latency_ms = (1e-6,)
   with pytest.raises(errors.UserError, match='cannot be met'):
-    stages.execute(
-      'prune', job(searched, budget__keep=(), budget__latency_ms=(1e-6,))
-    )
+    stages.execute('prune', stages.Job(c.config, searched))
 
 
 def test_padding_use():
@@ -444,9 +444,8 @@ def test_an_edited_structure_is_kept(searched, tmp_path, capsys):
 
 def test_budgets_of_a_config():
   c = config.default()
-  with c.unlocked():
-    c.budget.keep, c.budget.latency_ms = (0.5,), (2.5,)
-    c.budget.latency_batch = 4
+  c.budget.keep, c.budget.latency_ms = (0.5,), (2.5,)
+  c.budget.latency_batch = 4
   first, second = budgets.from_section(c.budget, 1001)
   assert (first.name, first.max_macs) == ('keep0.5-latencybatch4', 500)
   assert second.max_latency_ms == 2.5 and second.max_macs is None

@@ -108,32 +108,6 @@ def test_eval_restores(finished, capsys, monkeypatch):
   assert f'({correct} of 297 images)' in capsys.readouterr().out
 
 
-def test_another_budget_needs_no_search(finished):
-  gates = finished / 'search' / 'gates.npz'
-  before = gates.stat().st_mtime
-  first = storage.read_json(finished / 'structure.json')
-  execute('prune', finished, budget__keep=(0.8,))
-  found = storage.read_json(finished / 'keep0.8' / 'structure.json')
-  assert first['macs'] < found['macs'] <= found['budget']['max_macs']
-  assert gates.stat().st_mtime == before
-  execute('train', finished, budget__keep=(0.8,), train__epochs=1.0)
-  results = [
-    storage.read_json(finished / name)['macs']
-    for name in ('result.json', 'keep0.8/result.json')
-  ]
-  assert results == [first['macs'], found['macs']]
-
-
-def test_a_structure_from_any_file(finished_run, tmp_path, capsys):
-  path = finished_run / 'structure.json'
-  execute('train', tmp_path, train__structure=str(path), train__epochs=1.0)
-  assert 'test accuracy' in capsys.readouterr().out
-  assert (
-    storage.read_json(tmp_path / 'result.json')['counts']
-    == storage.read_json(path)['counts']
-  )
-
-
 @pytest.mark.parametrize(
   'mode, field, value',
   [
