@@ -19,7 +19,6 @@ from pfs_jax import (
   scores,
   stages,
   storage,
-  structures,
   train,
 )
 from pfs_jax.studies import products, tournament
@@ -91,95 +90,83 @@ def test_the_incumbent_stays_unless_the_gain_is_clear(gains, errors_, wins):
   assert found.error == pytest.approx(np.std(gains, ddof=1) / np.sqrt(3))
 
 
-def planted(monkeypatch, table):
-  """Trainings whose loss a table says: candidate -> f(epochs, seed number)."""
-  made = []
-
-  def training(job, structure, epochs, folder):
-    seed = next(
-      i for i in range(9) if config.other_seed(0, i) == job.config.seed
-    )
-    made.append((structure, epochs, seed))
-    return {
-      'name': f'{structure}{epochs}{seed}',
-      'loss': table[structure](epochs, seed),
-      'seconds': 1.0,
-    }
-
-  monkeypatch.setattr(tournament, '_training', training)
-  monkeypatch.setattr(
-    tournament,
-    'scored',
-    lambda job, name, root: tournament.products.Scored({'name': name}),
-  )
-  monkeypatch.setattr(stages.Job, 'cut_plain', lambda job, s: Named(s['name']))
-  monkeypatch.setattr(tournament, 'check', lambda job: None)
-  return made
-
-
 class Named(str):
   """The name of a candidate in place of its structure."""
 
   macs, counts = 1, ()
 
 
-def test_the_choice_on_planted_losses(tmp_path, monkeypatch):
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+  """Runs a tournament whose losses are given; (its file, its trainings).
+
+  Losses are {candidate: f(epochs, seed number)}; trainings are (candidate,
+  epochs, seed number).
+  """
+
+  def run(losses, **fields):
+    made = []
+
+    def training(job, structure, epochs, folder):
+      seeds = [config.other_seed(0, i) for i in range(9)]
+      made.append((str(structure), epochs, seeds.index(job.config.seed)))
+      loss = losses[structure](*made[-1][1:])
+      return {'name': str(made[-1]), 'loss': loss, 'seconds': 1.0}
+
+    monkeypatch.setattr(tournament, '_training', training)
+    names = tuple(name for name in losses if name != 'uniform')
+    c = small(**{'tournament.candidates': names, **fields})
+    return tournament.choose(stages.Job(c, tmp_path), tmp_path), made
+
+  def scored(job, name, root):
+    return products.Scored({'name': name})
+
+  monkeypatch.setattr(tournament, 'scored', scored)
+  monkeypatch.setattr(stages.Job, 'cut_plain', lambda job, s: Named(s['name']))
+  monkeypatch.setattr(tournament, 'check', lambda job: None)
+  return run
+
+
+def test_the_choice_on_planted_losses(choose):
   """`slow` is worst in the first round, `steady` best where it counts."""
-  made = planted(
-    monkeypatch,
-    {
-      'uniform': lambda epochs, seed: 1.0 - 0.01 * seed,
-      'steady': lambda epochs, seed: 0.9 - 0.01 * seed + 0.001 * (seed % 2),
-      'early': lambda epochs, seed: 0.5 if epochs < 2 else 2.0,
-      'slow': lambda epochs, seed: 3.0 if epochs < 2 else 0.1,
-      'bad': lambda epochs, seed: 2.0,
-    },
-  )
-  names = ('bad', 'slow', 'early', 'steady')
-  c = small(**{'tournament.candidates': names, 'tournament.seeds': 3})
-  c.budget.ranking = 'layer_mean'  # This names the files, and does no more.
-  found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
+  losses = {
+    'uniform': lambda epochs, seed: 1.0 - 0.01 * seed,
+    'bad': lambda epochs, seed: 2.0,
+    'slow': lambda epochs, seed: 3.0 if epochs < 2 else 0.1,
+    'early': lambda epochs, seed: 0.5 if epochs < 2 else 2.0,
+    'steady': lambda epochs, seed: 0.9 - 0.01 * seed + 0.001 * (seed % 2),
+  }
+  # The config's ranking names the files, and does no more.
+  fields = {'tournament.seeds': 3, 'budget.ranking': 'layer_mean'}
+  found, made = choose(losses, **fields)
   assert found['chosen'] == 'steady'
   assert found['gain'] == pytest.approx(0.1 - 0.001 * 2 / 3)
-  by_epochs = {
-    e: {(n, s) for n, epochs, s in made if epochs == e} for e in (1, 2, 4)
-  }
-  assert by_epochs[1] == {(n, 1) for n in ('uniform', *names)}
-  assert by_epochs[2] == {(n, 1) for n in ('uniform', 'early', 'steady')}
-  assert by_epochs[4] == {
-    (n, s) for n in ('uniform', 'steady') for s in (1, 2, 3)
+  assert set(made) == {
+    *((name, 1, 1) for name in losses),
+    *((name, 2, 1) for name in ('uniform', 'early', 'steady')),
+    *((name, 4, seed) for name in ('uniform', 'steady') for seed in (1, 2, 3)),
   }
   assert 'steady beats uniform width' in found['sentence']
   assert 'keep0.5-layermean has the widths of steady.' in found['sentence']
   assert [r['epochs'] for r in found['rounds']] == [1, 2, 4]
 
 
-def test_uniform_width_stays_where_nothing_is_better(tmp_path, monkeypatch):
-  planted(
-    monkeypatch,
-    {
-      'uniform': lambda epochs, seed: 1.0,
-      'lucky': lambda epochs, seed: 1.0 + (-1) ** seed * 0.1,
-      'same': lambda epochs, seed: 1.0,
-    },
-  )
-  c = small(**{'tournament.candidates': ('same', 'lucky')})
-  found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
+def test_uniform_width_stays_where_nothing_is_better(choose):
+  losses = dict.fromkeys(('uniform', 'same'), lambda epochs, seed: 1.0)
+  losses['lucky'] = lambda epochs, seed: 1.0 + (-1) ** seed * 0.1
+  found, _ = choose(losses)
   assert (found['chosen'], found['challenger']) == ('uniform', 'lucky')
   assert 'Uniform width stays' in found['sentence']
   assert 'chance' not in found['sentence']
 
 
 @pytest.mark.parametrize(('loss', 'warned'), [(2.2, True), (2.18, False)])
-def test_losses_at_chance_are_told(tmp_path, monkeypatch, loss, warned):
+def test_losses_at_chance_are_told(choose, loss, warned):
   """Of ten classes: 0.95 ln 10 = 2.187."""
-  table = dict.fromkeys(('uniform', 'tilt1'), lambda epochs, seed: loss)
-  planted(monkeypatch, table)
-  c = small(**{'tournament.candidates': ('tilt1',)})
-  found = tournament.choose(stages.Job(c, tmp_path), tmp_path)
-  assert ('Warning: the losses are at chance (2.303)' in found['sentence']) == (
-    warned
-  )
+  names = ('uniform', 'tilt1')
+  found, _ = choose(dict.fromkeys(names, lambda epochs, seed: loss))
+  warning = 'Warning: the losses are at chance (2.303)'
+  assert (warning in found['sentence']) == warned
 
 
 # Trainings.
@@ -229,15 +216,14 @@ def test_what_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch):
   tournament.run(c, tmp_path / 'cut')
   cut = json.loads((tmp_path / 'cut/tournament.json').read_text())
   assert without_times(cut) == without_times(whole)
-  written = [
-    structures.Structure.from_json(
-      (tmp_path / f'{d}/structure.json').read_text()
-    )
-    for d in ('whole', 'cut')
-  ]
-  assert written[0].counts == written[1].counts
-  assert written[0].source['tournament']['chosen'] == whole['chosen']
-  assert list(written[0].counts) == whole['counts'][whole['chosen']]
+  first, second = (
+    storage.read_json(tmp_path / name / 'structure.json')
+    for name in ('whole', 'cut')
+  )
+  assert first['counts'] == second['counts']
+  assert first['source']['tournament']['chosen'] == whole['chosen']
+  counts = list(first['counts'].values())
+  assert counts == whole['counts'][whole['chosen']]
   n = len(steps)
   tournament.run(c, tmp_path / 'cut')  # All is there: nothing is trained.
   assert len(steps) == n
@@ -245,11 +231,7 @@ def test_what_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_processes_share_the_candidates(tmp_path):
   """A training that another process is at is left to it."""
-  c = small(**{'tournament.candidates': ('tilt2',), 'tournament.seeds': 2})
-  job = stages.Job(c, tmp_path)
-  structure = job.cut_plain(tournament.scored(job, 'tilt2', tmp_path).scores)
-  made = []
-  folder = tmp_path / 'held'
+  made, folder = [], tmp_path / 'held'
 
   def task():
     products.make(folder / 'done', folder, lambda: made.append(1))
@@ -261,7 +243,6 @@ def test_processes_share_the_candidates(tmp_path):
     assert made == [2]  # What nobody is at was done all the same.
   tournament.all_of({'theirs': task})
   assert made == [2, 1]
-  assert structure.macs <= job.budgets[0].max_macs
 
 
 # The probe.
@@ -275,17 +256,15 @@ def test_a_profile_keeps_half_of_uniform_width(tmp_path):
   assert counts[0] == -(-uniform[0] // 2) and counts[1] > uniform[1]
 
 
-def probed():
+def probed(**fields):
   """The config of a probe of 2 steps."""
-  fields = {'probe.epochs': 0.4, 'probe.draws': 2, 'probe.share': 1.0}
-  return small(**fields)
+  small_probe = {'probe.epochs': 0.4, 'probe.draws': 2, 'probe.share': 1.0}
+  return small(**small_probe | fields)
 
 
 def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   """Cut off before the second of two steps; then `--mode=prune` uses it."""
-  c = probed()
-  c.probe.steps = 2
-  c.probe.damping = 0.5
+  c = probed(**{'probe.steps': 2, 'probe.damping': 0.5})
   job = stages.Job(c, tmp_path / 'cut')
   plain, trained = stages.fit, []
 
@@ -322,50 +301,33 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   storage.write_arrays(tmp_path / 'cut/search/gates.npz', gates)
   stages.cut(job)
   profile = job.widened(scores.probed(found), gates)
-  cut = structures.Structure.from_json(
-    (tmp_path / 'cut/structure.json').read_text()
-  )
+  uniform = scores.equal(job.network.cost_model)
+  _, cut = stages.cutting.read(job)
   assert cut.counts == job.cut_plain(profile).counts
-  assert (
-    cut.counts != job.cut_plain(scores.equal(job.network.cost_model)).counts
-  )
+  assert cut.counts != job.cut_plain(uniform).counts
 
 
 @pytest.mark.parametrize(
-  ('fields', 'message'),
+  ('field', 'value', 'message'),
   [
-    (
-      {'data.validation_examples': 0},
-      'config.data.validation_examples must be >= 1 for a probe; got 0.',
-    ),
-    (
-      {'probe.share': 0.01},
-      'config.probe.share must be >= 0.1, the cost .*; got 0.01.',
-    ),
-    ({'budget.keep': (0.0001,)}, 'cannot be met: the narrowest structure'),
+    ('data.validation_examples', 0, 'must be >= 1 for a probe; got 0.'),
+    ('probe.share', 0.01, 'must be >= 0.1, the cost .*; got 0.01.'),
+    ('budget.keep', (0.0001,), 'cannot be met: the narrowest structure'),
   ],
 )
-def test_what_cannot_be_probed_is_refused(tmp_path, fields, message):
-  c = probed()
-  c.update_from_flattened_dict(fields)
+def test_what_cannot_be_probed_is_refused(tmp_path, field, value, message):
+  if 'must' in message:
+    message = f'config.{field} {message}'
   with pytest.raises(errors.UserError, match=message):
-    stages.MODES['probe'](stages.Job(c, tmp_path))
-
-
-def test_a_ranking_without_its_probe_is_refused(tmp_path):
-  c = probed()
-  c.budget.ranking = 'sensitivity'
-  job = stages.Job(c, tmp_path)
-  gates = scores.random(job.network.cost_model, 0)
-  storage.write_arrays(tmp_path / 'search/gates.npz', gates)
-  with pytest.raises(errors.UserError, match='run --mode=probe in this'):
-    stages.cut(job)
+    stages.MODES['probe'](stages.Job(probed(**{field: value}), tmp_path))
 
 
 def test_the_widths_of_a_probe_are_those_of_its_budget_alone(tmp_path):
   c = small(**{'budget.ranking': 'sensitivity', 'search.epochs': 0.0})
-  with pytest.raises(errors.UserError, match='probe.json does not exist'):
-    stages.search(stages.Job(c, tmp_path))
+  message = 'probe.json does not exist: run --mode=probe in this'
+  for stage in (stages.search, stages.cut):
+    with pytest.raises(errors.UserError, match=message):
+      stage(stages.Job(c, tmp_path))
   assert not (tmp_path / 'search').exists()  # Refused before it searches.
 
   def cut(*keep, mean):
@@ -405,47 +367,43 @@ def test_what_is_trained_is_not_cut_to_other_counts(tmp_path):
 # Refusals.
 
 
+ARMS = ('filters', 'pretrained', 'searched+rewind', 'uniform+scratch_b')
+SEEDS = ('first', '', '²', '9' * 5000)
+
+
 @pytest.mark.parametrize(
-  ('fields', 'message'),
+  'name', [*ARMS, *(f'searched#{seed}' for seed in SEEDS)], ids=range(8)
+)
+def test_what_is_no_candidate_is_refused(tmp_path, name):
+  c = small(**{'tournament.candidates': ('tilt1', name)})
+  with pytest.raises(errors.UserError) as e:
+    tournament.choose(stages.Job(c, tmp_path), tmp_path)
+  assert str(e.value) == (
+    'config.tournament.candidates must be searches, rankings, uniform or '
+    f'random, with #i for seed i; got {name!r}.'
+  )
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
   [
-    (
-      {'tournament.candidates': ('tilt1', 'widest')},
-      r"an arm must be of the words .*tiltX.*; got 'widest'",
-    ),
-    (
-      {'tournament.candidates': ('filters+rewind',)},
-      r"config.tournament.candidates must be .*; got 'filters\+rewind'",
-    ),
-    *(
-      (
-        {'tournament.candidates': (f'searched#{number}',)},
-        rf"config.tournament.candidates must be .*; got 'searched#{number}",
-      )
-      for number in ('first', '', '²', '9' * 5000)
-    ),
-    (
-      {'tournament.candidates': ('uniform',)},
-      r'config.tournament.candidates must name one besides uniform; got',
-    ),
-    ({'budget.keep': (0.0001,)}, 'cannot be met: the narrowest structure'),
-    ({'budget.keep': (0.3, 0.5)}, 'config.budget must name one budget'),
-    (
-      {'data.validation_examples': 0},
-      'config.data.validation_examples must be >= 1 for a tournament; got 0.',
-    ),
-    (
-      {'train.epochs': 1.5},
-      'config.tournament.epochs must be <= 0.75, so that the last round',
-    ),
-    (
-      {'tournament.share': 0.25},
-      r'config.tournament.share must be >= 1.29, the cost of 4 candidates as',
-    ),
+    ('tournament.candidates', ('widest',), "an arm .*tiltX.*; got 'widest'"),
+    ('tournament.candidates', ('uniform',), 'must name one besides uniform;'),
+    ('budget.keep', (0.0001,), 'cannot be met: the narrowest structure'),
+    ('budget.keep', (0.3, 0.5), 'config.budget must name one budget'),
+    ('data.validation_examples', 0, 'must be >= 1 for a tournament; got 0.'),
+    ('tournament.epochs', 5.0, 'must be <= 4, so that the last round'),
+    ('tournament.share', 0.25, 'must be >= 1.29, the cost of 4 candidates as'),
   ],
 )
-def test_what_cannot_be_a_tournament_is_refused(tmp_path, fields, message):
+def test_what_cannot_be_a_tournament_is_refused(
+  tmp_path, field, value, message
+):
+  if message.startswith('must'):
+    message = f'config.{field} {message}'
   with pytest.raises(errors.UserError, match=message) as e:
-    tournament.choose(stages.Job(small(**fields), tmp_path), tmp_path)
+    job = stages.Job(small(**{field: value}), tmp_path)
+    tournament.choose(job, tmp_path)
   assert str(e.value).count('\n') <= 2
 
 
@@ -456,21 +414,11 @@ def test_the_cost_by_hand(tmp_path):
   """
   job = stages.Job(small(), tmp_path)
   assert tournament.cost(job) == pytest.approx(12 * 6 / (8 * 7))
-  job = stages.Job(
-    small(
-      **{'tournament.candidates': ('searched', 'layer_mean', 'searched#1')}
-    ),
-    tmp_path,
-  )
+  names = ('searched', 'layer_mean', 'searched#1')
+  job = stages.Job(small(**{'tournament.candidates': names}), tmp_path)
   model, epochs = job.network.cost_model, job.config.search.epochs
-  wide = (
-    model.macs(model.widths)
-    / prune.cut(
-      {k: np.ones(n) for k, n in zip(model.layers, model.widths, strict=True)},
-      model,
-      job.budgets[0],
-    ).macs
-  )
+  uniform = prune.cut(scores.equal(model), model, job.budgets[0])
+  wide = model.macs(model.widths) / uniform.macs
   # Two searches: layer means share the gates of the first.
   searches = 2 * 2 / 3 * wide * epochs * 6
   assert tournament.cost(job) == pytest.approx((12 * 6 + searches) / (8 * 7))
