@@ -50,9 +50,8 @@ def tied_gates(model, seed):
 @pytest.mark.parametrize('round_to', [1, 4, 8])
 def test_ceilings_and_minimum_widths_hold(name, round_to):
   model = cost_model(name)
-  for seed, (macs_share, params_share, min_share) in enumerate(
-    [(0.3, 0.9, 0.0), (0.9, 0.3, 0.25), (0.5, 0.5, 0.1)]
-  ):
+  cases = [(0.3, 0.9, 0.0), (0.9, 0.3, 0.25), (0.5, 0.5, 0.1)]
+  for seed, (macs_share, params_share, min_share) in enumerate(cases):
     conditions = {'min_share': min_share, 'round_to': round_to}
     budget = prune.Budget(min_channels=2, **conditions)
     least, most = budget.least(model), budget.most(model)
@@ -62,10 +61,9 @@ def test_ceilings_and_minimum_widths_hold(name, round_to):
     found = prune.fit(gates, model, macs, params, min_channels=2, **conditions)
     assert found.macs <= macs and found.params <= params
     assert found.binding in ('macs', 'params')
-    for width, low, count in zip(
-      model.widths, least, found.counts, strict=True
-    ):
-      assert low <= count <= width
+    triples = zip(least, found.counts, model.widths, strict=True)
+    for low, count, width in triples:
+      assert min_share * width <= low <= count <= width
       assert count % round_to == 0 or count == width < round_to
 
 
@@ -159,9 +157,7 @@ def test_several_budgets_from_one_search(searched, capsys):
   out = capsys.readouterr().out
   assert 'of reference' in out and 'of searched' in out and 'binding' in out
   found = [structure(searched, budget.name) for budget in many.budgets]
-  assert [b.name.split('-')[1] for b in many.budgets] == [
-    f'maxparams{ceiling}'
-  ] * 4
+  assert all(b.name.endswith(f'-maxparams{ceiling}') for b in many.budgets)
   macs = [s.macs for s in found]
   assert macs[0] < macs[1] < macs[2]
   assert found[2].binding == 'params' and found[2].params <= ceiling
@@ -255,10 +251,6 @@ def test_an_unreachable_budget_says_what_is_reachable(searched):
     assert part in text
 
 
-class Reached(BaseException):
-  """Ends a run where the test has seen enough."""
-
-
 @pytest.mark.parametrize('init', ['inherit', 'rewind'])
 def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   """The narrow network starts with the kept channels of the wide one."""
@@ -274,11 +266,11 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   def fit(job, module, folder, label, epochs, weights):
     given[label] = weights['params']
     if label == 'train':
-      raise Reached
+      raise KeyboardInterrupt  # The test has seen enough.
     return types.SimpleNamespace(variables=trained)
 
   monkeypatch.setattr(stages.training, 'fit', fit)
-  with pytest.raises(Reached):
+  with pytest.raises(KeyboardInterrupt):
     stages.execute('train', one)
   wide = first
   if init == 'inherit':
@@ -316,8 +308,9 @@ class Clock:
 
   def __call__(self, op, inputs, outputs, batch, dtype):
     self.calls += 1
-    padded = -(-outputs // 8) * 8  # As units that take 8 channels at a time.
-    return 1e-6 * op.positions * inputs * padded * (0.9 if padded == 16 else 1)
+    # As units that take 8 channels at a time, and 16 the fastest.
+    padded = -(-outputs // 8) * 8
+    return 1e-6 * op.positions * inputs * padded * (0.1 if padded == 16 else 1)
 
 
 def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path):
@@ -352,7 +345,7 @@ def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path):
 
 def test_a_time_never_falls_when_a_count_grows(monkeypatch, tmp_path):
   Clock(monkeypatch)
-  model = models.cost_model('resnet20', 10, 8, 1, 16)
+  model = models.cost_model('resnet8', 10, 8, 1, 16)
   times = latency.LatencyModel(model, 1, tmp_path / 'l.json')
   rng = np.random.default_rng(0)
   for _ in range(20):

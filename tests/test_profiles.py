@@ -12,33 +12,21 @@ def small():
   return models.cost_model('vgg16', 10, 8, 1, 2)
 
 
-def counts_at(theta, weights, model):
-  """What a profile keeps at a threshold, straight from c ~ w * C / theta."""
-  wanted = [
-    weights[k] * w / theta
-    for k, w in zip(model.layers, model.widths, strict=True)
-  ]
-  # The k-th channel is kept where w * C / (k - 0.5) >= theta.
-  return [
-    min(int(np.floor(n + 0.5 + 1e-9)), w)
-    for n, w in zip(wanted, model.widths, strict=True)
-  ]
-
-
-def brute_force(weights, model, max_macs, least):
-  """The widest thresholded profile that fits, by trying every threshold."""
+def thresholded(weights, model, least):
+  """[(MACs, counts)] of a profile at every threshold, the narrowest first."""
+  widths = np.array(model.widths)
+  wanted = np.array([weights[k] for k in model.layers]) * widths
   thresholds = {
-    weights[k] * w / (i + 0.5)
-    for k, w in zip(model.layers, model.widths, strict=True)
-    for i in range(w)
+    n / (i + 0.5)
+    for n, width in zip(wanted, widths, strict=True)
+    for i in range(width)
   }
-  best = np.array(least)
+  found = [np.array(least)]
   for theta in sorted(thresholds, reverse=True):
-    counts = np.maximum(counts_at(theta, weights, model), least)
-    if model.macs(counts) > max_macs:
-      break
-    best = counts
-  return best
+    # The k-th channel is kept where w * C / (k - 0.5) >= theta.
+    kept = np.floor(wanted / theta + 0.5 + 1e-9).astype(int)
+    found.append(np.clip(kept, least, widths))
+  return [(model.macs(counts), counts) for counts in found]
 
 
 @pytest.mark.parametrize('slope', [0.0, 1.0, -0.4, 2.5])
@@ -48,10 +36,11 @@ def test_a_profile_is_cut_in_proportion_at_every_budget(small, slope, least):
   profile = prune.profile_scores(weights, scores.equal(small))
   floor = prune.Budget(min_channels=least).least(small)
   dearest = int(scores.channel_costs(small).max())
+  narrower = thresholded(weights, small, floor)
   top = small.macs(small.widths)
   for budget in range(small.macs(floor), top + 1, max(1, top // 200)):
     found = prune.fit(profile, small, budget, min_channels=least)
-    expected = brute_force(weights, small, budget, floor)
+    expected = [counts for macs, counts in narrower if macs <= budget][-1]
     # The prefix of the ranking may end among channels of one threshold, and
     # the channels behind it that still fit are taken too.
     assert (np.array(found.counts) >= expected).all()
@@ -83,13 +72,11 @@ def test_channels_of_a_layer_keep_the_order_of_the_gates(small):
 
 def test_guarded_channels_come_first(small):
   weights = scores.tilt(small.layers, 8.0)  # The first layers get nothing,
-  guarded = dict(zip(small.layers, small.widths, strict=True))
-  guarded = {k: n // 2 for k, n in guarded.items()}  # but for these.
+  half = tuple(n // 2 for n in small.widths)  # but for these.
+  guarded = dict(zip(small.layers, half, strict=True))
   profile = prune.profile_scores(weights, scores.equal(small), guarded)
-  budget = small.macs([n // 2 for n in small.widths])
-  assert list(prune.fit(profile, small, budget).counts) == [
-    n // 2 for n in small.widths
-  ]
+  budget = small.macs(half)
+  assert prune.fit(profile, small, budget).counts == half
   plain = prune.profile_scores(weights, scores.equal(small))
   assert prune.fit(plain, small, budget).counts[0] == 1
 
@@ -111,12 +98,10 @@ def test_damped_weights_by_hand():
 def test_every_ranking_cuts(small):
   gates = scores.random(small, 0)
   half = small.macs(small.widths) // 2
+  names = 'global layer_mean cost cost0.5 uniform survivors tilt1'.split()
   found = {
     name: prune.fit(gates, small, half, ranking=name).counts
-    for name in [
-      *('global', 'layer_mean', 'cost', 'cost0.5', 'uniform', 'survivors'),
-      *('tilt1', 'blend0', 'blend0.5', 'blend1'),
-    ]
+    for name in [*names, 'blend0', 'blend0.5', 'blend1']
   }
   given = {'random', 'sensitivity'}  # Whoever cuts by these makes the scores.
   kinds = {rankings.parse(name)[0] for name in found}
@@ -127,11 +112,9 @@ def test_every_ranking_cuts(small):
   assert found['survivors'] == found['uniform'] == found['blend0']
   shares = {k: np.array(v) / small.widths for k, v in found.items()}
   slack = 1.5 / np.array(small.widths)
-  low = np.minimum(shares['blend1'], shares['uniform']) - slack
-  high = np.maximum(shares['blend1'], shares['uniform']) + slack
-  assert (low <= shares['blend0.5']).all() and (
-    shares['blend0.5'] <= high
-  ).all()
+  ends = shares['blend1'], shares['uniform']
+  assert (shares['blend0.5'] >= np.minimum(*ends) - slack).all()
+  assert (shares['blend0.5'] <= np.maximum(*ends) + slack).all()
   # With the exponent 1 the blend is the shares of the gates, but for rounding.
   assert (np.abs(shares['blend1'] - shares['global']) <= 2 * slack).all()
 
@@ -139,11 +122,8 @@ def test_every_ranking_cuts(small):
 def test_the_number_of_cost_is_its_power(small):
   gates = scores.random(small, 0)
   half = scores.over_cost(gates, small, 0.5)
-  for found in (
-    scores.ranked(gates, small, 'cost0.5'),
-    scores.ranked(gates, small, 'cost', power=0.5),
-  ):
-    for layer, score in found.items():
+  for name, power in (('cost0.5', 1.0), ('cost', 0.5)):
+    for layer, score in scores.ranked(gates, small, name, power).items():
       assert (score == half[layer]).all()
 
 

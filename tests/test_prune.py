@@ -148,9 +148,8 @@ def test_tie_share():
   # Gates of 0 and 0.5: every 0.5 is kept, some of the zeros are.
   gates = random_gates(model, 0, levels=2)
   found = prune.fit(gates, model, half)
-  kept = np.concatenate(
-    [gates[k][i] for k, i in prune.kept(gates, found).items()]
-  )
+  indices = prune.kept(gates, found)
+  kept = np.concatenate([gates[layer][indices[layer]] for layer in gates])
   assert (kept == 0.5).sum() == sum((g == 0.5).sum() for g in gates.values())
   assert found.tie_share == pytest.approx((kept == 0).mean())
   assert found.tie_share > 0
@@ -189,19 +188,14 @@ def test_published_counts(golden):
     if not name.startswith(('resnet', 'vgg')) or name == 'resnet50':
       continue
     seen += 1
-    width = case['expanded_inchannel']
-    model = models.cost_model(name, 10, 32, 3, width)
+    model = models.cost_model(name, 10, 32, 3, case['expanded_inchannel'])
     assert list(model.widths) == case['gate_sizes']
-    parts = np.cumsum(case['gate_sizes'])[:-1]
-    gates = dict(
-      zip(model.layers, np.split(arrays[f'gates_{i:02d}'], parts), strict=True)
-    )
+    parts = np.split(arrays[f'gates_{i:02d}'], np.cumsum(model.widths)[:-1])
+    gates = dict(zip(model.layers, parts, strict=True))
     arguments = (gates, model, case['ratio'], case['full_macs'])
     if 'fails' in case:
-      iteration = case['fails'].split()[-1]
-      with pytest.raises(
-        errors.UserError, match=f'0 channels at iteration {iteration}'
-      ):
+      message = f'0 channels at iteration {case["fails"].split()[-1]}'
+      with pytest.raises(errors.UserError, match=message):
         prune.published(*arguments)
     else:
       found = prune.published(*arguments)
@@ -236,9 +230,8 @@ def test_kept_channels():
 
 def test_structure_survives_json():
   model = cost_model('resnet20', 8)
-  found = prune.fit(
-    random_gates(model, 0), model, model.macs(model.widths) // 2
-  )
+  half = model.macs(model.widths) // 2
+  found = prune.fit(random_gates(model, 0), model, half)
   assert prune.Structure.from_json(found.to_json()) == found
   assert found.unused == {'macs': found.budget['max_macs'] - found.macs}
 
