@@ -134,18 +134,12 @@ def test_channel_dropout_is_off_in_evaluation_and_keeps_the_mean(toy):
   assert set(np.unique(values)) == {0.0, np.float32(1 / 0.75)}
   assert values.mean() == pytest.approx(1, abs=0.04)  # 4 standard errors.
   x = held_out.augmentation.test(next(iter(held_out))[0])
-  plain = module.apply({**variables, 'gates': module.unit_gates()}, x)
-  assert (dropout.apply(variables, x) == plain).all()
+  gated = {**variables, 'gates': module.unit_gates()}
+  assert (dropout.apply(variables, x) == module.apply(gated, x)).all()
+  training = {'train': True, 'mutable': ['batch_stats']}
   rngs = {'dropout': jax.random.key(1)}
-  noisy, _ = dropout.apply(
-    variables, x, train=True, rngs=rngs, mutable=['batch_stats']
-  )
-  still, _ = module.apply(
-    {**variables, 'gates': module.unit_gates()},
-    x,
-    train=True,
-    mutable=['batch_stats'],
-  )
+  noisy, _ = dropout.apply(variables, x, rngs=rngs, **training)
+  still, _ = module.apply(gated, x, **training)
   assert not np.allclose(noisy, still)
 
 

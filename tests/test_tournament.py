@@ -4,23 +4,13 @@ What trains here is a network of three layers on 8x8 digits: 4 s a test.
 """
 
 import itertools
-import json
 
 import flax.linen as nn
 import numpy as np
 import pytest
 
-from pfs_jax import (
-  config,
-  errors,
-  probe,
-  prune,
-  runs,
-  scores,
-  stages,
-  storage,
-  train,
-)
+from pfs_jax import config, errors, probe, prune, runs, scores, stages, storage
+from pfs_jax.data import pipeline
 from pfs_jax.studies import products, tournament
 
 CANDIDATES = ('tilt1', 'tilt-1', 'tilt2')
@@ -179,6 +169,9 @@ def without_times(found):
   return {**{k: v for k, v in found.items() if k not in left_out}, '': text}
 
 
+FILES = ('tournament.json', 'structure.json')
+
+
 class Cut(BaseException):
   """Ends a run as a signal would."""
 
@@ -189,37 +182,25 @@ def test_what_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch):
   monkeypatch.setattr(products, 'forget_programs', lambda: None)  # For speed.
   c = small(**{'tournament.candidates': ('tilt2',)})
   tournament.run(c, tmp_path / 'whole')
-  whole = json.loads((tmp_path / 'whole/tournament.json').read_text())
-  assert whole['rounds'][0]['losses']['uniform'][0] > 0
+  plain, steps = pipeline.ArraySource.chunk, []
 
-  plain, steps = train.loop, []
+  def chunk(source, step, k):
+    steps.append(step)
+    if len(steps) in (9, 23):  # Four trainings have 6 steps each.
+      raise Cut
+    return plain(source, step, k)
 
-  def loop(state, step_fn, source, *args, **kwargs):
-    class Counted:
-      """Batches that end after a number of steps."""
-
-      resident, draw = source.resident, staticmethod(source.draw)
-      steps_per_epoch = source.steps_per_epoch
-
-      def chunk(self, step, k):
-        steps.append(step)
-        if len(steps) in (9, 23):  # Four trainings have 6 steps each.
-          raise Cut
-        return source.chunk(step, k)
-
-    return plain(state, step_fn, Counted(), *args, **kwargs)
-
-  monkeypatch.setattr(train, 'loop', loop)
+  monkeypatch.setattr(pipeline.ArraySource, 'chunk', chunk)
   for _ in range(2):
     with pytest.raises(Cut):
       tournament.run(c, tmp_path / 'cut')
   tournament.run(c, tmp_path / 'cut')
-  cut = json.loads((tmp_path / 'cut/tournament.json').read_text())
-  assert without_times(cut) == without_times(whole)
-  first, second = (
-    storage.read_json(tmp_path / name / 'structure.json')
+  (whole, first), (cut, second) = (
+    [storage.read_json(tmp_path / name / file) for file in FILES]
     for name in ('whole', 'cut')
   )
+  assert without_times(cut) == without_times(whole)
+  assert whole['rounds'][0]['losses']['uniform'][0] > 0
   assert first['counts'] == second['counts']
   assert first['source']['tournament']['chosen'] == whole['chosen']
   counts = list(first['counts'].values())
@@ -265,8 +246,7 @@ def probed(**fields):
 def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   """Cut off before the second of two steps; then `--mode=prune` uses it."""
   c = probed(**{'probe.steps': 2, 'probe.damping': 0.5})
-  job = stages.Job(c, tmp_path / 'cut')
-  plain, trained = stages.fit, []
+  job, plain, trained = stages.Job(c, tmp_path), stages.fit, []
 
   def fit(job, module, folder, *args, **kwargs):
     trained.append(folder.name)
@@ -276,17 +256,18 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr(stages.training, 'fit', fit)
   with pytest.raises(Cut):
-    stages.MODES['probe'](job)
-  stages.MODES['probe'](job)
+    stages.probing.run(job)
+  stages.probing.run(job)
   assert trained == ['step0-seed0', 'step1-seed0', 'step1-seed0']
   shown = capsys.readouterr().out
-  found = storage.read_json(tmp_path / 'cut/probe.json')
+  path = job.workdir / 'probe.json'
+  found = storage.read_json(path)
   assert found['sentence'] in shown and 'weight' in shown
   layers = job.network.cost_model.layers
   assert tuple(found['layers']) == tuple(found['mean']) == layers
   assert np.shape(found['losses']) == (len(layers), 2)
   # The second step probes the widths that the first one gave.
-  first = storage.read_arrays(tmp_path / 'cut/probe/step0-seed0/rises.npz')
+  first = storage.read_arrays(job.workdir / 'probe/step0-seed0/rises.npz')
   finding = probe.finding(layers, first['rises'][None])
   weights = scores.damped(finding.losses, 0.5)
   assert found['before'] == pytest.approx(weights)
@@ -294,11 +275,11 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   assert tuple(found['counts']) == counts
   # As a ranking: what the file says is cut.
   found['mean'] = dict(zip(layers, (1e-4, 1e4), strict=True))
-  storage.write_json(tmp_path / 'cut/probe.json', found)
+  storage.write_json(path, found)
   c.budget.ranking = 'sensitivity'
-  job = stages.Job(c, tmp_path / 'cut')
+  job = stages.Job(c, job.workdir)
   gates = scores.random(job.network.cost_model, 0)
-  storage.write_arrays(tmp_path / 'cut/search/gates.npz', gates)
+  storage.write_arrays(job.workdir / 'search/gates.npz', gates)
   stages.cut(job)
   profile = job.widened(scores.probed(found), gates)
   uniform = scores.equal(job.network.cost_model)
