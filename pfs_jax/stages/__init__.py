@@ -40,24 +40,24 @@ def run(job: Job) -> None:
   train(job)
 
 
-# Modes that lock the workdir and write into it, and modes that only read.
-_WRITERS = {
+MODES = {
   'search': search,
   'prune': cut,
   'probe': probing.run,
   'train': train,
   'run': run,
+  'eval': evaluate,
+  'info': info,
+  'export': export,
 }
-_READERS = {'eval': evaluate, 'info': info}
-MODES = {**_WRITERS, **_READERS, 'export': export}
 
 
 def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
   """Runs one of `MODES`; `out` is the folder of an export (None: default)."""
   if mode == 'export':
     export(job, out)
-  elif mode in _READERS:
-    _READERS[mode](job)
+  elif mode in ('eval', 'info'):  # They only read.
+    MODES[mode](job)
   else:
     with storage.locked(job.workdir) as held:
       if not held:
@@ -65,4 +65,4 @@ def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
           f'{job.workdir} is in use by another process; wait for it, or give '
           'another --workdir.'
         )
-      _WRITERS[mode](job)
+      MODES[mode](job)

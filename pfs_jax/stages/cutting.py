@@ -22,8 +22,6 @@ from pfs_jax import (
 )
 from pfs_jax.stages.job import FOLDERS, Job
 
-_COLUMNS = ['budget', 'MACs', 'of reference', 'of searched', 'parameters']
-
 
 def cut(job: Job) -> None:
   """Cuts the network to every budget of the config, by gates if need be."""
@@ -43,7 +41,8 @@ def cut(job: Job) -> None:
   if not source:
     job.note_config()
   runs.barrier('structures')
-  columns = [*_COLUMNS, 'unused', 'binding']
+  costs = ['MACs', 'of reference', 'of searched', 'parameters', 'unused']
+  columns = ['budget', *costs, 'binding']
   console.table(f'Structures in {job.workdir}', columns, rows)
 
 

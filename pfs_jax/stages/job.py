@@ -153,10 +153,16 @@ class Job:
     model = self.network.cost_model
     return prune.cut(ranked, model, budget, self.latency_of(budget))
 
-  def cut_plain(self, ranked: Mapping[str, Any]) -> prune.Structure:
-    """The first budget's structure, from scores that are already ranked."""
-    budget = dataclasses.replace(self.budgets[0], ranking='global')
-    return self.cut(ranked, budget)
+  def cut_plain(
+    self, ranked: Mapping[str, Any], budget: prune.Budget | None = None
+  ) -> prune.Structure:
+    """`cut` of ranked scores; the budget is the first one by default."""
+    plain = dataclasses.replace(budget or self.budgets[0], ranking='global')
+    return self.cut(ranked, plain)
+
+  def uniform(self, budget: prune.Budget | None = None) -> prune.Structure:
+    """Uniform width at a budget, by default the first one."""
+    return self.cut_plain(scores.equal(self.network.cost_model), budget)
 
   def widened(
     self,
@@ -169,12 +175,11 @@ class Job:
     The gates are the order of the channels within a layer, if it is known. The
     uniform widths are those of the budget, or of the first one.
     """
-    plain = dataclasses.replace(budget or self.budgets[0], ranking='global')
-    equal = scores.equal(self.network.cost_model)
-    uniform = self.cut(equal, plain).counts
-    least = (math.ceil(TRUST * count) for count in uniform)
-    guarded = dict(zip(equal, least, strict=True))
-    return scores.profile_scores(weights, gates or equal, guarded)
+    uniform = self.uniform(budget)
+    least = (math.ceil(TRUST * count) for count in uniform.counts)
+    guarded = dict(zip(uniform.layers, least, strict=True))
+    order = gates or scores.equal(self.network.cost_model)
+    return scores.profile_scores(weights, order, guarded)
 
   # Files.
 

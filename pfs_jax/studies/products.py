@@ -12,12 +12,11 @@ If another process is making a product, `Busy` is raised.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -178,8 +177,7 @@ def _seconds(folder: pathlib.Path) -> float:
 # Scores.
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
   """Scores, and where they come from.
 
   Attributes:
@@ -189,8 +187,8 @@ class Scored:
   """
 
   scores: Mapping[str, Any]
-  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  facts: Mapping[str, Any] = {}
+  seconds: Mapping[str, float] = {}
 
 
 def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:

@@ -21,16 +21,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from pfs_jax import (
-  config,
-  console,
-  errors,
-  prune,
-  runs,
-  scores,
-  stages,
-  storage,
-)
+from pfs_jax import config, console, errors, prune, runs, stages, storage
 from pfs_jax.studies import arms, plan, products
 
 INCUMBENT = 'uniform'
@@ -340,7 +331,7 @@ def cost(job: stages.Job) -> float:
   c, model = job.config, job.network.cost_model
   epochs = sum((n + 1) * seeds * epochs for n, epochs, seeds in _rounds(c))
   cells = [_cell(job, name) for name in candidates(c)]
-  wide = model.macs(model.widths) / job.cut_plain(scores.equal(model)).macs
+  wide = model.macs(model.widths) / job.uniform().macs
   searched = [cell.wide for cell in cells if cell.arm.searches]
   searches = {one.to_json(): one.search.epochs for one in searched}
   epochs += 2 / 3 * wide * sum(searches.values())
