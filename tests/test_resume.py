@@ -14,8 +14,7 @@ from tests import processes, small_run
 
 def execute(mode, workdir, **more):
   """Runs a mode in this process."""
-  job = stages.Job(small_run.config(**more), workdir)
-  stages.execute(mode, job, None)
+  stages.execute(mode, stages.Job(small_run.config(**more), workdir))
 
 
 def run(mode, workdir):
@@ -101,9 +100,8 @@ def test_the_table_names_the_winner_of_a_tournament(finished, capsys):
 
 def test_eval_restores(finished, capsys, monkeypatch):
   monkeypatch.delattr(registry, '_compiled_init')  # Drawing weights takes long.
-  correct = round(
-    storage.read_json(finished / 'result.json')['test_accuracy'] * 297
-  )
+  result = storage.read_json(finished / 'result.json')
+  correct = round(result['test_accuracy'] * 297)
   execute('eval', finished)
   assert f'({correct} of 297 images)' in capsys.readouterr().out
 

@@ -20,11 +20,11 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
   network, model = job.network, job.network.cost_model
   searched = (model.macs(model.widths), model.params(model.widths))
   reference = (network.reference_macs, network.reference_params)
-  rows = []
-  for layer, width, count in zip(
-    model.layers, model.widths, structure.counts, strict=True
-  ):
-    rows.append([layer, str(width), str(count), f'{count / width:.0%}'])
+  triples = zip(model.layers, model.widths, structure.counts, strict=True)
+  rows = [
+    [layer, str(width), str(count), f'{count / width:.0%}']
+    for layer, width, count in triples
+  ]
   columns = ['layer', 'searched', 'kept', 'share']
   won = structure.source.get('tournament')
   if isinstance(won, dict):  # The name is that of the config's ranking.

@@ -243,9 +243,7 @@ def examine(module: nn.Module, variables: Mapping[str, Any], test: Any) -> Exam:
     start = time.perf_counter()
     jax.block_until_ready(call(variables, *batch))
     times.append(1000 * (time.perf_counter() - start))
-  mistakes = {}
-  if found['labels']:
-    mistakes = {k: np.array(v[:_MISTAKES]) for k, v in found.items()}
+  mistakes = {k: np.array(v[:_MISTAKES]) for k, v in found.items() if v}
   n = test.size
   return Exam(correct / n, loss / n, n, len(batch[1]), min(times), mistakes)
 
