@@ -12,11 +12,12 @@ If another process is making a product, `Busy` is raised.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
@@ -177,7 +178,8 @@ def _seconds(folder: pathlib.Path) -> float:
 # Scores.
 
 
-class Scored(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scored:
   """Scores, and where they come from.
 
   Attributes:
@@ -187,8 +189,8 @@ class Scored(NamedTuple):
   """
 
   scores: Mapping[str, Any]
-  facts: Mapping[str, Any] = {}
-  seconds: Mapping[str, float] = {}
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
