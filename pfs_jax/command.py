@@ -6,12 +6,15 @@ pfs-jax --config digits --mode=run
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
+import os
 import pathlib
 import re
 import sys
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -57,10 +60,19 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-  """Runs one mode in the workdir."""
+  """Runs one mode; a name that the file system cannot hold is a UserError."""
   logging.set_verbosity(logging.WARNING)  # JAX logs that it finds no TPU.
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  c, mode = CONFIG.value, str(MODE.value)
+  try:
+    _run(str(MODE.value), CONFIG.value)
+  except OSError as e:
+    if e.errno != errno.ENAMETOOLONG:
+      raise
+    message = f'{e.filename} cannot be used: {e.strerror}.'
+    raise errors.UserError(message) from e
+
+
+def _run(mode: str, c: ml_collections.ConfigDict) -> None:
   out = pathlib.Path(OUT.value).expanduser() if OUT.value else None
   if mode == 'report':
     report.write(c, workdir(), out)
@@ -99,7 +111,7 @@ def located(argv: list[str]) -> list[str]:
       flag = argv[i - 1]
     name, *variant = value.split(':')
     path = configs() / f'{name}.py'
-    known = re.fullmatch(r'[\w/]+', name) and path.is_file()
+    known = re.fullmatch(r'[\w/]+', name) and os.path.isfile(path)
     if flag in ('--config', '-config') and known:
       where = ':'.join([str(path), *variant])
       found[i] = f'{flag}={where}' if equals else where

@@ -62,6 +62,8 @@ SEARCH_CASES = {
   ),
 }
 TRAIN = '--config.train.structure='
+LONG = 'x' * 300  # Most file systems allow names of 255 bytes.
+TOO_LONG = 'cannot be used: File name too long'
 
 # Arguments and what the message must say.
 BAD = {
@@ -97,6 +99,12 @@ BAD = {
     ['--workdir=pyproject.toml', DIGITS, '--mode=search'],
     'pyproject.toml cannot be used',
   ),
+  **{
+    f'long workdir, {mode}': ([DIGITS, mode, f'--workdir={LONG}'], TOO_LONG)
+    for mode in (INFO, '--mode=search', '--mode=report')
+  },
+  'long structure': ([DIGITS, '--mode=train', f'{TRAIN}{LONG}'], TOO_LONG),
+  'long config': ([f'--config={LONG}', INFO], 'File name too long'),
   'no such source_dir': (
     [
       '--config=configs/fashion.py',
