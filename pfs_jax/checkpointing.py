@@ -13,6 +13,7 @@ import json
 import logging
 import pathlib
 import shutil
+import signal
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
@@ -187,9 +188,9 @@ class Checkpoints:
       return f'cannot be read ({type(e).__name__})'
     return 'does not match its checksum'
 
-  def reached_preemption(self, step: int) -> bool:
-    """Whether one of several processes was told to stop."""
-    return self._manager.reached_preemption(step)
+  def preempting_signal(self, step: int) -> int | None:
+    """SIGTERM if one of several processes was told to stop, else None."""
+    return signal.SIGTERM if self._manager.reached_preemption(step) else None
 
 
 def _checksum(step: int, state: Any, notes: Any) -> str:

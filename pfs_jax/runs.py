@@ -278,7 +278,7 @@ class StopSignal:
 
   A second signal ends the process at once. With several processes, no signal is
   caught here: when one gets a SIGTERM, JAX's own handler tells all of them, and
-  `Checkpoints.reached_preemption` says at which step they stop.
+  `Checkpoints.preempting_signal` says at which step they stop.
   """
 
   def __init__(self):

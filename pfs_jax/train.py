@@ -293,6 +293,10 @@ class Plan:
     stops = [(step // n + 1) * n for n in every]
     return min(*stops, step + self.steps_per_call, self.total_steps)
 
+  def is_due(self, every: int, step: int) -> bool:
+    """Whether what is done every so many steps is done after this one."""
+    return step % every == 0 or step == self.total_steps
+
 
 def loop(
   state: Any,
@@ -332,30 +336,27 @@ def loop(
     recent, clock = [values] if values else [], runs.Clock(folder)
     while done < plan.total_steps:
       k = plan.next_stop(done) - done
-      before = recent[-1] if recent else ()
       state, metrics = call(state, source.resident, source.chunk(done, k))
-      jax.block_until_ready(before)  # At most two calls in flight.
+      jax.block_until_ready(recent[-1:])  # At most two calls in flight.
       recent.append(metrics)
       done += k
       progress.update(done)
-      last = done == plan.total_steps
-      if last and finish:
-        state = finish(state)
       record = {}
-      if done % plan.log_steps == 0 or last:
+      if plan.is_due(plan.log_steps, done):
         record, recent = _means(recent), []
-      if evaluate and (done % plan.evaluate_steps == 0 or last):
-        record.update(evaluate(state, done))
+      if done == plan.total_steps and finish:
+        state = finish(state)
+      if evaluate and plan.is_due(plan.evaluate_steps, done):
+        record |= evaluate(state, done)
       if record:
         _check_finite(record, label, done)
         log.write(done, **record, seconds=clock.seconds())
         progress.line(done, **record)
-      interrupted = stop.number or checkpoints.reached_preemption(done)
-      if done % plan.checkpoint_steps == 0 or last or interrupted:
+      number = stop.number or checkpoints.preempting_signal(done)
+      if plan.is_due(plan.checkpoint_steps, done) or number:
         _check_finite(_means(recent), label, done)  # Save only finite ones.
         checkpoints.save(done, state, _values(recent))
-      if interrupted:
-        number = stop.number or int(runs.signal.SIGTERM)
+      if number:
         raise errors.Interrupted(number, f'{label} step {done}')
   return state
 
