@@ -49,10 +49,8 @@ def pytest_configure(config):
     # Else each process compiles all sources again, which takes 3 s.
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
     os.environ['PYTHONPYCACHEPREFIX'] = str(folder / 'bytecode')
-    sys.dont_write_bytecode, sys.pycache_prefix = (
-      False,
-      str(folder / 'bytecode'),
-    )
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(folder / 'bytecode')
   # In the environment, so that processes that tests start share the cache.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
@@ -87,6 +85,18 @@ def pytest_itemcollected(item):
 def golden():
   """The folder of values measured on the published implementation."""
   return ROOT / 'tests' / 'golden'
+
+
+@pytest.fixture
+def shallow_mobilenets(monkeypatch):
+  """MobileNets of their first four blocks, which compile quickly."""
+  from pfs_jax.models import mobilenet, registry
+
+  registry._marked_calls.cache_clear()
+  for blocks in ('V1_BLOCKS', 'V2_BLOCKS'):
+    monkeypatch.setattr(mobilenet, blocks, getattr(mobilenet, blocks)[:4])
+  yield
+  registry._marked_calls.cache_clear()
 
 
 @pytest.fixture(scope='session')

@@ -75,13 +75,14 @@ def test_cost_model_is_the_narrow_networks_own_count(
 
 
 @pytest.mark.parametrize('name', [name for name, *_ in CASES])
-def test_gates_carry_the_names_of_their_groups(name):
+def test_gates_carry_the_names_of_their_groups(name, shallow_mobilenets):
   """Wherever they stand; params is the same tree without them."""
   sizes = models.gate_sizes(name, 8)
   counts = tuple(range(3, 3 + len(sizes)))  # Told apart by their number.
   plain = shapes(models.build(name, 10, 8, counts))
   assert set(plain) == {'params', 'batch_stats'}
   mobile = name.startswith('mobilenet')
+  modules = []
   for site in models.GATE_SITES:
     gated = models.build(name, 10, 8, counts, gated=True, gate_site=site)
     by_layer = models.gates_by_layer(name, gated.unit_gates())
@@ -91,6 +92,8 @@ def test_gates_carry_the_names_of_their_groups(name):
     depthwise = ['depthwise' in g.norms[0] for g in table.groups]
     acting = site == 'acting' and mobile
     assert sum(depthwise) == (len(sizes) - 1 if acting else 0)
+    modules.append(gated)
+  assert (modules[0] == modules[1]) != mobile
   variables = shapes(gated)
   assert paths(variables['gates']) == paths(gated.unit_gates())
   assert paths(variables['params']) == paths(plain['params'])
@@ -133,7 +136,7 @@ def test_init_within_a_callers_program(monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['resnet8', 'vgg16', 'mobilenet_v1'])
-def test_initial_weights(name):
+def test_initial_weights(name, shallow_mobilenets):
   """Conv N(0, sqrt(2/(k k C_out))), scale 1 or 0.5, linear as published."""
   params = drawn(name, 4)
   for path, value in params.items():
