@@ -8,32 +8,13 @@ import re
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
+README = (PACKAGE.parent / 'README.md').read_text()
 
+# The rooms of each floor, from the bottom: modules or packages of pfs_jax.
 FLOORS = [
-  {'errors', 'fields', 'rankings', 'tables'},
-  {'described', 'peers', 'storage'},
-  {
-    'checkpointing',
-    'config',
-    'console',
-    'costs',
-    'cpu',
-    'devices',
-    'jaxprs',
-    'runs',
-    'structures',
-    'user_code',
-  },
-  {'budgets', 'data', 'groups', 'layers', 'latency', 'scores'},
-  {'gating', 'prune'},
-  {'models', 'interop'},
-  {'norms', 'train'},
-  {'search', 'probe', 'surgery', 'export'},
-  {'stages'},
-  {'studies', 'report', 'predict', 'loading'},
-  {'command'},
-  {'__main__'},
-]
+  set(re.findall(r'`(\w+)`', rooms))
+  for rooms in re.findall(r'^\| \d+ \|([^|]+)\|', README, re.MULTILINE)
+] + [{'__main__'}]
 # On one floor, but the second builds on the first.
 PEERS = {
   ('interop', 'models'),
@@ -44,29 +25,16 @@ PEERS = {
 }
 
 
-def room(module: str) -> str:
-  """'pfs_jax.models.vgg' -> 'models'."""
-  return module.split('.')[1]
-
-
-def floor(name: str) -> int:
-  found = [i for i, names in enumerate(FLOORS) if name in names]
-  assert found, f'{name} stands on no floor'
-  return found[0]
-
-
-def imports(path: pathlib.Path):
-  """Rooms of ours that a file imports."""
+def imported(path: pathlib.Path) -> set[str]:
+  """What a file imports of ours anywhere, as dotted names with `pfs_jax.`."""
+  found = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module:
-      if node.module == 'pfs_jax':
-        yield from (alias.name for alias in node.names)
-      elif node.module.startswith('pfs_jax.'):
-        yield room(node.module)
+      found.add(node.module)
+      found |= {f'{node.module}.{alias.name}' for alias in node.names}
     elif isinstance(node, ast.Import):
-      for alias in node.names:
-        if alias.name.startswith('pfs_jax.'):
-          yield room(alias.name)
+      found |= {alias.name for alias in node.names}
+  return {name for name in found if name.startswith('pfs_jax.')}
 
 
 FILES = sorted(
@@ -78,12 +46,11 @@ FILES = sorted(
   'path', FILES, ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_imports_go_down(path):
-  relative = path.relative_to(PACKAGE)
-  mine = relative.parts[0].removesuffix('.py')
-  for theirs in imports(path):
-    if theirs == mine or (mine, theirs) in PEERS:
-      continue
-    assert floor(theirs) < floor(mine), f'{mine} imports {theirs}'
+  floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+  mine = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+  for theirs in {name.split('.')[1] for name in imported(path)}:
+    if theirs != mine and (mine, theirs) not in PEERS:
+      assert floor[theirs] < floor[mine], f'{mine} imports {theirs}'
 
 
 def test_no_family_is_named_above_the_registry():
@@ -106,36 +73,23 @@ def test_no_family_is_named_above_the_registry():
       assert not [s for s in short if family in s], f'{name} names {family}'
 
 
-def modules_imported(path):
-  """Modules of ours, as paths of their files, that a file imports anywhere."""
-  for node in ast.walk(ast.parse(path.read_text())):
-    names = []
-    if isinstance(node, ast.ImportFrom) and node.module:
-      names = [f'{node.module}.{alias.name}' for alias in node.names]
-      names.append(node.module)
-    elif isinstance(node, ast.Import):
-      names = [alias.name for alias in node.names]
-    for name in names:
-      target = PACKAGE.parent.joinpath(*name.split('.')).with_suffix('.py')
-      if name.startswith('pfs_jax.') and target.exists():
-        yield target
-
-
 def test_no_import_circle():
   """Packages apart: an __init__ imports what is beside it."""
-  graph = {path: set(modules_imported(path)) for path in FILES}
+  names = {
+    'pfs_jax.' + '.'.join(p.relative_to(PACKAGE).with_suffix('').parts): p
+    for p in FILES
+  }
+  graph = {name: imported(path) & names.keys() for name, path in names.items()}
   list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_the_documents_name_what_is_there():
-  """README names every room; each file named in architecture.md exists."""
+  """README names exactly the rooms; each file in architecture.md exists."""
+  rooms = {p.stem for p in PACKAGE.glob('[!_]*.py')}
+  rooms |= {p.parent.name for p in PACKAGE.glob('*/__init__.py')}
+  assert set().union(*FLOORS) == rooms | {'__main__'}
   root = PACKAGE.parent
-  readme = (root / 'README.md').read_text().split('## Architecture')[1]
-  rooms = set().union(*FLOORS) - {'__main__'}
-  assert rooms == rooms & set(re.findall(r'`([\w.]+)`', readme))
   text = (root / 'docs' / 'architecture.md').read_text()
-  files = {p.name for p in PACKAGE.rglob('*')} | {
-    p.name for p in root.iterdir()
-  }
+  files = {p.name for p in [*PACKAGE.rglob('*'), *root.iterdir()]}
   named = re.findall(r'`(?:\w+/)?(\w+\.(?:py|txt))`', text)
   assert len(named) > 20 and set(named) <= files
