@@ -40,7 +40,7 @@ _server.set_forkserver_preload(
 def environment(
   devices: int = 1, x64: bool = False, **more: str
 ) -> dict[str, str]:
-  """The environment of a process with simulated CPU devices, and more."""
+  """The environment of a process with CPU devices, 64-bit types, and more."""
   flags = os.environ.get('XLA_FLAGS', '').split()
   flags = [f for f in flags if 'host_platform_device_count' not in f]
   return {
@@ -125,56 +125,54 @@ class Started:
   def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
     """Waits; after `timeout` seconds kills it and raises TimeoutExpired."""
     self._process.join(timeout)
-    if self._process.exitcode is None:
+    code = self._process.exitcode
+    if code is None:
       self._process.kill()
       self._process.join()
-      texts = [file.read_text() for file in self._files]
-      raise subprocess.TimeoutExpired('python', timeout, *texts)
     texts = [file.read_text() for file in self._files]
     self._folder.cleanup()
-    return subprocess.CompletedProcess('python', self._process.exitcode, *texts)
+    if code is None:
+      raise subprocess.TimeoutExpired('python', timeout, *texts)
+    return subprocess.CompletedProcess('python', code, *texts)
 
 
 def start(
   code_or_args: str | Sequence[str],
   *,
-  devices: int = 1,
-  x64: bool = False,
   env: Mapping[str, str] | None = None,
   cwd: str | os.PathLike = ROOT,
+  **simulated: int,
 ) -> Started:
   """Starts Python in a fork of the server; the arguments are those of run."""
-  return Started(code_or_args, environment(devices, x64, **(env or {})), cwd)
+  return Started(code_or_args, environment(**simulated, **(env or {})), cwd)
 
 
 def run(
   code_or_args: str | Sequence[str],
   *,
-  devices: int = 1,
-  x64: bool = False,
   timeout: float = 300,
   env: Mapping[str, str] | None = None,
   cwd: str | os.PathLike = ROOT,
   fresh: bool = False,
+  **simulated: int,
 ) -> subprocess.CompletedProcess:
   """Runs Python in another process; look at `.returncode` yourself.
 
   Args:
     code_or_args: Source text, dedented here, or the arguments after `python`,
       such as ['main.py', '--mode=info', ...].
-    devices: Simulated CPU devices.
-    x64: Whether 64-bit types are on.
     timeout: Seconds until it is killed and TimeoutExpired raised.
     env: Variables besides.
     cwd: The working directory; by default the root of the repository.
     fresh: Whether it is a new interpreter, not a fork of the server.
+    **simulated: `devices` and `x64`, as for `environment`.
   """
   if not fresh:
-    options = {'devices': devices, 'x64': x64, 'env': env, 'cwd': cwd}
-    return start(code_or_args, **options).finish(timeout)
+    started = start(code_or_args, env=env, cwd=cwd, **simulated)
+    return started.finish(timeout)
   return subprocess.run(
     command(code_or_args),
-    env=environment(devices, x64, **(env or {})),
+    env=environment(**simulated, **(env or {})),
     cwd=cwd,
     timeout=timeout,
     capture_output=True,

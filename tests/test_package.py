@@ -149,21 +149,24 @@ def test_load_refuses_what_is_not_finished(tmp_path):
     pfs_jax.load(tmp_path)
 
 
-def test_load_runs_no_code_that_a_file_names(finished):
-  for section in ('model', 'data'):
-    result = storage.read_json(finished / 'result.json')
-    result['config'][section]['factory'] = 'os:abort'
-    (finished / 'checksums.json').unlink(missing_ok=True)
-    storage.write_json(finished / 'result.json', result)
-    with pytest.raises(errors.UserError, match='No code runs because a file'):
-      pfs_jax.load(finished)
+def _with_code(section):
+  return lambda r: r['config'][section].update(factory='os:abort')
 
 
-def test_load_refuses_counts_of_nothing(finished):
-  result = storage.read_json(finished / 'result.json')
-  (finished / 'checksums.json').unlink(missing_ok=True)
-  storage.write_json(finished / 'result.json', {**result, 'counts': {}})
-  with pytest.raises(errors.UserError, match='counts must name the layers of'):
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda r: r.update(counts={}), 'counts must name the layers of'),
+    (_with_code('model'), 'No code runs because a file'),
+    (_with_code('data'), 'No code runs because a file'),
+  ],
+)
+def test_load_refuses_a_result_that_was_changed(finished, change, message):
+  path = finished / 'result.json'
+  result = storage.read_json(path)
+  change(result)
+  storage.write_json(path, result)  # So the seal is gone.
+  with pytest.raises(errors.UserError, match=message):
     pfs_jax.load(finished)
 
 
