@@ -113,21 +113,27 @@ def test_the_command_runs_anywhere(tmp_path):
 def test_the_wheel_runs_in_an_empty_folder(tmp_path):
   source, target, empty = (tmp_path / n for n in ('source', 'target', 'empty'))
   for name in ('pfs_jax', 'configs'):
-    shutil.copytree(ROOT / name, source / name)
+    shutil.copytree(
+      ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__')
+    )
   for name in ('pyproject.toml', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, source)
   pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps']
   subprocess.run([*pip, '--target', target, source], check=True)
   assert (target / 'bin' / 'pfs-jax').exists()
+  package = source / 'pfs_jax'
+  for path in filter(pathlib.Path.is_file, package.rglob('*')):
+    found = target / 'pfs_jax' / path.relative_to(package)
+    assert found.read_bytes() == path.read_bytes()
   empty.mkdir()
-  _, _, mode, _, *fields = small_run.arguments('run', empty)
+  _, _, mode, _, *fields = small_run.arguments('search', empty)
   processes.output(
     ['-m', 'pfs_jax', '--config=digits', mode, *fields],
     cwd=empty,
     env={'PYTHONPATH': str(target)},
     fresh=True,
   )
-  assert (empty / 'runs' / 'digits' / 'result.json').exists()
+  assert (empty / 'runs' / 'digits' / 'structure.json').exists()
 
 
 # A finished workdir.
