@@ -45,16 +45,16 @@ class _Handler(ocp.CheckpointHandler):
   lines when the disk is full.
   """
 
-  def save(self, directory: Any, args: _Save) -> None:
+  def save(self, directory: Any, args: _Args) -> None:
     """Writes the files, on the first process."""
     leaves = map(np.asarray, jax.tree.leaves(jax.device_get(args.state)))
     arrays = {str(i): leaf for i, leaf in enumerate(leaves)}
     storage.write_arrays(pathlib.Path(directory) / _STATE, arrays)
     storage.write_json(pathlib.Path(directory) / _CHECK, args.check)
 
-  def restore(self, directory: Any, args: _Restore) -> tuple[Any, Any]:
-    """(state, check); `args.target` has the state's shapes and shardings."""
-    leaves, tree = jax.tree.flatten(args.target)
+  def restore(self, directory: Any, args: _Args) -> tuple[Any, Any]:
+    """(state, check); `args.state` has the shapes and shardings."""
+    leaves, tree = jax.tree.flatten(args.state)
     arrays = storage.read_arrays(pathlib.Path(directory) / _STATE)
     check = storage.read_json(pathlib.Path(directory) / _CHECK, _Check)
     found = [
@@ -64,17 +64,13 @@ class _Handler(ocp.CheckpointHandler):
     return jax.tree.unflatten(tree, found), check
 
 
-@ocp.args.register_with_handler(_Handler, for_save=True)
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class _Save(ocp.args.CheckpointArgs):
+class _Args(ocp.args.CheckpointArgs):
+  """A state to write and its check, or a state like the one to read."""
+
   state: Any
-  check: _Check
-
-
-@ocp.args.register_with_handler(_Handler, for_restore=True)
-@dataclasses.dataclass
-class _Restore(ocp.args.CheckpointArgs):
-  target: Any
+  check: _Check | None = None
 
 
 def _on_devices_of(leaf: Any, array: np.ndarray) -> jax.Array:
@@ -126,7 +122,7 @@ class Checkpoints:
         while self._skipped:  # Orbax would refuse to write over them.
           self._manager.delete(self._skipped.pop())
         if self._manager.latest_step() != step:
-          self._manager.save(step, args=_Save(state, check), force=True)
+          self._manager.save(step, args=_Args(state, check), force=True)
     except Exception as e:
       self._refuse(step, state, e)
 
@@ -181,7 +177,7 @@ class Checkpoints:
     """(state, notes), or what is wrong with the checkpoint."""
     try:
       with _quiet():
-        state, check = self._manager.restore(step, args=_Restore(target))
+        state, check = self._manager.restore(step, args=_Args(target))
       if check['sha256'] == _checksum(step, state, check['notes']):
         return state, check['notes']
     except Exception as e:  # Damaged files raise many types of errors.
