@@ -425,14 +425,6 @@ def test_records_evaluations_and_checkpoints_come_when_due(
   assert seconds == sorted(seconds)  # They never fall.
 
 
-def test_steps_a_call_do_not_change_the_result(tmp_path):
-  sums = [
-    float(count(tmp_path / str(k), train.Plan(10, 50, 50, 50, k))['sum'])
-    for k in (1, 4)
-  ]
-  assert sums[0] == pytest.approx(sums[1], rel=1e-6)
-
-
 def test_the_loop_takes_only_reductions_from_the_library_for_cpus():
   """Its products and convolutions are slow; XLA's defaults take them too."""
   source, state = make_source(), devices.replicate(make_state(Tiny(16)))
