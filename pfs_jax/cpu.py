@@ -349,8 +349,7 @@ def _batch_norm(epsilon: float) -> Callable:
 # Pooling.
 
 
-def _plain_2x2(x: jax.Array) -> jax.Array:
-  return nn.max_pool(x, (2, 2), (2, 2))
+_plain_2x2 = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 
 
 @jax.custom_vjp
@@ -370,15 +369,13 @@ def _max_pool_2x2_forward(x):
 
 
 def _max_pool_2x2_backward(residuals, g):
-  return (
-    lax.platform_dependent(
-      *residuals, g, cpu=_cpu_backward_2x2, default=_plain_backward_2x2
-    ),
+  return lax.platform_dependent(
+    *residuals, g, cpu=_cpu_backward_2x2, default=_plain_backward_2x2
   )
 
 
 def _plain_backward_2x2(x, _, g):
-  return jax.vjp(_plain_2x2, x)[1](g)[0]
+  return jax.vjp(_plain_2x2, x)[1](g)
 
 
 def _cpu_backward_2x2(x, y, g):
@@ -393,7 +390,7 @@ def _cpu_backward_2x2(x, y, g):
   # Without the barrier, the next operation would compute it again.
   dx = lax.optimization_barrier(dx)
   beside = ((0, 0), (0, height - 2 * rows), (0, width - 2 * columns), (0, 0))
-  return jnp.pad(dx, beside)
+  return (jnp.pad(dx, beside),)
 
 
 max_pool_2x2.defvjp(_max_pool_2x2_forward, _max_pool_2x2_backward)
