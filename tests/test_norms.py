@@ -216,3 +216,27 @@ def test_built_in_models_keep_their_running_statistics(digits):
     assert (refreshed(state, 60) is not state) == changes
   long = norms.refresher('auto', True, state, source)
   assert long(state, 1000) is state
+
+
+class Layered(nn.Module):
+  """Drops its convolution by a random stream of its own."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    y = nn.Conv(8, (3, 3))(x)
+    if train:
+      y *= jax.random.bernoulli(self.make_rng('path'), 0.5, (len(y), 1, 1, 1))
+    return nn.BatchNorm(use_running_average=not train)(y).mean((1, 2))
+
+
+def test_models_that_draw_from_a_stream_of_their_own(digits):
+  _, source, _ = digits
+  state = _state(Layered())
+  assert norms.longest_momentum(state, source) == pytest.approx(0.99)
+  one, all_kept = (
+    norms.estimated(_state(module), source, 0).batch_stats['BatchNorm_0']
+    for module in (Layered(), Habit())
+  )
+  # Half of the images are dropped.
+  ratio = one['mean'] / all_kept['mean']
+  np.testing.assert_allclose(ratio, 0.5, rtol=0.2)
