@@ -353,6 +353,21 @@ def test_dropout_and_further_arguments():
   assert jax.eval_shape(gated.apply, variables, X).shape == (2, 3)
 
 
+def test_costs_take_the_arguments_of_the_call():
+  case, sites = found('conditioned')
+  time, scale = case.further[0][:1], case.further[1]
+  model, half = sites.cost_model(), [3, 3]
+  for args, by_name in (
+    ((time, scale), {}),
+    ((time,), {'scale': scale}),
+    ((), {'t': time, 'scale': scale}),
+    ((), {'call': lambda module, x, train: module(x, time, training=train)}),
+  ):
+    found_ = surgery.cost_model(case.model, sites, X[:1], *args, **by_name)
+    assert found_.macs(half) == model.macs(half)
+    assert found_.params(half) == model.params(half)
+
+
 # Our own families and models written by others.
 
 

@@ -11,7 +11,8 @@ the result to the stages. The other modules are shared with the built-in
 families: `groups`, `gating`, `costs`.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pfs_jax import costs
@@ -39,7 +40,14 @@ __all__ = [
 ]
 
 
-def cost_model(model: Any, table: Table, x: Any, *args: Any) -> costs.CostModel:
+def cost_model(
+  model: Any,
+  table: Table,
+  x: Any,
+  *args: Any,
+  call: Callable[..., Any] | None = None,
+  **kwargs: Any,
+) -> costs.CostModel:
   """MACs and parameters of the narrow models, exact functions of the counts.
 
   All operations that multiply and accumulate are counted (`costs`), but for
@@ -50,10 +58,16 @@ def cost_model(model: Any, table: Table, x: Any, *args: Any) -> costs.CostModel:
     table: What `discover` found.
     x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`; its size may differ
       from that of the images given to `discover`.
-    *args: Further arguments of the model.
+    *args: Further arguments of the model's `__call__`.
+    call: As for `discover`; by default, the model is called as there.
+    **kwargs: Further arguments of `__call__`, by name.
+
+  Raises:
+    errors.UserError: The image has no batch axis.
   """
+  table = dataclasses.replace(table, call=call or table.call)
   plain = narrow_linen(model, table, list(table.sizes.values()))
-  return table.cost_model(layer_calls(plain, x, *args))
+  return table.cost_model(layer_calls(plain, x, *args, **kwargs))
 
 
 def slice_variables(

@@ -96,9 +96,11 @@ def discover(
   )
 
 
-def layer_calls(plain: gating.Wrapped, x: Any, *args: Any) -> list[costs.Layer]:
+def layer_calls(
+  plain: gating.Wrapped, x: Any, *args: Any, **kwargs: Any
+) -> list[costs.Layer]:
   """The calls in a model that cost something, at this size of images."""
-  arguments = (x, args, {})
+  arguments = (x, args, kwargs)
   return _follow(plain, _init_shapes(plain, arguments), arguments)[1]
 
 
