@@ -500,6 +500,40 @@ def test_what_discover_needs():
     surgery.discover(models.build('resnet20', 3, 4, gated=True), X)
 
 
+class Tokens(nn.Module):
+  """Images or a sequence [N, T, C], each mixed in rows and as a whole."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+    x = nn.relu(norm()(nn.Conv(4, (3,))(x)))  # Any axes in front of the last 2.
+    alone = nn.vmap(nn.Conv, {'params': None}, split_rngs={'params': False})
+    y = alone(5, (3, 3), name='alone')(x[..., None])
+    table = self.param('table', nn.initializers.normal(), (5, 4, 1))
+    y *= nn.Conv(5, (3, 3), name='position')(table).mean()
+    return nn.Dense(3)(y.mean((1, 2)))
+
+
+def test_images_without_a_batch_axis_are_refused():
+  flat = nnx.Conv(3, 3, (3,), rngs=nnx.Rngs(0))
+  for model, x in (
+    (own_models.Plain(), X[0]),
+    (own_models.Depthwise(), X[0]),
+    (flat, X[0, 0]),
+  ):
+    with pytest.raises(errors.UserError, match='without a batch axis') as error:
+      surgery.discover(model, x)
+    assert '\n' not in str(error.value)
+  case, sites = found('plain')
+  with pytest.raises(errors.UserError, match=r'Conv_0 .* shape \(8, 8, 3\)'):
+    surgery.cost_model(case.model, sites, X[0])
+  # Sequences, layers that nn.vmap maps over the batch, filters of weights.
+  assert surgery.discover(Tokens(), X[:, 0]).left_alone.keys() >= {
+    'alone',
+    'position',
+  }
+
+
 def test_wrong_counts_and_missing_gates():
   case, sites = found('plain')
   for counts in ((1,), (0, 1), (6, 8), {'Conv_0': 1}):

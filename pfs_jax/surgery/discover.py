@@ -54,8 +54,8 @@ def discover(
 
   Raises:
     errors.UserError: The model is no module of Flax, has no layer, has no known
-      way to say whether it trains, or has a collection `gates` of its own; or
-      `leave` names no layer.
+      way to say whether it trains, or has a collection `gates` of its own;
+      `leave` names no layer; or the images have no batch axis.
   """
   model = nnx_models.as_linen(model)
   if not isinstance(model, nn.Module):
@@ -165,13 +165,14 @@ def _follow(
         layer, kind=wide[path].kind, obstacle=wide[path].obstacle
       )
   flow = Flow(layers, emitted)
-  values = []
+  values, weights = [], set()
   for place, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     origin, state = 0, State.CONST
     if math.prod(leaf.shape) > 1:
       names = [str(getattr(p, 'key', p)) for p in place]
       origin = flow.cells.origin(f'the parameter {"/".join(names[1:])}')
       state = State.LIVE
+      weights.add(origin)
     values.append(flow.cells.value(leaf.ndim, origin, state))
   origin = flow.cells.origin("the model's input")
   for leaf in arrays.values():
@@ -179,6 +180,13 @@ def _follow(
     values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
   for value in flow.run(program, values):
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
+  shape = getattr(arguments[0], 'shape', ())
+  for path, read in flow.unbatched.items():
+    if layers[path].ndim == len(shape) and not read <= weights:
+      raise errors.UserError(
+        f'surgery: {path} is a convolution of an input without a batch axis; '
+        f'x must be images [N, H, W, C]; got shape {shape}.'
+      )
   more, uncounted = trace.rest(program, calls, images)
   leaves = jax.tree.leaves(shapes.get('params'))
   unknown = sum(a.size for a in leaves) - sum(c.params() for c in calls)

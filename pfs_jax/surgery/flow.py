@@ -58,6 +58,8 @@ class Flow:
       reads.
     pasts: {path: `past` of each channel that the layer reads, call by call}.
     unseen: {path: reason} of layers that the walk could not look into.
+    unbatched: {path: what it reads that the images or the weights can change,
+      as in `Cell.channel`} of convolutions over inputs without a batch axis.
   """
 
   def __init__(
@@ -70,7 +72,8 @@ class Flow:
     self.bare = all(
       c.kind != 'norm' or c.obstacle or c.joint for c in layers.values()
     )
-    self.inputs, self.outputs, self.unseen = {}, {}, {}
+    self.inputs, self.outputs = {}, {}
+    self.unseen, self.unbatched = {}, {}
     self.uses, self.pasts = [], collections.defaultdict(list)
     self._emitted = emitted
     made = [0, *(int(e.max()) for e in (emitted or {}).values() if e.size)]
@@ -200,6 +203,10 @@ class Flow:
       return []
     layer, x = self.layers[path], values[0]
     ndim, out_ndim = (len(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars))
+    if layer.kernel and ndim == len(layer.kernel) + 1:
+      read = [self.cells[i] for i in np.unique(x.cells)]
+      live = {c.channel for c in read if c.state == State.LIVE}
+      self.unbatched[path] = live
     if self._jit_depth:  # The cache of nn.jit would ignore changed widths.
       self.unseen[path] = NESTED
     elif {ndim, out_ndim} != {layer.ndim}:
