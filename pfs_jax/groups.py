@@ -128,22 +128,15 @@ class Table:
       for path, units in self.outputs.items()
     }
 
-  def cost_model(
-    self, calls: Sequence[costs.Layer] | None = None
-  ) -> costs.CostModel:
-    """MACs and parameters as exact functions of the counts.
-
-    Args:
-      calls: The layer calls to count, by default those of the table; or those
-        of the same model at another image size.
-    """
+  def cost_model(self) -> costs.CostModel:
+    """MACs and parameters as exact functions of the counts."""
     ops = [
       dataclasses.replace(
         layer,
         reads=self._size_of(self.reads(layer)),
         makes=self._size_of(self.makes(layer)),
       )
-      for layer in (self.calls if calls is None else calls)
+      for layer in self.calls
     ]
     sizes = self.sizes
     return costs.CostModel(tuple(sizes), tuple(sizes.values()), ops)

@@ -368,6 +368,31 @@ def test_costs_take_the_arguments_of_the_call():
     assert found_.params(half) == model.params(half)
 
 
+class Positions(nn.Module):
+  """Widths that depend on the size of the images: flat, and one a position."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = own_models.unit(train, own_models.unit(train, x, 5), 4)
+    mixed = nn.Dense(x.shape[1])(x.mean(2).swapaxes(1, 2))
+    return nn.Dense(3)(mixed.mean(2)) + nn.Dense(3)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize('model', [own_models.Plain(flatten=True), Positions()])
+def test_costs_at_another_size_of_the_images(model):
+  sites = surgery.discover(model, X)
+  counts = [n // 2 for n in sites.sizes.values()]
+  shape, narrow = (12, 12, 3), surgery.narrow(model, sites, counts)
+  found_ = surgery.cost_model(model, sites, np.zeros((1, *shape), np.float32))
+  if hasattr(model, 'flatten'):
+    assert found_.macs(counts) == costs.count(narrow, shape)[0]
+    assert found_.params(counts) == costs.count(narrow, shape)[1]
+  again = surgery.discover(model, jax.ShapeDtypeStruct((1, *shape), X.dtype))
+  assert again.sizes == sites.sizes
+  assert found_.macs(counts) == again.cost_model().macs(counts)
+  assert found_.params(counts) == again.cost_model().params(counts)
+
+
 # Our own families and models written by others.
 
 

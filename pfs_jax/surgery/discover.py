@@ -96,12 +96,47 @@ def discover(
   )
 
 
-def layer_calls(
-  plain: gating.Wrapped, x: Any, *args: Any, **kwargs: Any
-) -> list[costs.Layer]:
-  """The calls in a model that cost something, at this size of images."""
-  arguments = (x, args, kwargs)
-  return _follow(plain, _init_shapes(plain, arguments), arguments)[1]
+def cost_model(
+  model: Any,
+  table: groups.Table,
+  x: Any,
+  *args: Any,
+  call: Callable[..., Any] | None = None,
+  **kwargs: Any,
+) -> costs.CostModel:
+  """MACs and parameters of the narrow models, exact functions of the counts.
+
+  All operations that multiply and accumulate are counted (`costs`), but for
+  those in `table.uncounted`. Sums, such as a model's own mean, cost nothing.
+
+  Args:
+    model: The model of `discover`.
+    table: What `discover` found.
+    x: One image [1, H, W, C] or its `jax.ShapeDtypeStruct`; its size may differ
+      from that of the images given to `discover`.
+    *args: Further arguments of the model's `__call__`.
+    call: As for `discover`; by default, the model is called as there.
+    **kwargs: Further arguments of `__call__`, by name.
+
+  Raises:
+    errors.UserError: The image has no batch axis.
+  """
+  source = gating.Source(nnx_models.as_linen(model), call or table.call)
+  plain, arguments = gating.Wrapped(source), (x, args, kwargs)
+  shapes = _init_shapes(plain, arguments)
+  flow, calls, _ = _follow(plain, shapes, arguments)
+  units = np.full(len(flow.channels.owners), -1)
+  for path, channels in flow.outputs.items():
+    made = table.outputs[path]
+    if len(made) == len(channels):  # Else a width that depends on the size.
+      units[channels] = made
+  here = dataclasses.replace(
+    table,
+    calls=tuple(calls),
+    inputs={path: units[channels] for path, channels in flow.inputs.items()},
+    outputs={path: units[channels] for path, channels in flow.outputs.items()},
+  )
+  return here.cost_model()
 
 
 # Tracing.
