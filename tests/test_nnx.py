@@ -323,6 +323,32 @@ def test_dropout_draws_from_the_steps_key():
   assert not np.array_equal(logits(a), logits(b))
 
 
+class Noisy(nnx.Module):
+  """Draws from a stream of its own, as one key or as two."""
+
+  def __init__(self, *, rngs, split):
+    self.head = nnx.Linear(3, 3, rngs=rngs)
+    key = jax.random.key(1)
+    self.noise = nnx.Rngs(noise=jax.random.split(key) if split else key)
+
+  def __call__(self, x):
+    keys = jnp.atleast_1d(self.noise.noise.key[...])
+    x = x.mean((1, 2))
+    return self.head(x + jax.random.normal(keys[-1], x.shape))
+
+
+@pytest.mark.parametrize('split', [False, True])
+def test_any_stream_draws_from_the_steps_key(split):
+  adapter = nnx_models.as_linen(Noisy(rngs=nnx.Rngs(0), split=split))
+  keys = jax.random.split(jax.random.key(0), 3)
+  variables = adapter.init(keys[0], X)
+  a, b = (
+    adapter.apply(variables, X, train=True, rngs={'params': key})
+    for key in keys[1:]
+  )
+  assert not np.array_equal(a, b)
+
+
 TWINS = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx

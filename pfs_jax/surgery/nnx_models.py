@@ -82,9 +82,14 @@ class Adapter(nn.Module):
       jax.eval_shape(lambda: self._find_transformed(x, args, kwargs, train))
       self.held.called.append(True)
     model = self._copy(train)
-    if train and self.has_rng('dropout'):
-      key = self.make_rng('dropout')
-      nnx.reseed(model, dropout=key, default=key)
+    if train and (self.has_rng('dropout') or self.has_rng('params')):
+      streams = {
+        stream.tag
+        for _, stream in nnx.iter_graph(model)
+        if isinstance(stream, nnx.RngStream)
+      }
+      keys = dict.fromkeys(streams, self.make_rng('dropout'))
+      nnx.reseed(model, policy='match_shape', **keys)
     own = self._own_variables(model)
     for path, layer in self._layers(model):
       _replace_calls(layer, functools.partial(self._run, path))
