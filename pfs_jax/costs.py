@@ -149,7 +149,9 @@ def value(size: Size, counts: Counts) -> int:
   return sum(multiple * int(sized[i]) for i, multiple in size)
 
 
-def describe(module: Any, path: str, x: Any, y: Any, images: int = 1) -> Layer:
+def describe(
+  module: Any, path: str, x: Any, y: Any, earlier: Sequence[Layer], images: int
+) -> Layer:
   """The record of one call of a layer, y = module(x), on a batch of images."""
   rule = described.rule(module)
   assert rule is not None, path
@@ -160,6 +162,7 @@ def describe(module: Any, path: str, x: Any, y: Any, images: int = 1) -> Layer:
     'ndim': x.ndim,
     'dtype': getattr(module, 'param_dtype', np.float32),
     'low_precision': y.dtype.itemsize < 4,
+    'again': any(call.path == path for call in earlier),
     **rule(module, x, y),
   }
   size = images * math.prod(fields.get('input_size') or x.shape[1:-1])
@@ -210,13 +213,11 @@ def record(function: Callable[..., Any], *args: Any) -> list[Layer]:
   `function`, typically `module.init` on one image, is traced abstractly:
   nothing is computed and no memory is used.
   """
-  found, seen = [], set()
+  found = []
 
   def around(module, path, x, call):
     y = call(x)
-    layer = describe(module, path, x, y)
-    found.append(dataclasses.replace(layer, again=path in seen))
-    seen.add(path)
+    found.append(describe(module, path, x, y, found, images=1))
     return y
 
   def traced(*args):

@@ -142,8 +142,15 @@ def cost_model(
 # Tracing.
 
 
-def _shapes_and_merge(arguments) -> tuple[dict[int, Any], Callable]:
-  """The shapes of a tree's arrays, and a function from arrays to the tree."""
+def _shapes_and_call(
+  function: Callable[..., Any], arguments
+) -> tuple[dict[int, Any], Callable[..., Any]]:
+  """The shapes of a call's arrays, and the call as a function of the arrays.
+
+  Args:
+    function: (first, x, *args, **kwargs) -> output.
+    arguments: (x, args, kwargs); what is no array stays as it is.
+  """
   leaves, tree = jax.tree.flatten(arguments)
   shapes = {
     i: jax.ShapeDtypeStruct(
@@ -153,20 +160,16 @@ def _shapes_and_merge(arguments) -> tuple[dict[int, Any], Callable]:
     if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
   }
 
-  def merge(arrays):
+  def call(first, arrays):
     merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, merged)
+    x, args, kwargs = jax.tree.unflatten(tree, merged)
+    return function(first, x, *args, **kwargs)
 
-  return shapes, merge
+  return shapes, call
 
 
 def _init_shapes(plain: gating.Wrapped, arguments) -> Any:
-  arrays, merge = _shapes_and_merge(arguments)
-
-  def init(key, arrays):
-    x, args, kwargs = merge(arrays)
-    return plain.init(key, x, *args, **kwargs)
-
+  arrays, init = _shapes_and_call(plain.init, arguments)
   return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), arrays))
 
 
@@ -185,12 +188,7 @@ def _follow(
     emitted: The channels that layers of the narrowed model make.
     wide: {path: layer} of the wide model, if this is the narrowed one.
   """
-  arrays, merge = _shapes_and_merge(arguments)
-
-  def apply(variables, arrays):
-    x, args, kwargs = merge(arrays)
-    return plain.apply(variables, x, *args, **kwargs)
-
+  arrays, apply = _shapes_and_call(plain.apply, arguments)
   images = next(iter(arrays.values())).shape[0]
   program, calls = trace.trace(apply, images, shapes, arrays)
   layers = groups.first_calls(calls)

@@ -102,18 +102,19 @@ def network_from_factory(
     errors.UserError: A spec, module, attribute or result is wrong, the user's
       code raises an error, or as for `network`.
   """
-  registers: Any = {'norm': described.register_norm}
-  registers['conv'] = described.register_conv
-  classes = {'norm': norm, 'conv': conv}
-  for field, name in classes.items():
-    if name:
-      registers[field](user_code.imported(f'model.{field}', name))
+  own: Any
+  if norm:
+    own = user_code.imported('model.norm', norm)
+    described.register_norm(own)
+  if conv:
+    own = user_code.imported('model.conv', conv)
+    described.register_conv(own)
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
   available['rngs'] = nnx.Rngs(0)  # NNX draws weights at once.
   how = user_code.imported('model.call', call) if call else None
   x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
-  given = {'leave': list(leave), 'call': call, **classes}
+  given = {'leave': list(leave), 'call': call, 'norm': norm, 'conv': conv}
   with user_code.blamed('model.factory', spec):
     model = _model_from(spec, factory, available)
     if isinstance(model, tuple) and len(model) == 2:

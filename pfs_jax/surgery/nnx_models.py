@@ -9,12 +9,11 @@ an ordinary NNX module with fewer channels.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -32,21 +31,19 @@ _LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, *_NORMS)
 _COLLECTIONS = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats'}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Held:
   """An NNX module or layer, hidden from Linen and compared by identity.
 
   Attributes:
     model: The module.
     transformed: Paths of the layers that it calls inside a transform of NNX
-      (jit, remat, scan, vmap), found at the first call. Surgery does not treat
-      them as layers: their arrays are variables of the model itself.
-    called: Not empty after the first call.
+      (jit, remat, scan, vmap), None before the first call. Surgery does not
+      treat them as layers: their arrays are variables of the model itself.
   """
 
-  model: Any
-  transformed: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
-  called: list[bool] = dataclasses.field(default_factory=list)
+  def __init__(self, model: Any):
+    self.model = model
+    self.transformed: set[tuple[Any, ...]] | None = None
 
   def __hash__(self) -> int:
     return id(self.model)
@@ -78,9 +75,12 @@ class Adapter(nn.Module):
     for name in inspect.signature(type(self.held.model).__call__).parameters:
       if name in calling.NAMES:
         kwargs[name] = calling.NAMES[name] == train
-    if not self.held.called:
-      jax.eval_shape(lambda: self._find_transformed(x, args, kwargs, train))
-      self.held.called.append(True)
+    if self.held.transformed is None:
+      found = set()
+      jax.eval_shape(
+        lambda: self._find_transformed(found, x, args, kwargs, train)
+      )
+      self.held.transformed = found
     model = self._copy(train)
     if train and (self.has_rng('dropout') or self.has_rng('params')):
       streams = {
@@ -88,10 +88,10 @@ class Adapter(nn.Module):
         for _, stream in nnx.iter_graph(model)
         if isinstance(stream, nnx.RngStream)
       }
-      keys = dict.fromkeys(streams, self.make_rng('dropout'))
+      keys: Any = dict.fromkeys(streams, self.make_rng('dropout'))
       nnx.reseed(model, policy='match_shape', **keys)
     own = self._own_variables(model)
-    for path, layer in self._layers(model):
+    for path, layer in _layers(model, self.held.transformed):
       _replace_calls(layer, functools.partial(self._run, path))
     out = model(x, *args, **kwargs)
     _copy_statistics(self.scope, own)
@@ -102,19 +102,14 @@ class Adapter(nn.Module):
     (model.train if train else model.eval)()
     return model
 
-  def _layers(self, model: nnx.Module) -> list[tuple[tuple[Any, ...], Any]]:
-    """(path, layer) of the layers that are not inside a transform."""
-    layers = _layers(model)
-    return [(p, v) for p, v in layers if p not in self.held.transformed]
-
-  def _find_transformed(self, x, args, kwargs, train: bool) -> None:
-    """Finds the layers of which NNX calls copies, inside its transforms."""
+  def _find_transformed(self, found, x, args, kwargs, train: bool) -> None:
+    """Adds the layers of which NNX calls copies, inside its transforms."""
     model = self._copy(train)
     for path, layer in _layers(model):
 
       def run(layer, x, *args, path=path, original=layer, **kwargs):
         if layer is not original:
-          self.held.transformed.add(path)
+          found.add(path)
         return _original_call(layer)(x, *args, **kwargs)
 
       _replace_calls(layer, run)
@@ -122,7 +117,7 @@ class Adapter(nn.Module):
 
   def _own_variables(self, model: nnx.Module) -> list[tuple[Any, Any]]:
     """Sets variables outside of layers; returns pairs (Linen's, NNX's)."""
-    layers = self._layers(model)
+    layers = _layers(model, self.held.transformed)
     inside = {id(v) for _, layer in layers for _, v in _variables(layer)}
     return [
       _linked(_child_scope(self.scope, path[:-1]), path[-1], v, v[...].shape)
@@ -215,11 +210,15 @@ def _original_call(layer: Any) -> Callable[..., Any]:
   return super(type(layer), layer).__call__
 
 
-def _layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
-  """(path, layer) of each layer of a module."""
-  for path, layer in nnx.iter_modules(model):
-    if isinstance(layer, _LAYERS):
-      yield path, layer
+def _layers(
+  model: nnx.Module, transformed: Iterable[Any] | None = None
+) -> list[tuple[tuple[Any, ...], Any]]:
+  """(path, layer) of each layer, but for those at paths in `transformed`."""
+  return [
+    (path, layer)
+    for path, layer in nnx.iter_modules(model)
+    if isinstance(layer, _LAYERS) and path not in (transformed or ())
+  ]
 
 
 def _collection(node: Any) -> str:

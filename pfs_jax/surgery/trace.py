@@ -51,17 +51,15 @@ def trace(
     images: Images in the batch.
     *args: Trees of arrays or shapes; the first is the model's variables.
   """
-  calls, seen = [], set()
+  calls = []
 
   def around(module, path, x, call):
     looked_into = described.is_pool(module)
     mark = PEEK if looked_into else ENTER
     axis = getattr(module, 'axis_name', None) or ''  # `gating` removes it.
     y = call(_mark(mark + path, lambda x: x, x))
-    layer = costs.describe(module, path, x, y, images)
-    again = path in seen
-    calls.append(dataclasses.replace(layer, axis_name=axis, again=again))
-    seen.add(path)
+    layer = costs.describe(module, path, x, y, calls, images)
+    calls.append(dataclasses.replace(layer, axis_name=axis))
     if looked_into:
       return y
     return _mark(LEAVE + path, lambda x, y: y, x, y)
