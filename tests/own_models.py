@@ -7,11 +7,32 @@ size) and, by a piece of the reason, what is left alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def drawn(module, *args):
+  """Random variables that are not trivial, without compiling `init`."""
+  random = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    name, shape = path[-1].key, leaf.shape
+    if name == 'gate':
+      value = np.ones(shape)
+    elif name in ('scale', 'var'):
+      value = random.uniform(0.5, 1.5, shape)
+    else:
+      deviation = np.sqrt(2 / np.prod(shape[:-1])) if len(shape) > 1 else 0.3
+      value = random.normal(0, deviation, shape)
+    return value.astype(leaf.dtype)
+
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def norm(train, **kwargs):
@@ -25,18 +46,24 @@ def unit(train, x, features, name=None, kernel=(3, 3), **kwargs):
 
 
 class Plain(nn.Module):
-  """Compact, with biases in front of BatchNorm."""
+  """Compact, with biases in front of BatchNorm, or with other layers."""
 
   width: int = 6
   dtype: Any = None
   flatten: bool = False
+  first_activation: Any = nn.relu
+  conv: Any = nn.Conv
+  norm: Any = None  # train -> module.
 
   @nn.compact
   def __call__(self, x, train=False):
-    for i in range(2):
-      x = nn.Conv(self.width + i, (3, 3), dtype=self.dtype)(x)
-      x = nn.relu(norm(train, dtype=self.dtype)(x))
-      x = nn.max_pool(x, (2, 2), (2, 2))
+    for i, activation in enumerate((self.first_activation, nn.relu)):
+      x = self.conv(self.width + i, (3, 3), dtype=self.dtype)(x)
+      if self.norm:
+        x = self.norm(train)(x)
+      else:
+        x = norm(train, dtype=self.dtype)(x)
+      x = nn.max_pool(activation(x), (2, 2), (2, 2))
     x = x.reshape(x.shape[0], -1) if self.flatten else x.mean((1, 2))
     return nn.Dense(3, dtype=self.dtype)(x)
 
@@ -226,16 +253,6 @@ class Conditioned(nn.Module):
     return nn.Dense(3)(x.mean((1, 2)))
 
 
-class Constant(nn.Module):
-  """An activation that makes a constant of 0."""
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.sigmoid(norm(train)(nn.Conv(6, (3, 3), name='a')(x)))
-    x = unit(train, x, 5, 'b')
-    return nn.Dense(3)(x.mean((1, 2)))
-
-
 class Past(nn.Module):
   """A sum of which only one part has a BatchNorm."""
 
@@ -314,6 +331,51 @@ class Layered(nn.Module):
     return nn.Dense(3)(x.mean((1, 2)))
 
 
+class MnistCnn(nn.Module):
+  """The network of flax/examples/mnist: no BatchNorm, no train argument."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(features=6, kernel_size=(3, 3))(x)
+    x = nn.avg_pool(nn.relu(x), window_shape=(2, 2), strides=(2, 2))
+    x = nn.Conv(features=8, kernel_size=(3, 3))(x)
+    x = nn.avg_pool(nn.relu(x), window_shape=(2, 2), strides=(2, 2))
+    x = x.reshape((x.shape[0], -1))
+    x = nn.relu(nn.Dense(features=12)(x))
+    return nn.Dense(features=3)(x)
+
+
+class UNet(nn.Module):
+  """Up again by transposed convolutions, with a connection past the middle."""
+
+  transpose_kernel: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+    a = nn.relu(norm()(nn.Conv(5, (3, 3), name='down')(x)))
+    b = nn.Conv(6, (3, 3), strides=(2, 2), name='middle')(a)
+    b = nn.relu(norm()(b))
+    up = nn.ConvTranspose(
+      4, (2, 2), (2, 2), transpose_kernel=self.transpose_kernel, name='up'
+    )
+    c = jnp.concatenate([a, nn.relu(norm()(up(b)))], -1)
+    return nn.Dense(3)(nn.Conv(7, (1, 1), name='head')(c).mean((1, 2)))
+
+
+class Attending(nn.Module):
+  """Matrix products outside of layers, one of them in a loop."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(6, (3, 3), name='conv')(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+    x = nn.Conv(4, (8, 8), padding='VALID', name='last')(x).reshape(len(x), 4)
+    mix = self.param('mix', nn.initializers.normal(), (4, 4))
+    x, _ = jax.lax.scan(lambda c, _: (c @ mix, None), x, None, length=3)
+    return nn.Dense(3)(jnp.einsum('nc,cd->nd', x, mix))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A model and what is to be found in it."""
@@ -326,13 +388,18 @@ class Case:
   constant: tuple[str, ...] = ()
 
 
+def normalised(make, **options):
+  return Plain(norm=lambda train: make(**options))
+
+
+_TWO = {'Conv_0': 6, 'Conv_1': 7}
 _STREAM = {'Conv_0': 'tied by a sum', 'b/proj': 'tied by a sum'}
 _BLOCKS = {'a/Conv_0': 4, 'b/Conv_0': 5}
 
 CASES = {
-  'plain': Case(Plain(), {'Conv_0': 6, 'Conv_1': 7}, {'Dense_0': 'output'}),
-  'bfloat16': Case(Plain(dtype=jnp.bfloat16), {'Conv_0': 6, 'Conv_1': 7}),
-  'flatten': Case(Plain(flatten=True), {'Conv_0': 6, 'Conv_1': 7}),
+  'plain': Case(Plain(), _TWO, {'Dense_0': 'output'}),
+  'bfloat16': Case(Plain(dtype=jnp.bfloat16), _TWO),
+  'flatten': Case(Plain(flatten=True), _TWO),
   'folded': Case(Folded(), {'Conv_0': 6, 'Conv_1': 7, 'Dense_0': 4}),
   'setup': Case(Setup(), {'stem': 5, 'body_0': 7, 'body_1': 4}),
   'field': Case(Field(), {'Conv_0': 5}),
@@ -382,7 +449,9 @@ CASES = {
     options={'residual': True},
     further=(jnp.linspace(-1, 1, 8).reshape(2, 4), 1.5),
   ),
-  'constant': Case(Constant(), {'a': 6, 'b': 5}, constant=('a',)),
+  'constant': Case(
+    Plain(first_activation=nn.sigmoid), _TWO, constant=('Conv_0',)
+  ),
   'past': Case(
     Past(),
     {'c': 5},
@@ -403,6 +472,22 @@ CASES = {
     },
     constant=('layer_norm',),
   ),
+  'no norm': Case(MnistCnn(), {'Conv_0': 6, 'Conv_1': 8, 'Dense_0': 12}),
+  'upward': Case(UNet(), {'down': 5, 'middle': 6, 'up': 4}),
+  'upward transposed': Case(UNet(True), {'down': 5, 'middle': 6, 'up': 4}),
+  'group norm': Case(
+    normalised(nn.GroupNorm, num_groups=None, group_size=1), _TWO
+  ),
+  'instance norm': Case(normalised(nn.InstanceNorm), _TWO),
+  'layer norm': Case(  # A channel of zeros counts in its statistics.
+    normalised(nn.LayerNorm), _TWO, constant=('Conv_0', 'Conv_1')
+  ),
+  'joint norm': Case(
+    normalised(nn.GroupNorm, num_groups=1),
+    {},
+    {'Conv_0': 'read by GroupNorm_0: it norm'},
+  ),
+  'attending': Case(Attending(), {'conv': 6}),
   'halves': Case(Halves(), {'both': 4, 'next': 4}),
   'layered': Case(
     Layered(),

@@ -14,24 +14,10 @@ from flax.training import train_state
 
 from pfs_jax import described, errors, models, search, surgery
 from pfs_jax.surgery import factory
-from tests import processes
+from tests import own_models, processes
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 LABELS = np.array([0, 1])
-
-
-class MnistCnn(nn.Module):
-  """The network of flax/examples/mnist: no BatchNorm, no train argument."""
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.Conv(features=6, kernel_size=(3, 3))(x)
-    x = nn.avg_pool(nn.relu(x), window_shape=(2, 2), strides=(2, 2))
-    x = nn.Conv(features=8, kernel_size=(3, 3))(x)
-    x = nn.avg_pool(nn.relu(x), window_shape=(2, 2), strides=(2, 2))
-    x = x.reshape((x.shape[0], -1))
-    x = nn.relu(nn.Dense(features=12)(x))
-    return nn.Dense(features=3)(x)
 
 
 class ResNetBlock(nn.Module):
@@ -99,24 +85,6 @@ def resnet18(num_classes):
   return ImageNetResNet(num_classes, (2, 2, 2, 2), 16)
 
 
-class UNet(nn.Module):
-  """Up again by transposed convolutions, with a connection past the middle."""
-
-  transpose_kernel: bool = False
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    norm = functools.partial(nn.BatchNorm, use_running_average=not train)
-    a = nn.relu(norm()(nn.Conv(5, (3, 3), name='down')(x)))
-    b = nn.Conv(6, (3, 3), strides=(2, 2), name='middle')(a)
-    b = nn.relu(norm()(b))
-    up = nn.ConvTranspose(
-      4, (2, 2), (2, 2), transpose_kernel=self.transpose_kernel, name='up'
-    )
-    c = jnp.concatenate([a, nn.relu(norm()(up(b)))], -1)
-    return nn.Dense(3)(nn.Conv(7, (1, 1), name='head')(c).mean((1, 2)))
-
-
 class OwnNorm(nn.Module):
   """A look-alike: one scale and two statistics for each channel."""
 
@@ -143,6 +111,7 @@ class OwnConv(nn.Module):
 
   features: int
   kernel_size: tuple[int, int] = (3, 3)
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x):
@@ -153,68 +122,10 @@ class OwnConv(nn.Module):
     )
 
 
-class OwnLayers(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    for width in (5, 6):
-      x = nn.relu(OwnNorm(not train)(OwnConv(width)(x)))
-    return nn.Dense(3)(x.mean((1, 2)))
-
-
-class Normalised(nn.Module):
-  """Convolutions with another normalisation."""
-
-  norm: Any
-
-  @nn.compact
-  def __call__(self, x):
-    for width in (6, 4):
-      x = nn.relu(self.norm()(nn.Conv(width, (3, 3))(x)))
-    return nn.Dense(3)(x.mean((1, 2)))
-
-
-class Attending(nn.Module):
-  """Matrix products outside of layers, one of them in a loop."""
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Conv(6, (3, 3), name='conv')(x)
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    x = nn.Conv(4, (8, 8), padding='VALID', name='last')(x).reshape(len(x), 4)
-    mix = self.param('mix', nn.initializers.normal(), (4, 4))
-    x, _ = jax.lax.scan(lambda c, _: (c @ mix, None), x, None, length=3)
-    return nn.Dense(3)(jnp.einsum('nc,cd->nd', x, mix))
-
-
-def built(model, **options):
-  table = surgery.discover(model, X, **options)
-  return table, table.cost_model()
-
-
-def parameters(module):
-  shapes = jax.eval_shape(module.init, jax.random.key(0), X)
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
-
-
-def holds(model, table, counts):
-  """Costs, checked weights and shapes of a narrow model."""
-  narrow = surgery.narrow(model, table, counts, verify=True, x=X)
-  cost_model = table.cost_model()
-  assert cost_model.params(counts) == parameters(narrow)
-  assert cost_model.params(cost_model.widths) == parameters(model)
-  again = surgery.cost_model(model, table, X[:1])
-  assert again.macs(counts) == cost_model.macs(counts)
-  return narrow
-
-
-def test_without_batchnorm_gates_stand_at_the_convolutions():
-  table, cost_model = built(MnistCnn())
-  assert table.sizes == {'Conv_0': 6, 'Conv_1': 8, 'Dense_0': 12}
-  assert [g.norms for g in table.groups] == [(g,) for g in table.sizes]
-  # 8x8x3 -> 6, 4x4x6 -> 8, 2x2x8 -> 12, 12 -> 3.
-  macs = 64 * 27 * 6 + 16 * 54 * 8 + 32 * 12 + 36
-  assert cost_model.macs(cost_model.widths) == macs
-  holds(MnistCnn(), table, (2, 3, 5))
+def own_layers():
+  return own_models.Plain(
+    conv=OwnConv, norm=lambda train: OwnNorm(use_running_average=not train)
+  )
 
 
 def test_axis_name_is_left_out(capsys):
@@ -243,7 +154,8 @@ def test_axis_name_is_left_out(capsys):
 
   assert max(largest(variables)) == 0
   assert min(largest(network.table.awake(variables))) > 1e-6
-  holds(model, network.table, [2] * len(network.table.groups))
+  halved = [2] * len(network.table.groups)
+  surgery.narrow(model, network.table, halved, verify=True, x=X)
   # Where the axis exists, the statistics are averaged over it as before.
   apply = functools.partial(
     network.gated.apply, train=True, mutable=['batch_stats']
@@ -256,67 +168,24 @@ def test_axis_name_is_left_out(capsys):
     np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('transpose_kernel', [False, True])
-def test_transposed_convolutions_are_counted_and_narrowed(transpose_kernel):
-  model = UNet(transpose_kernel)
-  table, cost_model = built(model)
-  assert table.sizes == {'down': 5, 'middle': 6, 'up': 4}
-  (up,) = (c for c in cost_model.ops if c.path == 'up')
-  assert up.macs(cost_model.widths) == 4 * 4 * 4 * 6 * 4
-  holds(model, table, (3, 2, 3))
-
-
 def test_registered_classes_are_layers():
-  blind = surgery.discover(OwnLayers(), X)
+  blind = surgery.discover(own_layers(), X)
   assert not blind.groups  # A convolution that nobody knows fixes its channels.
   before = dict(described._RULES)
   try:
     surgery.register_norm(OwnNorm)
     surgery.register_conv(OwnConv)
-    table, _ = built(OwnLayers())
-    assert table.sizes == {'OwnConv_0': 5, 'OwnConv_1': 6}
-    holds(OwnLayers(), table, (2, 3))
+    table = surgery.discover(own_layers(), X)
+    assert table.sizes == {'OwnConv_0': 6, 'OwnConv_1': 7}
+    narrow = surgery.narrow(own_layers(), table, (2, 3), verify=True, x=X)
+    shapes = jax.eval_shape(narrow.init, jax.random.key(0), X)['params']
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert table.cost_model().params((2, 3)) == size
     with pytest.raises(errors.UserError, match='no features and no kernel'):
       surgery.register_conv(OwnNorm)
   finally:
     described._RULES.clear()
     described._RULES.update(before)
-
-
-@pytest.mark.parametrize(
-  ('norm', 'removable'),
-  [
-    (functools.partial(nn.GroupNorm, num_groups=None, group_size=1), True),
-    (nn.InstanceNorm, True),
-    (nn.LayerNorm, False),  # A channel of zeros counts in its statistics.
-  ],
-)
-def test_other_normalisations_are_narrowed(norm, removable):
-  table, _ = built(Normalised(norm))
-  assert table.sizes == {'Conv_0': 6, 'Conv_1': 4}
-  assert {g.removable for g in table.groups} == {removable}
-  holds(Normalised(norm), table, (3, 2))
-
-
-def test_group_norm_is_refused_with_its_name_and_the_reason():
-  table, _ = built(Normalised(functools.partial(nn.GroupNorm, 2)))
-  assert not table.groups
-  reason = table.left_alone['Conv_0']
-  assert reason == (
-    'read by GroupNorm_0: it normalises 3 neighbouring channels together'
-  )
-  with pytest.raises(errors.UserError, match=f'can carry a gate: {reason}'):
-    surgery.gate(Normalised(nn.GroupNorm), table)
-
-
-def test_matrix_products_in_the_models_code_are_counted():
-  model = Attending()
-  table, cost_model = built(model)
-  assert table.sizes == {'conv': 6}
-  fixed = sum(c.fixed_macs for c in cost_model.ops)
-  assert fixed == (3 + 1) * 16  # Three rounds of the loop and the einsum.
-  assert 'counted, but not narrowed' in str(table)
-  holds(model, table, (2,))
 
 
 def test_what_cannot_be_counted_is_named():
@@ -327,14 +196,14 @@ def test_what_cannot_be_counted_is_named():
       x = jnp.fft.fft(x).real
       return nn.Dense(3)(x)
 
-  table, _ = built(Solving())
+  table = surgery.discover(Solving(), X)
   assert table.uncounted == ('fft in Solving',)
   assert 'MACs not counted' in str(table)
 
 
 def test_a_narrow_model_is_a_module():
-  model = MnistCnn()
-  table, _ = built(model)
+  model = own_models.MnistCnn()
+  table = surgery.discover(model, X)
   narrow = surgery.narrow(model, table, (2, 3, 5))
   assert isinstance(narrow, nn.Module)
   assert 'Conv_0: 2, Conv_1: 3, Dense_0: 5' in repr(narrow)
@@ -409,7 +278,7 @@ def test_leave_call_and_classes_come_from_names():
   before = dict(described._RULES)
   try:
     network = surgery.network_from_factory(
-      f'{__name__}:OwnLayers',
+      f'{__name__}:own_layers',
       3,
       8,
       3,
@@ -421,7 +290,7 @@ def test_leave_call_and_classes_come_from_names():
   finally:
     described._RULES.clear()
     described._RULES.update(before)
-  assert network.table.sizes == {'OwnConv_1': 6}
+  assert network.table.sizes == {'OwnConv_1': 7}
   assert network.table.left_alone['OwnConv_0'] == 'left alone on request'
   assert network.description['leave'] == ['OwnConv_0']
 

@@ -1,10 +1,11 @@
 """Models of flax.nnx: found, gated, narrowed, the same as Linen's twins."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import nnx
 
 from pfs_jax import costs, errors, groups, surgery
@@ -17,87 +18,45 @@ X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 class Block(nnx.Module):
   """A residual block; the shortcut is a convolution where widths differ."""
 
-  def __init__(self, inputs, hidden, outputs, rngs, **kwargs):
-    def conv(i, o, size):
-      return nnx.Conv(i, o, size, rngs=rngs, **kwargs)
+  def __init__(self, inputs, hidden, outputs, rngs, stride=1, **kwargs):
+    def conv(i, o, size=(3, 3), strides=1):
+      return nnx.Conv(i, o, size, strides=strides, rngs=rngs, **kwargs)
 
     def norm(n):
       return nnx.BatchNorm(n, momentum=0.9, rngs=rngs, **kwargs)
 
-    self.conv1, self.norm1 = conv(inputs, hidden, (3, 3)), norm(hidden)
-    self.conv2, self.norm2 = conv(hidden, outputs, (3, 3)), norm(outputs)
+    self.Conv_0, self.BatchNorm_0 = (
+      conv(inputs, hidden, strides=stride),
+      norm(hidden),
+    )
+    self.Conv_1, self.BatchNorm_1 = conv(hidden, outputs), norm(outputs)
     self.project = inputs != outputs
     if self.project:
-      self.shortcut, self.norm3 = conv(inputs, outputs, (1, 1)), norm(outputs)
+      self.proj = conv(inputs, outputs, (1, 1), stride)
+      self.bn_proj = norm(outputs)
 
   def __call__(self, x):
-    y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
+    y = nnx.relu(self.BatchNorm_0(self.Conv_0(x)))
+    y = self.BatchNorm_1(self.Conv_1(y))
     if self.project:
-      x = self.norm3(self.shortcut(x))
+      x = self.bn_proj(self.proj(x))
     return nnx.relu(x + y)
 
 
-class ResNet(nnx.Module):
+class Residual(nnx.Module):
+  """The twin of `own_models.Residual`, with layers of the same names."""
+
   def __init__(self, num_classes=3, *, inputs=3, rngs, dtype=jnp.float32):
     kwargs = {'param_dtype': jnp.promote_types(dtype, jnp.float32)}
-    self.stem = nnx.Conv(inputs, 6, (3, 3), rngs=rngs, **kwargs)
-    self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs, **kwargs)
-    self.blocks = nnx.List(
-      [Block(6, 4, 6, rngs, **kwargs), Block(6, 5, 8, rngs, **kwargs)]
-    )
-    self.head = nnx.Linear(8, num_classes, rngs=rngs, **kwargs)
+    self.Conv_0 = nnx.Conv(inputs, 6, (3, 3), rngs=rngs, **kwargs)
+    self.BatchNorm_0 = nnx.BatchNorm(6, momentum=0.9, rngs=rngs, **kwargs)
+    self.a = Block(6, 4, 6, rngs, **kwargs)
+    self.b = Block(6, 5, 8, rngs, 2, **kwargs)
+    self.Dense_0 = nnx.Linear(8, num_classes, rngs=rngs, **kwargs)
 
   def __call__(self, x):
-    x = nnx.relu(self.norm(self.stem(x)))
-    for block in self.blocks:
-      x = block(x)
-    return self.head(x.mean((1, 2)))
-
-
-class LinenBlock(nn.Module):
-  hidden: int
-  outputs: int
-  dtype: object
-
-  @nn.compact
-  def __call__(self, x, train):
-    def conv(o, size, name):
-      return nn.Conv(o, size, param_dtype=self.dtype, name=name)
-
-    def norm(name):
-      return nn.BatchNorm(
-        not train, momentum=0.9, param_dtype=self.dtype, name=name
-      )
-
-    y = nn.relu(norm('norm1')(conv(self.hidden, (3, 3), 'conv1')(x)))
-    y = norm('norm2')(conv(self.outputs, (3, 3), 'conv2')(y))
-    if x.shape != y.shape:
-      x = norm('norm3')(conv(self.outputs, (1, 1), 'shortcut')(x))
-    return nn.relu(x + y)
-
-
-class LinenBlocks(nn.Module):
-  dtype: object
-
-  @nn.compact
-  def __call__(self, x, train):
-    x = LinenBlock(4, 6, self.dtype, name='0')(x, train)
-    return LinenBlock(5, 8, self.dtype, name='1')(x, train)
-
-
-class LinenResNet(nn.Module):
-  """The twin of `ResNet`, with layers of the same names."""
-
-  dtype: object = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Conv(6, (3, 3), param_dtype=self.dtype, name='stem')(x)
-    x = nn.BatchNorm(
-      not train, momentum=0.9, param_dtype=self.dtype, name='norm'
-    )(x)
-    x = LinenBlocks(self.dtype, name='blocks')(nn.relu(x), train)
-    return nn.Dense(3, param_dtype=self.dtype, name='head')(x.mean((1, 2)))
+    x = nnx.relu(self.BatchNorm_0(self.Conv_0(x)))
+    return self.Dense_0(self.b(self.a(x)).mean((1, 2)))
 
 
 class MnistCnn(nnx.Module):
@@ -134,7 +93,7 @@ class Unit(nnx.Module):
 
 class Upward(nnx.Module):
   def __init__(self, *, rngs, transpose_kernel=False):
-    self.first, self.last = Unit(3, 6, rngs), Unit(4, 5, rngs)
+    self.units = nnx.List([Unit(3, 6, rngs), Unit(4, 5, rngs)])
     self.up = nnx.ConvTranspose(
       6, 4, (2, 2), (2, 2), transpose_kernel=transpose_kernel, rngs=rngs
     )
@@ -142,8 +101,8 @@ class Upward(nnx.Module):
     self.head = nnx.Linear(5, 3, rngs=rngs)
 
   def __call__(self, x):
-    x = nnx.relu(self.norm(self.up(self.first(x))))
-    return self.head(self.last(x).mean((1, 2)))
+    x = nnx.relu(self.norm(self.up(self.units[0](x))))
+    return self.head(self.units[1](x).mean((1, 2)))
 
 
 class Transformed(nnx.Module):
@@ -195,48 +154,66 @@ class Mixer(nnx.Module):
     return self.head(x.mean(1))
 
 
+# {name: (how to make the model, {group: channels})}.
+BOTH, LAST = {'first/conv': 6, 'last/conv': 5}, {'last/conv': 5}
+UPWARD = {'units/0/conv': 6, 'up': 4, 'units/1/conv': 5}
+grouped = functools.partial(Transformed, directly, norm=nnx.GroupNorm)
+CASES = {
+  'residual': (Residual, {'a/Conv_0': 4, 'b/Conv_0': 5}),
+  'tutorial': (MnistCnn, {'conv1': 5, 'conv2': 6}),
+  'upward': (Upward, UPWARD),
+  'upward transposed': (
+    functools.partial(Upward, transpose_kernel=True),
+    UPWARD,
+  ),
+  'direct': (functools.partial(Transformed, directly), BOTH),
+  'group norm': (functools.partial(grouped, num_groups=6), BOTH),
+  'joint norm': (functools.partial(grouped, num_groups=2), LAST),
+  'jit': (functools.partial(Transformed, nnx.jit), LAST),
+  'remat': (functools.partial(Transformed, nnx.remat), LAST),
+  'scan': (Scanned, LAST),
+}
+
+
+@functools.cache
+def found(name):
+  model = CASES[name][0](rngs=nnx.Rngs(0))
+  return model, surgery.discover(model, X)
+
+
 def parameters(model):
   return sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize(
-  ('cls', 'sizes'),
-  [
-    (ResNet, {'blocks/0/conv1': 4, 'blocks/1/conv1': 5}),
-    (MnistCnn, {'conv1': 5, 'conv2': 6}),
-  ],
-)
-def test_found_checked_and_narrowed_to_an_ordinary_module(cls, sizes):
-  model = cls(rngs=nnx.Rngs(0))
+@pytest.mark.parametrize('name', CASES)
+def test_found_checked_and_narrowed_to_an_ordinary_module(name):
+  model, table = found(name)
   before = parameters(model)
-  table = surgery.discover(model, X)
-  assert table.sizes == sizes
-  counts = (2, 3)
+  assert table.sizes == CASES[name][1]
+  counts = [n // 2 for n in table.sizes.values()]
   narrow = surgery.narrow(model, table, counts, verify=True, x=X)
-  assert type(narrow) is cls
+  assert type(narrow) is type(model)
   narrow.eval()
-  assert nnx.jit(lambda m, x: m(x))(narrow, X).shape == (2, 3)
-  cost_model = surgery.cost_model(model, table, X[:1])
+  logits = nnx.eval_shape(lambda m, x: m(x), narrow, X)
+  assert logits.shape == (2, 3)
+  cost_model = table.cost_model()
   assert cost_model.params(counts) == parameters(narrow)
   assert cost_model.params(cost_model.widths) == parameters(model) == before
-  linen = surgery.network(model, X[:1]).narrow(counts)
-  assert cost_model.macs(counts) == costs.count(linen, (8, 8, 3))[0]
 
 
 def test_narrow_weights_are_the_kept_ones():
-  model = ResNet(rngs=nnx.Rngs(0))
-  table = surgery.discover(model, X)
-  kept = {'blocks/0/conv1': [1, 3], 'blocks/1/conv1': [0, 2, 4]}
+  model, table = found('residual')
+  kept = {'a/Conv_0': [1, 3], 'b/Conv_0': [0, 2, 4]}
   variables = nnx_models.variables_of(model)
   sliced = table.slice_variables(variables, kept)
   narrow = nnx_models.narrowed(model, table, (2, 3), sliced)
-  conv = narrow.blocks[0].conv1
+  conv = narrow.a.Conv_0
   np.testing.assert_array_equal(
-    conv.kernel[...], model.blocks[0].conv1.kernel[...][..., [1, 3]]
+    conv.kernel[...], model.a.Conv_0.kernel[...][..., [1, 3]]
   )
   assert (conv.out_features, conv.kernel_shape) == (2, (3, 3, 6, 2))
-  assert narrow.blocks[0].norm1.num_features == 2
-  assert narrow.blocks[0].conv2.in_features == 2
+  assert narrow.a.BatchNorm_0.num_features == 2
+  assert narrow.a.Conv_1.in_features == 2
   gates = groups.tree(
     {
       name: jnp.isin(jnp.arange(size), jnp.array(kept[name])) * 1.0
@@ -252,48 +229,17 @@ def test_narrow_weights_are_the_kept_ones():
     nnx_models.narrowed(model, table, (2, 2), sliced)
 
 
-def narrowed(model):
-  """(table, its narrow module's costs checked) at about half the channels."""
-  table = surgery.discover(model, X)
-  cost_model = table.cost_model()
-  counts = [max(1, n // 2) for n in cost_model.widths]
-  narrow = surgery.narrow(model, table, counts, verify=True, x=X)
-  assert cost_model.params(counts) == parameters(narrow)
-  return table
+def test_group_norm_over_several_channels_is_left_alone():
+  reason = 'read by first/norm: it normalises 3 neighbouring channels'
+  _, table = found('joint norm')
+  assert table.left_alone['first/conv'].startswith(reason)
 
 
-@pytest.mark.parametrize('transpose_kernel', [False, True])
-def test_a_transposed_convolution_is_narrowed(transpose_kernel):
-  model = Upward(rngs=nnx.Rngs(0), transpose_kernel=transpose_kernel)
-  assert list(narrowed(model).sizes) == ['first/conv', 'up', 'last/conv']
-
-
-@pytest.mark.parametrize(
-  ('options', 'names'),
-  [
-    ({'num_groups': 6}, ['first/conv', 'last/conv']),
-    ({'num_groups': 2}, ['last/conv']),
-  ],
-)
-def test_group_norm_is_narrowed_where_it_has_one_channel(options, names):
-  model = Transformed(directly, rngs=nnx.Rngs(0), norm=nnx.GroupNorm, **options)
-  table = narrowed(model)
-  assert list(table.sizes) == names
-  if len(names) == 1:
-    reason = 'read by first/norm: it normalises 3 neighbouring channels'
-    assert table.left_alone['first/conv'].startswith(reason)
-
-
-@pytest.mark.parametrize('transform', [nnx.jit, nnx.remat, None])
-def test_what_nnx_transforms_is_counted_and_left_alone(transform):
-  rngs = nnx.Rngs(0)
-  model = Transformed(transform, rngs=rngs) if transform else Scanned(rngs=rngs)
-  table = narrowed(model)
-  assert list(table.sizes) == ['last/conv']
-  plain = surgery.discover(Transformed(directly, rngs=nnx.Rngs(0)), X)
-  loop = 3 * 64 * 54 * 6 if transform is None else 0  # 3 times 3x3 on 8x8.
-  whole, cost_model = plain.cost_model(), table.cost_model()
-  assert cost_model.macs((5,)) == whole.macs((6, 5)) + loop
+@pytest.mark.parametrize('name', ['jit', 'remat', 'scan'])
+def test_what_nnx_transforms_is_counted(name):
+  loop = 3 * 64 * 54 * 6 if name == 'scan' else 0  # 3 times 3x3 on 8x8.
+  plain, transformed = (found(n)[1].cost_model() for n in ('direct', name))
+  assert transformed.macs((5,)) == plain.macs((6, 5)) + loop
 
 
 def test_a_mixer_is_left_alone_with_the_reason():
@@ -354,20 +300,24 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pfs_jax import prune, search, surgery
 from pfs_jax.surgery import nnx_models
-from tests import test_nnx
+from tests import own_models, test_nnx
 x = np.random.default_rng(0).normal(size=(8, 8, 8, 3))
 y = jnp.arange(8) % 3
 twins = (
-  test_nnx.ResNet(rngs=nnx.Rngs(0), dtype=jnp.float64),
-  test_nnx.LinenResNet(jnp.float64),
+  test_nnx.Residual(rngs=nnx.Rngs(0), dtype=jnp.float64),
+  own_models.Residual(),
 )
 weights = nnx_models.variables_of(twins[0])
+dtypes = []
 found = []
 for model in twins:
   table = surgery.discover(model, x[:1])
   gated = surgery.gate(model, table)
+  gates = gated.unit_gates()
+  dtypes += {str(g.dtype) for g in jax.tree.leaves(gates)}
+  gates = jax.tree.map(jnp.float64, gates)
   state = search.init(
-    gated, {**weights, 'gates': gated.unit_gates()},
+    gated, {**weights, 'gates': gates},
     sparsity=0.5, balance=0.5, learning_rate=0.05)
   for _ in range(5):
     state, metrics = search.step(state, x, y)
@@ -380,7 +330,7 @@ for model in twins:
 one, two = found
 assert list(one[0]) == list(two[0])
 error = max(abs(one[0][n] - two[0][n]).max() for n in one[0])
-print(error < 1e-10, one[0]['blocks/0/conv1'].dtype, one[1:] == two[1:])
+print(error < 1e-10, dtypes[0], one[1:] == two[1:])
 """
 
 
@@ -389,15 +339,16 @@ def test_structures_are_those_of_the_linen_twin():
 
 
 def on_digits(num_classes, rngs):
-  return ResNet(num_classes, inputs=1, rngs=rngs)
+  return Residual(num_classes, inputs=1, rngs=rngs)
 
 
 def test_a_factory_may_return_an_nnx_module():
-  by_class = surgery.network_from_factory(f'{__name__}:ResNet', 3, 8, 3)
+  by_class = surgery.network_from_factory(f'{__name__}:Residual', 3, 8, 3)
   network = surgery.network_from_factory(f'{__name__}:on_digits', 3, 8, 1)
   assert by_class.table.sizes == network.table.sizes
   narrow = network.narrow((2, 2))
+  assert network.cost_model.macs((2, 2)) == costs.count(narrow, (8, 8, 1))[0]
   drawn = jax.jit(narrow.init)(jax.random.key(0), X[..., :1])
-  kernel = drawn['params']['blocks']['0']['conv2']['kernel']
+  kernel = drawn['params']['a']['Conv_1']['kernel']
   assert kernel.shape == (3, 3, 2, 6)
   assert kernel.std() == pytest.approx(1 / np.sqrt(18), rel=0.3)  # LeCun.

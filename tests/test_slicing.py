@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfs_jax import errors, groups, models, prune
+from pfs_jax import errors, groups, models
+from tests import own_models
 
 # {family: (base width, side of images)}.
 CASES = {
@@ -18,26 +19,6 @@ CASES = {
   'mobilenet_v2': (4, 32),
   'resnet50': (2, 32),
 }
-
-
-def lively(module, size):
-  """Variables with statistics, scales and biases that are not trivial."""
-  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  rng = np.random.default_rng(0)
-
-  def drawn(path, leaf):
-    name, shape = path[-1].key, leaf.shape
-    if name == 'gate':
-      value = np.ones(shape)
-    elif name in ('scale', 'var'):
-      value = rng.uniform(0.5, 1.5, shape)
-    else:
-      deviation = np.sqrt(2 / np.prod(shape[:-1])) if len(shape) > 1 else 0.3
-      value = rng.normal(0, deviation, shape)
-    return value.astype(np.float32)
-
-  shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), x)
-  return jax.tree_util.tree_map_with_path(drawn, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,7 +38,8 @@ def random_kept(sizes, seed):
 def test_sliced_weights_equal_zero_gates(name):
   width, size = CASES[name]
   module = models.build(name, 5, width, gated=True)
-  variables = lively(module, size)
+  x = jax.random.normal(jax.random.key(1), (3, size, size, 3))
+  variables = own_models.drawn(module, x)
   sizes = models.gate_sizes(name, width)
   kept = random_kept(sizes, seed=1)
   gates = groups.tree(
@@ -66,7 +48,6 @@ def test_sliced_weights_equal_zero_gates(name):
       for k, n in sizes.items()
     }
   )
-  x = jax.random.normal(jax.random.key(1), (3, size, size, 3))
   wide = evaluated(module, {**variables, 'gates': gates}, x)
   counts = tuple(len(indices) for indices in kept.values())
   narrow = models.build(name, 5, width, counts)
@@ -83,7 +64,7 @@ def test_sliced_weights_equal_zero_gates(name):
 
 def test_all_channels_kept_is_the_network_itself():
   module = models.build('vgg16', 5, 3)
-  variables = lively(module, 8)
+  variables = own_models.drawn(module, jnp.zeros((1, 8, 8, 3)))
   kept = {k: np.arange(n) for k, n in models.gate_sizes('vgg16', 3).items()}
   sliced = models.slice_variables('vgg16', variables, kept, width=3)
   for path, leaf in flax.traverse_util.flatten_dict(dict(variables)).items():
@@ -107,18 +88,3 @@ def test_bad_indices(indices):
   kept['conv0'] = np.array(indices, int)
   with pytest.raises(ValueError, match=r"kept\['conv0'\] must be sorted"):
     models.slice_variables('vgg16', {}, kept, width=4)
-
-
-def test_kept_channels_of_a_cut_can_be_sliced():
-  model = models.cost_model('resnet20', 5, 16, 3, 4)
-  rng = np.random.default_rng(0)
-  gates = {
-    layer: rng.random(n)
-    for layer, n in zip(model.layers, model.widths, strict=True)
-  }
-  structure = prune.fit(gates, model, model.macs(model.widths) // 2)
-  variables = lively(models.build('resnet20', 5, 4), 16)
-  kept = prune.kept(gates, structure)
-  sliced = models.slice_variables('resnet20', variables, kept, width=4)
-  sizes = sum(leaf.size for leaf in jax.tree.leaves(sliced['params']))
-  assert sizes == structure.params

@@ -37,21 +37,6 @@ def size(tree):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def drawn(module, *args):
-  """Random variables without compiling `init`; variances are positive."""
-  random = np.random.default_rng(0)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
-
-  def draw(path, leaf):
-    if path[0].key == 'gates':
-      return jnp.ones(leaf.shape, leaf.dtype)
-    value = random.normal(0, 0.5, leaf.shape)
-    value = np.abs(value) + 0.5 if path[-1].key == 'var' else value
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def in_evaluation(model):
   """The untouched model; only `Field` trains unless told otherwise."""
   return model.clone(training=False) if hasattr(model, 'training') else model
@@ -81,7 +66,7 @@ def test_finds_the_groups_and_says_why_the_rest_is_left(name):
 def test_unit_gates_change_nothing(name):
   case, sites = found(name)
   gated, model = surgery.gate(case.model, sites), in_evaluation(case.model)
-  variables = drawn(gated, X)
+  variables = own_models.drawn(gated, X)
   plain = {k: v for k, v in variables.items() if k != 'gates'}
   assert gated.by_layer(variables['gates']).keys() == sites.sizes.keys()
   apply = jax.jit(gated.apply)
@@ -125,6 +110,8 @@ def test_costs_and_shapes_are_those_of_the_narrow_model(name):
   assert model.macs(counts) == fixed + sum(c.macs() for c in calls)
   new = jax.eval_shape(narrow.init, key, *args)
   assert model.params(counts) == size(new['params'])
+  again = surgery.cost_model(case.model, sites, *args)
+  assert again.macs(counts) == model.macs(counts)
   arrays = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), wide)
   kept = {g.name: range(n) for g, n in zip(sites.groups, counts, strict=True)}
   sliced = sites.taken(arrays, kept)
@@ -141,14 +128,46 @@ def test_the_gate_stands_where_it_acts():
   assert sites.groups[0].norms == ('bn1',)
 
 
-def test_layers_in_loops_count_as_often_as_they_run():
-  _, sites = found('layered')
-  plain = 3 * 4 + 4 * 5 + 4 * 6 + 4 * 4
-  nested = 2 * 4 * 4 + 2 * 5 * 4 + 6 * 4  # In scan, vmap and jit.
-  assert sites.cost_model().macs((4,)) == (plain + nested) * 9 * 64 + 4 * 3
-  _, sites = found('folded')
-  each = 9 * 3 * 2 + 9 * 2 * 4 + 4 * 3
-  assert sites.cost_model().macs((2, 4, 3)) == 64 * each + 3 * 3
+@pytest.mark.parametrize(
+  ('name', 'counts', 'macs'),
+  [
+    # 8x8x3 -> 6, 4x4x6 -> 8, 2x2x8 -> 12, 12 -> 3.
+    ('no norm', (6, 8, 12), 64 * 27 * 6 + 16 * 54 * 8 + 32 * 12 + 36),
+    # Transposed: for each input position. At the end 9 channels -> 7.
+    (
+      'upward',
+      (5, 6, 4),
+      64 * 27 * 5 + 16 * 45 * 6 + 16 * 4 * 6 * 4 + 64 * 9 * 7 + 7 * 3,
+    ),
+    # Three rounds of a loop and an einsum, 4x4 each.
+    ('attending', (6,), 64 * 27 * 6 + 64 * 6 * 4 + (3 + 1) * 16 + 4 * 3),
+    # Twice in scan and in vmap, once in jit.
+    (
+      'layered',
+      (4,),
+      (3 * 4 + 4 * 5 + 4 * 6 + 4 * 4 + 2 * 4 * 4 + 2 * 5 * 4 + 6 * 4) * 9 * 64
+      + 4 * 3,
+    ),
+    ('folded', (2, 4, 3), 64 * (9 * 3 * 2 + 9 * 2 * 4 + 4 * 3) + 3 * 3),
+  ],
+)
+def test_macs_calculated_by_hand(name, counts, macs):
+  assert found(name)[1].cost_model().macs(counts) == macs
+
+
+def test_without_batchnorm_gates_stand_at_the_convolutions():
+  _, sites = found('no norm')
+  assert [g.norms for g in sites.groups] == [(name,) for name in sites.sizes]
+  assert 'counted, but not narrowed' in str(found('attending')[1])
+
+
+def test_a_model_without_groups_is_refused_with_the_reason():
+  case, sites = found('joint norm')
+  reason = 'it normalises 6 neighbouring channels together'
+  with pytest.raises(
+    errors.UserError, match=f'can carry a gate: read by GroupNorm_0: {reason}'
+  ):
+    surgery.gate(case.model, sites)
 
 
 def test_concatenated_channels_are_gated_at_each_later_norm():
@@ -163,9 +182,9 @@ def test_concatenated_channels_are_gated_at_each_later_norm():
 
 def test_weights_behind_a_constant_are_not_sliced():
   case, sites = found('constant')
-  wide = drawn(surgery.gate(case.model, sites), X)
-  kept = {'a': range(3), 'b': range(5)}
-  with pytest.raises(errors.UserError, match='of a cannot be sliced'):
+  wide = own_models.drawn(surgery.gate(case.model, sites), X)
+  kept = {'Conv_0': range(3), 'Conv_1': range(7)}
+  with pytest.raises(errors.UserError, match='of Conv_0 cannot be sliced'):
     surgery.slice_variables(case.model, sites, wide, kept)
   assert 'gate 0 is not a removed channel' in str(sites)
 
@@ -183,21 +202,13 @@ class Standardised(nn.Conv):
     )
 
 
-class Liar(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    for features in (6, 5):
-      x = Standardised(features, (3, 3), use_bias=False)(x)
-      x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    return nn.Dense(3)(x.mean((1, 2)))
-
-
 def test_the_check_finds_what_the_trace_cannot():
-  sites = surgery.discover(Liar(), X)
+  liar = own_models.Plain(conv=Standardised)
+  sites = surgery.discover(liar, X)
   with pytest.raises(errors.UserError, match='differs from the gated one by'):
-    surgery.narrow(Liar(), sites, (3, 3), verify=True, x=X)
+    surgery.narrow(liar, sites, (3, 3), verify=True, x=X)
   with pytest.raises(errors.UserError, match='needs images'):
-    surgery.narrow(Liar(), sites, (3, 3), verify=True)
+    surgery.narrow(liar, sites, (3, 3), verify=True)
 
 
 class Particular(nn.Module):
@@ -276,7 +287,7 @@ def test_the_model_itself_is_not_changed():
 def test_under_grad_vmap_and_eval_shape():
   case, sites = found('remat')
   gated = surgery.gate(case.model, sites)
-  variables = drawn(gated, X)
+  variables = own_models.drawn(gated, X)
   plain = {k: v for k, v in variables.items() if k != 'gates'}
 
   def loss(module, variables):
@@ -316,7 +327,7 @@ def test_equal_wrappers_compile_once():
   for _ in range(2):
     again = surgery.discover(own_models.Plain(), X)
     narrow = surgery.narrow(own_models.Plain(), again, (3, 4))
-    apply(narrow, drawn(narrow, X), X)
+    apply(narrow, own_models.drawn(narrow, X), X)
   assert len(calls) == 1
   assert narrow == surgery.narrow(case.model, sites, {'Conv_1': 4, 'Conv_0': 3})
   assert narrow != surgery.narrow(case.model, sites, (3, 5))
@@ -327,7 +338,7 @@ def test_equal_wrappers_compile_once():
 def test_dropout_and_further_arguments():
   case, sites = found('conditioned')
   gated = surgery.gate(case.model, sites)
-  variables = drawn(gated, X, *case.further)
+  variables = own_models.drawn(gated, X, *case.further)
 
   @jax.jit
   def logits(key):
@@ -426,41 +437,35 @@ def test_our_families_come_out_as_built_in(name):
   assert mine.params(counts) == theirs.params(counts)
 
 
-def _others():
-  def jax_resnet():
-    module = pytest.importorskip(
-      'jax_resnet', reason='test-only: pip install --no-deps jax-resnet'
-    )
-    return module.ResNet(
-      functools.partial(module.ResNetBottleneckBlock, expansion=2),
+_OTHERS = {
+  'jax_resnet': (
+    'test-only: pip install --no-deps jax-resnet',
+    lambda m: m.ResNet(
+      functools.partial(m.ResNetBottleneckBlock, expansion=2),
       stage_sizes=[1, 1],
       n_classes=3,
       hidden_sizes=[8, 12],
-    ), lambda module, x, train: module(x)
-
-  def convmixer():
-    module = pytest.importorskip(
-      'jax_models.models.conv_mixer',
-      reason='test-only: pip install --no-deps jax-models',
-    )
-    return module.ConvMixer(
+    ),
+  ),
+  'jax_models.models.conv_mixer': (
+    'test-only: pip install --no-deps jax-models',
+    lambda m: m.ConvMixer(
       features=8, patch_size=4, num_mixer_layers=1, num_classes=3
-    ), None
-
-  def classification():
-    module = pytest.importorskip(
-      'image_classification_jax.models.resnet',
-      reason='test-only, if at hand: image-classification-jax',
-    )
-    block = module.BottleneckResNetBlock
-    return module.ResNet([1, 1], block, 3, num_filters=4), None
-
-  return {f.__name__: f for f in (jax_resnet, convmixer, classification)}
+    ),
+  ),
+  'image_classification_jax.models.resnet': (
+    'test-only, if at hand: image-classification-jax',
+    lambda m: m.ResNet([1, 1], m.BottleneckResNetBlock, 3, num_filters=4),
+  ),
+}
 
 
-@pytest.mark.parametrize('name', _others())
+@pytest.mark.parametrize('name', _OTHERS)
 def test_models_of_other_people(name):
-  model, call = _others()[name]()
+  reason, make = _OTHERS[name]
+  model, call = make(pytest.importorskip(name, reason=reason)), None
+  if name == 'jax_resnet':  # It trains where its statistics are mutable.
+    call = lambda module, x, train: module(x)  # noqa: E731
   x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
   sites = surgery.discover(model, x[:1], call=call)
   assert len(sites.groups) >= 1
@@ -484,12 +489,6 @@ class NnxNet(nnx.Module):
     return self.head(x.mean((1, 2)))
 
 
-def test_nnx_inside_linen_is_refused_with_a_reason():
-  linen = bridge.to_linen(NnxNet)
-  with pytest.raises(errors.UserError, match='inside bridge.to_linen are not'):
-    surgery.discover(linen, X, call=lambda module, x, train: module(x))
-
-
 def test_a_narrow_model_can_live_in_nnx():
   case, sites = found('plain')
   narrow = surgery.narrow(case.model, sites, (2, 3))
@@ -499,30 +498,6 @@ def test_a_narrow_model_can_live_in_nnx():
   _, state = nnx.split(inside)
   shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
   assert (3, 3, 2, 3) in shapes and (3, 3, 3, 2) in shapes
-
-
-def test_what_discover_needs():
-  for kind in (own_models.Plain, NnxNet):
-    with pytest.raises(errors.UserError, match='instance of flax.linen.Module'):
-      surgery.discover(kind, X)
-
-  class Silent(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return x
-
-  with pytest.raises(errors.UserError, match='no layer of flax.linen'):
-    surgery.discover(Silent(), X)
-
-  class Untold(nn.Module):
-    @nn.compact
-    def __call__(self, x, now=False):
-      return nn.BatchNorm(use_running_average=not now)(nn.Conv(3, (1, 1))(x))
-
-  with pytest.raises(errors.UserError, match='no argument or field train, '):
-    surgery.discover(Untold(), X)
-  with pytest.raises(errors.UserError, match='`gates`|gates.* of its own'):
-    surgery.discover(models.build('resnet20', 3, 4, gated=True), X)
 
 
 class Tokens(nn.Module):
@@ -539,24 +514,42 @@ class Tokens(nn.Module):
     return nn.Dense(3)(y.mean((1, 2)))
 
 
-def test_images_without_a_batch_axis_are_refused():
-  flat = nnx.Conv(3, 3, (3,), rngs=nnx.Rngs(0))
-  for model, x in (
-    (own_models.Plain(), X[0]),
-    (own_models.Depthwise(), X[0]),
-    (flat, X[0, 0]),
-  ):
-    with pytest.raises(errors.UserError, match='without a batch axis') as error:
-      surgery.discover(model, x)
-    assert '\n' not in str(error.value)
+class Untold(nn.Module):
+  @nn.compact
+  def __call__(self, x, now=False):
+    return nn.BatchNorm(use_running_average=not now)(nn.Conv(3, (1, 1))(x))
+
+
+ALONE = nnx.Conv(3, 3, (3,), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ('model', 'x', 'message'),
+  [
+    (own_models.Plain, X, 'instance of flax.linen.Module'),
+    (NnxNet, X, 'instance of flax.linen.Module'),
+    (nn.Sequential([nn.relu]), X, 'no layer of flax.linen'),
+    (bridge.to_linen(NnxNet), X, 'inside bridge.to_linen are not'),
+    (Untold(), X, 'no argument or field train, '),
+    (models.build('resnet20', 3, 4, gated=True), X, "'gates' of its own"),
+    (own_models.Plain(), X[0], r'Conv_0 .* a batch axis.* shape \(8, 8, 3\)'),
+    (own_models.Depthwise(), X[0], 'without a batch axis'),
+    (ALONE, X[0, 0], 'without a batch axis'),
+  ],
+)
+def test_what_discover_refuses(model, x, message):
+  with pytest.raises(errors.UserError, match=message) as error:
+    surgery.discover(model, x)
+  assert '\n' not in str(error.value)
+
+
+def test_what_the_batch_axis_is_asked_of():
   case, sites = found('plain')
-  with pytest.raises(errors.UserError, match=r'Conv_0 .* shape \(8, 8, 3\)'):
+  with pytest.raises(errors.UserError, match='without a batch axis'):
     surgery.cost_model(case.model, sites, X[0])
-  # Sequences, layers that nn.vmap maps over the batch, filters of weights.
-  assert surgery.discover(Tokens(), X[:, 0]).left_alone.keys() >= {
-    'alone',
-    'position',
-  }
+  # Not of sequences, layers that nn.vmap maps over the batch, or weights.
+  sites = surgery.discover(Tokens(), X[:, 0])
+  assert sites.left_alone.keys() >= {'alone', 'position'}
 
 
 def test_wrong_counts_and_missing_gates():
@@ -565,7 +558,7 @@ def test_wrong_counts_and_missing_gates():
     with pytest.raises(errors.UserError, match='counts must'):
       surgery.narrow(case.model, sites, counts)
   gated = surgery.gate(case.model, sites)
-  plain = drawn(case.model, X)
+  plain = own_models.drawn(case.model, X)
   with pytest.raises(
     errors.UserError, match="must hold the collection 'gates'"
   ):

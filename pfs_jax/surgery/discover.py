@@ -410,7 +410,6 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
     # At least half stay. The first channel is removed, so that a split at a
     # fixed place is noticed.
     number = int(random.integers(1, (len(roots) + 1) // 2, endpoint=True))
-    number = min(number, len(roots) - 1)
     dropped = [roots[0], *random.permutation(roots[1:])[: number - 1]]
     kept &= ~np.isin(found.unit_of, found.unit_of[dropped])
   emitted = {p: c[kept[c]] for p, c in flow.outputs.items()}
