@@ -250,8 +250,30 @@ def test_a_mixer_is_left_alone_with_the_reason():
     surgery.gate(model, table)
 
 
-def test_dropout_draws_from_the_steps_key():
-  model = MnistCnn(rngs=nnx.Rngs(0))
+class Noisy(nnx.Module):
+  """Draws from a stream of its own, as one key or as several."""
+
+  def __init__(self, shape, *, rngs):
+    self.unit, self.head = Unit(3, 6, rngs), nnx.Linear(6, 3, rngs=rngs)
+    keys = jax.random.split(jax.random.key(1), shape)
+    self.stream = nnx.RngStream(keys, tag='noise')
+
+  def __call__(self, x):
+    key = self.stream.key[...].reshape(-1)[-1]
+    x = self.unit(x).mean((1, 2))
+    return self.head(x * jax.random.bernoulli(key, 0.5, x.shape))
+
+
+@pytest.mark.parametrize(
+  ('make', 'stream'),
+  [
+    (MnistCnn, 'dropout'),
+    (functools.partial(Noisy, ()), 'params'),
+    (functools.partial(Noisy, (2,)), 'params'),
+  ],
+)
+def test_dropout_draws_from_the_steps_key(make, stream):
+  model = make(rngs=nnx.Rngs(0))
   model.factor = nnx.Param(jnp.full((1, 3), 0.1))  # Is drawn as it is.
   gated = surgery.gate(model, surgery.discover(model, X))
   variables = jax.jit(gated.init)(jax.random.key(0), X)
@@ -260,39 +282,13 @@ def test_dropout_draws_from_the_steps_key():
   @jax.jit
   def logits(key):
     out, _ = gated.apply(
-      variables, X, train=True, mutable=['batch_stats'], rngs={'dropout': key}
+      variables, X, train=True, mutable=['batch_stats'], rngs={stream: key}
     )
     return out
 
   a, b = jax.random.split(jax.random.key(0))
   np.testing.assert_array_equal(logits(a), logits(a))
   assert not np.array_equal(logits(a), logits(b))
-
-
-class Noisy(nnx.Module):
-  """Draws from a stream of its own, as one key or as two."""
-
-  def __init__(self, *, rngs, split):
-    self.head = nnx.Linear(3, 3, rngs=rngs)
-    key = jax.random.key(1)
-    self.noise = nnx.Rngs(noise=jax.random.split(key) if split else key)
-
-  def __call__(self, x):
-    keys = jnp.atleast_1d(self.noise.noise.key[...])
-    x = x.mean((1, 2))
-    return self.head(x + jax.random.normal(keys[-1], x.shape))
-
-
-@pytest.mark.parametrize('split', [False, True])
-def test_any_stream_draws_from_the_steps_key(split):
-  adapter = nnx_models.as_linen(Noisy(rngs=nnx.Rngs(0), split=split))
-  keys = jax.random.split(jax.random.key(0), 3)
-  variables = adapter.init(keys[0], X)
-  a, b = (
-    adapter.apply(variables, X, train=True, rngs={'params': key})
-    for key in keys[1:]
-  )
-  assert not np.array_equal(a, b)
 
 
 TWINS = """
