@@ -123,8 +123,9 @@ def register_conv(cls: type[nn.Module]) -> None:
   and `kernel_size`, and a kernel [..., inputs, outputs].
 
   Raises:
-    errors.UserError: A field is missing.
+    errors.UserError: A field is missing, or as for `register`.
   """
+  _check_class(cls)
   missing = {'features', 'kernel_size'}.difference(
     f.name for f in dataclasses.fields(cls)
   )
@@ -148,9 +149,13 @@ def register(
   Raises:
     errors.UserError: `cls` is not a class of Linen modules.
   """
+  _check_class(cls)
+  _RULES[cls] = rule
+
+
+def _check_class(cls: Any) -> None:
   if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
     raise errors.UserError(f'{cls!r} must be a class of flax.linen.Module.')
-  _RULES[cls] = rule
 
 
 def rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:

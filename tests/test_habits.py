@@ -183,6 +183,9 @@ def test_registered_classes_are_layers():
     assert table.cost_model().params((2, 3)) == size
     with pytest.raises(errors.UserError, match='no features and no kernel'):
       surgery.register_conv(OwnNorm)
+    for register in (surgery.register_conv, surgery.register_norm):
+      with pytest.raises(errors.UserError, match='a class of flax.linen'):
+        register(nn.relu)
   finally:
     described._RULES.clear()
     described._RULES.update(before)
