@@ -35,6 +35,11 @@ def drawn(module, *args):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def size(tree):
+  """The number of elements."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def norm(train, **kwargs):
   return nn.BatchNorm(use_running_average=not train, momentum=0.9, **kwargs)
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax.training import train_state
 
-from pfs_jax import described, errors, models, search, surgery
+from pfs_jax import costs, described, errors, models, search, surgery
 from pfs_jax.surgery import factory
 from tests import own_models, processes
 
@@ -168,27 +168,27 @@ def test_axis_name_is_left_out(capsys):
     np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-5)
 
 
-def test_registered_classes_are_layers():
+@pytest.fixture
+def registered(monkeypatch):
+  """What a test registers as layers is forgotten after it."""
+  monkeypatch.setattr(described, '_RULES', dict(described._RULES))
+
+
+def test_registered_classes_are_layers(registered):
   blind = surgery.discover(own_layers(), X)
   assert not blind.groups  # A convolution that nobody knows fixes its channels.
-  before = dict(described._RULES)
-  try:
-    surgery.register_norm(OwnNorm)
-    surgery.register_conv(OwnConv)
-    table = surgery.discover(own_layers(), X)
-    assert table.sizes == {'OwnConv_0': 6, 'OwnConv_1': 7}
-    narrow = surgery.narrow(own_layers(), table, (2, 3), verify=True, x=X)
-    shapes = jax.eval_shape(narrow.init, jax.random.key(0), X)['params']
-    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert table.cost_model().params((2, 3)) == size
-    with pytest.raises(errors.UserError, match='no features and no kernel'):
-      surgery.register_conv(OwnNorm)
-    for register in (surgery.register_conv, surgery.register_norm):
-      with pytest.raises(errors.UserError, match='a class of flax.linen'):
-        register(nn.relu)
-  finally:
-    described._RULES.clear()
-    described._RULES.update(before)
+  surgery.register_norm(OwnNorm)
+  surgery.register_conv(OwnConv)
+  table = surgery.discover(own_layers(), X)
+  assert table.sizes == {'OwnConv_0': 6, 'OwnConv_1': 7}
+  narrow = surgery.narrow(own_layers(), table, (2, 3), verify=True, x=X)
+  shapes = jax.eval_shape(narrow.init, jax.random.key(0), X)['params']
+  assert table.cost_model().params((2, 3)) == own_models.size(shapes)
+  with pytest.raises(errors.UserError, match='no features and no kernel'):
+    surgery.register_conv(OwnNorm)
+  for register in (surgery.register_conv, surgery.register_norm):
+    with pytest.raises(errors.UserError, match='a class of flax.linen'):
+      register(nn.relu)
 
 
 def test_what_cannot_be_counted_is_named():
@@ -242,10 +242,6 @@ class OwnState(nn.Module):
     return nn.Dense(3)(x.mean((1, 2))) * factor.value
 
 
-def own_state():
-  return OwnState()
-
-
 def late_error(num_classes):
   class Late(nn.Module):
     @nn.compact
@@ -255,44 +251,92 @@ def late_error(num_classes):
   return Late()
 
 
-@pytest.mark.parametrize(
-  ('name', 'message'),
-  [
-    ('late_error', r'ConcretizationTypeError.*test_habits.py:\d+ in __call__'),
-    ('own_state', 'ScopeCollectionNotFound.* in __call__'),
-    ('early_error', r'ValueError: early \(.*test_habits.py:\d+ in early_error'),
-  ],
-)
-def test_an_error_in_the_users_code_is_one_line_with_its_place(name, message):
-  with pytest.raises(errors.UserError, match=message) as caught:
-    surgery.network_from_factory(f'{__name__}:{name}', 3, 8, 3)
-  assert '\n' not in str(caught.value)
-
-
 def early_error(num_classes):
   raise ValueError('early')
+
+
+# The user's factory.
+
+
+def plain(num_classes, dtype=jnp.float32):
+  del num_classes
+  return own_models.Plain(dtype=dtype)
+
+
+def with_call():
+  return own_models.Plain(), call_it
+
+
+def broken(num_classes, depth):
+  del num_classes, depth
+
+
+def test_a_factory_gives_a_network_for_the_stages():
+  spec = f'{__name__}:plain'
+  network = surgery.network_from_factory(spec, 3, 8, 3)
+  assert network.description['factory'] == spec
+  assert network.reference_macs == network.cost_model.macs((6, 7))
+  variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
+  assert list(network.by_layer(variables['gates'])) == ['Conv_0', 'Conv_1']
+  reference = models.init(network.reference, jax.random.key(0), (8, 8, 3))
+  assert own_models.size(reference['params']) == network.reference_params
+  narrow = network.narrow((2, 2))
+  assert costs.count(narrow, (8, 8, 3))[0] == network.cost_model.macs((2, 2))
+  low = surgery.network_from_factory(spec, 3, 8, 3, jnp.bfloat16)
+  assert low.gated.model.dtype == jnp.bfloat16
+  other = surgery.network_from_factory(f'{__name__}:with_call', 3, 8, 3)
+  assert other.cost_model.widths == (6, 7)
+  by_class = surgery.network_from_factory('tests.own_models:Setup', 3, 8, 3)
+  assert by_class.cost_model.widths == (5, 7, 4)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ('nothing', 'must be package.module:callable'),
+    ('a.b:', 'must be package.module:callable'),
+    ('no_such_module:f', "ModuleNotFoundError: No module named 'no_such"),
+    ('tests.own_models:nobody', "has no attribute 'nobody'"),
+    ('tests.own_models:CASES', 'is not callable'),
+    (f'{__name__}:broken', 'needs depth'),
+    ('collections:OrderedDict', 'not of flax.linen.Module'),
+    ('math:gamma', 'returned float, not a Linen module'),
+    (
+      f'{__name__}:late_error',
+      r'ConcretizationTypeError.*test_habits.py:\d+ in __call__',
+    ),
+    (f'{__name__}:OwnState', 'ScopeCollectionNotFound.* in __call__'),
+    (
+      f'{__name__}:early_error',
+      r'ValueError: early \(.*test_habits.py:\d+ in early_error',
+    ),
+    # A model with three classes, which takes no dtype.
+    ('tests.own_models:Setup', r'\[N, 10\].* shape \(1, 3\)'),
+    ('tests.own_models:Setup bfloat16', 'config.dtype must be float32'),
+  ],
+)
+def test_a_bad_factory_is_one_line(spec, message):
+  spec, *dtype = spec.split()
+  with pytest.raises(errors.UserError, match=message) as caught:
+    surgery.network_from_factory(spec, 10, 8, 3, *map(jnp.dtype, dtype))
+  assert '\n' not in str(caught.value)
 
 
 def call_it(module, x, train):
   return module(x, train=train)
 
 
-def test_leave_call_and_classes_come_from_names():
-  before = dict(described._RULES)
-  try:
-    network = surgery.network_from_factory(
-      f'{__name__}:own_layers',
-      3,
-      8,
-      3,
-      leave=('OwnConv_0',),
-      call=f'{__name__}:call_it',
-      norm=f'{__name__}:OwnNorm',
-      conv=f'{__name__}:OwnConv',
-    )
-  finally:
-    described._RULES.clear()
-    described._RULES.update(before)
+def test_leave_call_and_classes_come_from_names(registered):
+  network = surgery.network_from_factory(
+    f'{__name__}:own_layers',
+    3,
+    8,
+    3,
+    leave=('OwnConv_0',),
+    call=f'{__name__}:call_it',
+    norm=f'{__name__}:OwnNorm',
+    conv=f'{__name__}:OwnConv',
+  )
   assert network.table.sizes == {'OwnConv_1': 7}
   assert network.table.left_alone['OwnConv_0'] == 'left alone on request'
   assert network.description['leave'] == ['OwnConv_0']

@@ -10,7 +10,7 @@ from flax import nnx
 
 from pfs_jax import costs, errors, groups, surgery
 from pfs_jax.surgery import nnx_models
-from tests import processes
+from tests import own_models, processes
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
@@ -182,7 +182,7 @@ def found(name):
 
 
 def parameters(model):
-  return sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  return own_models.size(nnx.state(model, nnx.Param))
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -1,7 +1,6 @@
 """A user's own Linen model: found, gated, narrowed, counted, searched."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -31,10 +30,6 @@ def found(name):
 def some_counts(sites, seed):
   random = np.random.default_rng(seed)
   return tuple(int(random.integers(1, n + 1)) for n in sites.sizes.values())
-
-
-def size(tree):
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def in_evaluation(model):
@@ -103,13 +98,13 @@ def test_costs_and_shapes_are_those_of_the_narrow_model(name):
   further = [t[:1] if np.ndim(t) else t for t in case.further]
   key, args = jax.random.key(0), (X[:1], *further)
   wide = jax.eval_shape(surgery.gate(case.model, sites).init, key, *args)
-  assert model.params(model.widths) == size(wide['params'])
+  assert model.params(model.widths) == own_models.size(wide['params'])
   narrow = surgery.narrow(case.model, sites, counts)
   fixed = sum(op.fixed_macs for op in model.ops)
   calls = costs.record(narrow.init, key, *args)
   assert model.macs(counts) == fixed + sum(c.macs() for c in calls)
   new = jax.eval_shape(narrow.init, key, *args)
-  assert model.params(counts) == size(new['params'])
+  assert model.params(counts) == own_models.size(new['params'])
   again = surgery.cost_model(case.model, sites, *args)
   assert again.macs(counts) == model.macs(counts)
   arrays = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), wide)
@@ -278,7 +273,7 @@ def test_the_model_itself_is_not_changed():
   untouched = jax.eval_shape(model.init, key, X)
   assert untouched['params']['second']['kernel'].shape == (3, 3, 6, 5)
   cost_model = surgery.cost_model(model, sites, X[:1])
-  assert cost_model.params((6, 5)) == size(untouched['params'])
+  assert cost_model.params((6, 5)) == own_models.size(untouched['params'])
 
 
 # Transformations.
@@ -565,61 +560,3 @@ def test_wrong_counts_and_missing_gates():
     gated.apply(plain, X)
   with pytest.raises(errors.UserError, match='kept must name .*Conv_1'):
     surgery.slice_variables(case.model, sites, plain, {'Conv_0': [0]})
-
-
-# The user's factory.
-
-
-def factory(num_classes, dtype=jnp.float32):
-  del num_classes
-  return own_models.Plain(dtype=dtype)
-
-
-def with_call():
-  return own_models.Plain(), lambda module, x, train: module(x, train=train)
-
-
-def broken(num_classes, depth):
-  del num_classes, depth
-
-
-def test_a_factory_gives_a_network_for_the_stages():
-  spec = f'{__name__}:factory'
-  network = surgery.network_from_factory(spec, 3, 8, 3)
-  assert network.description['factory'] == spec
-  assert network.reference_macs == network.cost_model.macs((6, 7))
-  variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
-  assert list(network.by_layer(variables['gates'])) == ['Conv_0', 'Conv_1']
-  reference = models.init(network.reference, jax.random.key(0), (8, 8, 3))
-  assert size(reference['params']) == network.reference_params
-  narrow = network.narrow((2, 2))
-  assert costs.count(narrow, (8, 8, 3))[0] == network.cost_model.macs((2, 2))
-  low = surgery.network_from_factory(spec, 3, 8, 3, jnp.bfloat16)
-  assert low.gated.model.dtype == jnp.bfloat16
-  other = surgery.network_from_factory(f'{__name__}:with_call', 3, 8, 3)
-  assert other.cost_model.widths == (6, 7)
-  by_class = surgery.network_from_factory('tests.own_models:Setup', 3, 8, 3)
-  assert by_class.cost_model.widths == (5, 7, 4)
-
-
-@pytest.mark.parametrize(
-  ('spec', 'message'),
-  [
-    ('nothing', 'must be package.module:callable'),
-    ('a.b:', 'must be package.module:callable'),
-    ('no_such_module:f', "ModuleNotFoundError: No module named 'no_such"),
-    ('tests.own_models:nobody', "has no attribute 'nobody'"),
-    ('tests.own_models:CASES', 'is not callable'),
-    (f'{__name__}:broken', 'needs depth'),
-    ('collections:OrderedDict', 'not of flax.linen.Module'),
-    ('math:gamma', 'returned float, not a Linen module'),
-    # A model with three classes, which takes no dtype.
-    ('tests.own_models:Setup', r'\[N, 10\].* shape \(1, 3\)'),
-    ('tests.own_models:Setup bfloat16', 'config.dtype must be float32'),
-  ],
-)
-def test_a_bad_factory_is_one_line(spec, message):
-  spec, *dtype = spec.split()
-  with pytest.raises(errors.UserError, match=message) as caught:
-    surgery.network_from_factory(spec, 10, 8, 3, *map(jnp.dtype, dtype))
-  assert '\n' not in str(caught.value)
