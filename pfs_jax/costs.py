@@ -114,9 +114,8 @@ class Layer:
     positions = self.positions * self.folded
     if self.kind == 'pool':
       return {(i, FIXED): a * positions for i, a in self.reads}
-    terms = collections.Counter()
-    for key, coefficient in self._kernel_terms().items():
-      terms[key] = coefficient * positions
+    terms = self._kernel_terms()
+    terms = collections.Counter({k: n * positions for k, n in terms.items()})
     terms[FIXED, FIXED] += self.fixed_macs
     return terms
 
@@ -132,11 +131,11 @@ class Layer:
 
   def macs(self, counts: Counts = ()) -> int:
     """Multiply-accumulates of this call at the given counts."""
-    return _Polynomial([self.macs_terms()])(counts)
+    return _evaluated(self.macs_terms(), counts)
 
   def params(self, counts: Counts = ()) -> int:
     """Parameters that this call adds at the given counts."""
-    return _Polynomial([self.params_terms()])(counts)
+    return _evaluated(self.params_terms(), counts)
 
   def channels(self, counts: Counts) -> tuple[int, int]:
     """(inputs, outputs) at the given counts."""
@@ -244,22 +243,19 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
   return sum(c.macs() for c in found), sum(c.params() for c in found)
 
 
-class _Polynomial:
-  """Sum of coefficient * c[i] * c[j] with exact integers."""
+def _added(parts: Iterable[Terms]) -> Terms:
+  """The terms of a sum."""
+  terms = collections.Counter()
+  for part in parts:
+    terms.update(part)
+  return terms
 
-  def __init__(self, parts: Iterable[Terms]):
-    terms = collections.Counter()
-    for part in parts:
-      terms.update(part)
-    items = sorted(terms.items())
-    self._i = np.array([i for (i, _), _ in items], np.int64)
-    self._j = np.array([j for (_, j), _ in items], np.int64)
-    self._coefficient = np.array([v for _, v in items], np.int64)
 
-  def __call__(self, counts: Counts) -> int:
-    # Index FIXED = -1 reads the 1.
-    sized = np.append(np.asarray(counts, np.int64), 1)
-    return int(self._coefficient @ (sized[self._i] * sized[self._j]))
+def _evaluated(terms: Terms, counts: Counts) -> int:
+  """Sum of coefficient * c[i] * c[j], with Python's exact integers."""
+  # Index FIXED = -1 reads the 1.
+  sized = [*np.asarray(counts, np.int64).tolist(), 1]
+  return sum(n * sized[i] * sized[j] for (i, j), n in terms.items())
 
 
 class CostModel:
@@ -277,8 +273,8 @@ class CostModel:
     self.layers = tuple(layers)
     self.widths = tuple(int(w) for w in widths)
     self.ops = tuple(ops)
-    self._macs = _Polynomial(op.macs_terms() for op in self.ops)
-    self._params = _Polynomial(op.params_terms() for op in self.ops)
+    self._macs = _added(op.macs_terms() for op in self.ops)
+    self._params = _added(op.params_terms() for op in self.ops)
 
   def _checked(self, counts: Counts) -> Counts:
     if np.shape(counts) != (len(self.layers),):
@@ -290,8 +286,8 @@ class CostModel:
 
   def macs(self, counts: Counts) -> int:
     """Multiply-accumulates of one image at these counts, exact."""
-    return self._macs(self._checked(counts))
+    return _evaluated(self._macs, self._checked(counts))
 
   def params(self, counts: Counts) -> int:
     """Parameters at these counts, exact."""
-    return self._params(self._checked(counts))
+    return _evaluated(self._params, self._checked(counts))
