@@ -209,16 +209,13 @@ def test_the_check_finds_what_the_trace_cannot():
 class Particular(nn.Module):
   """Takes float32 alone, names axes of a mesh, draws from its own stream."""
 
-  weight_norm: bool = False
-
   @nn.compact
   def __call__(self, x, train=False):
     assert x.dtype == np.float32
-    normal = nn.initializers.lecun_normal()
-    axes = nn.with_partitioning(normal, (None, None, None, 'model'))
-    conv = nn.Conv(6, (3, 3), kernel_init=normal if self.weight_norm else axes)
-    x = nn.WeightNorm(conv)(x) if self.weight_norm else conv(x)
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+    axes = nn.with_partitioning(
+      nn.initializers.lecun_normal(), (None, None, None, 'model')
+    )
+    x = own_models.unit(train, x, 6, kernel_init=axes)
     if train:
       x *= jax.random.bernoulli(self.make_rng('path'), 0.5, x.shape)
     return nn.Dense(3)(x.mean((1, 2)))
@@ -233,31 +230,15 @@ def test_any_random_stream_and_a_fixed_dtype():
   jax.eval_shape(train.step, state, X, np.arange(2))
 
 
-def test_weights_of_another_module_are_not_narrowed():
-  left = surgery.discover(Particular(weight_norm=True), X).left_alone
-  assert 'depends on this width' in left['Conv_0']
-
-
-class Wider(nn.BatchNorm):
-  """A subclass that calls its base: one call, not two."""
-
-  @nn.compact
-  def __call__(self, x):
-    return super().__call__(x)
-
-
 class Wrapping(nn.Module):
-  """Transformed layer classes, and a module handed in from outside."""
+  """Calls a module that is handed in from outside."""
 
   first: nn.Module
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = Wider(use_running_average=not train, name='bn')(self.first(x))
-    x = nn.relu(x)
-    x = nn.remat(nn.Conv)(5, (3, 3), name='second')(x)
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    return nn.Dense(3)(x.mean((1, 2)))
+    x = nn.relu(own_models.norm(train)(self.first(x)))
+    return nn.Dense(3)(own_models.unit(train, x, 5, 'second').mean((1, 2)))
 
 
 def test_the_model_itself_is_not_changed():
