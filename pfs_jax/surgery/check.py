@@ -97,7 +97,7 @@ def check(
   Raises:
     errors.UserError: The error is larger.
   """
-  counts = table.counts(counts)
+  model, counts = nnx_models.as_linen(model), table.counts(counts)
   random = np.random.default_rng(0)
   kept = {
     g.name: np.sort(random.permutation(g.size)[: n if g.removable else g.size])
@@ -121,7 +121,7 @@ def check(
 
 def _max_error(model, table: groups.Table, kept, arguments, random) -> float:
   """The largest difference of the logits, relative if they are over 1."""
-  wide = gate(model, table)
+  wide = gating.gate(model, table)
   variables = _random_variables(wide, arguments, random)
   by_name = groups.by_name(table.sizes, variables[groups.GATES])
   gates = {

@@ -311,15 +311,14 @@ class _FoundGroups:
     return tuple(path for path in self.flow.layers if path in paths)
 
   def _group(self, made, roots, name: str) -> groups.Group:
-    layers, inputs = self.flow.layers, self.flow.inputs
+    layers, units = self.flow.layers, self.unit_of[roots]
     uses = [u for root in roots for u in self._uses[root]]
     norms = self._in_order(path for _, gates, _ in uses for path, _ in gates)
-    units = set(self.unit_of[roots].tolist())
-    passed = tuple(
+    passed = self._in_order(
       path
-      for path, layer in layers.items()
-      if layer.kind == 'depthwise'
-      and units & set(self.unit_of[inputs.get(path, [0])].tolist())
+      for path, channels in self.flow.inputs.items()
+      if layers[path].kind == 'depthwise'
+      and np.isin(units, self.unit_of[channels]).any()
     )
     dtype = jnp.result_type(*(layers[n].dtype for n in norms), jnp.float32)
     return groups.Group(
@@ -352,35 +351,30 @@ class _FoundGroups:
     )
 
   def _left_alone(self, gated) -> dict[str, str]:
-    flow, left = self.flow, {}
-    for path, layer in flow.layers.items():
-      reason = flow.unseen.get(path, '')
-      if reason or layer.kind in ('pool', 'other'):
-        pass
-      elif path not in flow.inputs:
-        reason = NESTED
-      elif layer.kind == 'norm':
-        reason = self._norm_reason(path, gated)
-      else:
-        channels = flow.outputs.get(path, flow.inputs[path])
-        fixed = channels[self.unit_of[channels] < 0]
-        if fixed.size:
-          first = int(fixed[0])
-          reason = flow.channels.reason(first) if first else 'fixed inputs'
-      if reason:
-        left[path] = reason
-    return left
+    layers = self.flow.layers
+    reasons = {path: self._reason(path, gated.get(path)) for path in layers}
+    return {path: reason for path, reason in reasons.items() if reason}
 
-  def _norm_reason(self, path: str, gated) -> str:
-    if path in gated and (gated[path] >= 0).all():
+  def _reason(self, path: str, gates: np.ndarray | None) -> str:
+    """Why a layer has channels outside of groups; '' if it has none."""
+    flow, kind = self.flow, self.flow.layers[path].kind
+    if path in flow.unseen or kind == 'pool':
+      return flow.unseen.get(path, '')
+    if path not in flow.inputs:
+      return NESTED
+    channels = flow.outputs.get(path, flow.inputs[path])
+    alone = channels[self.unit_of[channels] < 0]
+    if kind != 'norm':
+      if not alone.size:
+        return ''
+      return flow.channels.reason(alone[0]) if alone[0] else 'fixed inputs'
+    if gates is not None and (gates >= 0).all():
       return ''
-    channels = self.flow.inputs[path].tolist()
-    alone = [c for c in channels if self.unit_of[c] < 0]
-    if not alone:
+    if not alone.size:
       return 'the gates of its channels stand further on'
-    if not any(alone):
+    if not alone.any():
       return 'acts on channels of a fixed width'
-    return self.flow.channels.reason(next(filter(None, alone)))
+    return flow.channels.reason(alone[alone > 0][0])
 
 
 # The trial: do the right channels of the narrowed model reach the right layers?

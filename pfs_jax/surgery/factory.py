@@ -38,10 +38,11 @@ def network(
   Raises:
     errors.UserError: As for `discover`, or no channel can carry a gate.
   """
+  model = nnx_models.as_linen(model)
   table = discover(model, x, **options)
   model_costs = table.cost_model()
   made = models.Network(
-    module=nnx_models.as_linen(model),
+    module=model,
     table=table,
     reference=narrow_linen(model, table, model_costs.widths),
     reference_macs=model_costs.macs(model_costs.widths),
