@@ -310,10 +310,7 @@ class Table:
 
 def first_calls(calls: Iterable[costs.Layer]) -> dict[str, costs.Layer]:
   """{path: first call} of layers, in forward order."""
-  found = {}
-  for call in calls:
-    found.setdefault(call.path, call)
-  return found
+  return {call.path: call for call in calls if not call.again}
 
 
 def by_name(names: Iterable[str], gates: Mapping[str, Any]) -> dict[str, Any]:
