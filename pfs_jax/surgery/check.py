@@ -123,10 +123,9 @@ def _max_error(model, table: groups.Table, kept, arguments, random) -> float:
   """The largest difference of the logits, relative if they are over 1."""
   wide = gating.gate(model, table)
   variables = _random_variables(wide, arguments, random)
-  by_name = groups.by_name(table.sizes, variables[groups.GATES])
   gates = {
-    name: jnp.asarray(np.isin(np.arange(len(g)), kept[name]), g.dtype)
-    for name, g in by_name.items()
+    g.name: jnp.asarray(np.isin(np.arange(g.size), kept[g.name]), g.dtype)
+    for g in table.groups
   }
   gated = {**variables, groups.GATES: groups.tree(gates)}
   thin = narrow_linen(model, table, [len(kept[n]) for n in table.sizes])

@@ -126,8 +126,12 @@ class Flow:
       columns = self.cells.columns(values[0], self.layers[path].inputs)
       self.inputs[path] = self._channels_of(columns)
       return values[: len(eqn.outvars)]
-    if name in jaxprs.CALLS:
-      return self._call(eqn, values, where)
+    if (inner := jaxprs.called(eqn)) is not None:
+      nested = name in ('jit', 'pjit')
+      self._jit_depth += nested
+      outs = self.run(inner, values, where)
+      self._jit_depth -= nested
+      return outs
     if name == 'cond' and eqn.params.get('branches_platforms'):
       # One computation has forms for several platforms; this is the default.
       return self.run(eqn.params['branches'][-1], values[1:], where)
@@ -180,17 +184,6 @@ class Flow:
     channel = self.cells.origin(f'the result of {name}') if seen else 0
     live = any(c.state == State.LIVE for c in read)
     return self._uniform(eqn, channel, State.LIVE if live else State.CONST)
-
-  def _call(self, eqn, values, where: str) -> Sequence[Value]:
-    """Walks through the program that an equation calls."""
-    inner = jaxprs.called(eqn)
-    if inner is None:
-      return self._opaque(eqn, values, where)
-    nested = eqn.primitive.name in ('jit', 'pjit')
-    self._jit_depth += nested
-    outs = self.run(inner, values, where)
-    self._jit_depth -= nested
-    return outs
 
   # Layers.
 
