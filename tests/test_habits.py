@@ -80,9 +80,9 @@ class ImageNetResNet(nn.Module):
     return jnp.asarray(x, self.dtype)
 
 
-def resnet18(num_classes):
-  """The example's own depth; a quarter of its filters."""
-  return ImageNetResNet(num_classes, (2, 2, 2, 2), 16)
+def resnet(num_classes):
+  """Blocks of all kinds of the example's ResNet-18, in a narrower network."""
+  return ImageNetResNet(num_classes, (1, 2), 8)
 
 
 class OwnNorm(nn.Module):
@@ -344,7 +344,7 @@ def test_leave_call_and_classes_come_from_names(registered):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'factory', [f'{__name__}:resnet18', 'tests.test_nnx:on_digits']
+  'factory', [f'{__name__}:resnet', 'tests.test_nnx:on_digits']
 )
 def test_from_search_to_export_on_the_command_line(tmp_path, factory):
   """The flax example's ResNet and a residual net of NNX."""
