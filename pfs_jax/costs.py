@@ -25,7 +25,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -243,14 +243,6 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
   return sum(c.macs() for c in found), sum(c.params() for c in found)
 
 
-def _added(parts: Iterable[Terms]) -> Terms:
-  """The terms of a sum."""
-  terms = collections.Counter()
-  for part in parts:
-    terms.update(part)
-  return terms
-
-
 def _evaluated(terms: Terms, counts: Counts) -> int:
   """Sum of coefficient * c[i] * c[j], with Python's exact integers."""
   # Index FIXED = -1 reads the 1.
@@ -273,8 +265,10 @@ class CostModel:
     self.layers = tuple(layers)
     self.widths = tuple(int(w) for w in widths)
     self.ops = tuple(ops)
-    self._macs = _added(op.macs_terms() for op in self.ops)
-    self._params = _added(op.params_terms() for op in self.ops)
+    self._macs, self._params = collections.Counter(), collections.Counter()
+    for op in self.ops:
+      self._macs.update(op.macs_terms())
+      self._params.update(op.params_terms())
 
   def _checked(self, counts: Counts) -> Counts:
     if np.shape(counts) != (len(self.layers),):

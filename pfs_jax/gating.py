@@ -37,9 +37,7 @@ class Source:
     return hash(type(self.model))
 
   def __eq__(self, other: Any) -> bool:
-    if not isinstance(other, Source):
-      return NotImplemented
-    if self.call != other.call:
+    if not isinstance(other, Source) or self.call != other.call:
       return False
     try:
       return self.model is other.model or bool(self.model == other.model)
@@ -114,8 +112,7 @@ class Wrapped(nn.Module):
     for group in self.gated:
       assert self.scope is not None
       scope = self.scope.rewound()  # The model may use the same names.
-      for part in group.name.split('/'):
-        scope = scope.push(part, reuse=True)
+      scope = child_scope(scope, group.name.split('/'))
       there = scope.has_variable(groups.GATES, 'gate')
       if not there and not self.is_initializing():
         raise errors.UserError(
@@ -155,6 +152,13 @@ class Wrapped(nn.Module):
       return y
 
     return costs.intercept(around, len(self.path))
+
+
+def child_scope(scope: Any, path: Sequence[Any]) -> Any:
+  """The scope of Flax at a path below another one."""
+  for part in path:
+    scope = scope.push(str(part), reuse=True)
+  return scope
 
 
 def _axis_exists(axis: str | None) -> bool:

@@ -180,17 +180,14 @@ class Table:
     def renumbered(layers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       return {p: number[units[keeps[units]]] for p, units in layers.items()}
 
-    calls = []
-    for call, op in zip(self.calls, self.cost_model().ops, strict=True):
-      inputs, outputs = op.channels(counts)
-      calls.append(call.resized(inputs, outputs))
+    ops = self.cost_model().ops
     return dataclasses.replace(
       self,
       groups=tuple(
         dataclasses.replace(g, size=n)
         for g, n in zip(self.groups, counts, strict=True)
       ),
-      calls=tuple(calls),
+      calls=tuple(op.resized(*op.channels(counts)) for op in ops),
       inputs=renumbered(self.inputs),
       outputs=renumbered(self.outputs),
       gated=renumbered(self.gated),
@@ -352,11 +349,9 @@ def from_marks(
       -1 the last.
     dtype: Dtype of the gates.
   """
-  offsets = np.cumsum([0, *sizes.values()])
-  units_of = {
-    mark: np.arange(offsets[i], offsets[i + 1])
-    for i, mark in enumerate(marks(len(sizes)))
-  }
+  ends = np.cumsum([*sizes.values()])
+  parts = np.split(np.arange(ends[-1]), ends[:-1])
+  units_of = dict(zip(marks(len(sizes)), parts, strict=True))
 
   def units(channels: int) -> np.ndarray:
     return units_of.get(channels, np.full(channels, -1))

@@ -138,11 +138,7 @@ def network_from_factory(
       },
     )
     # A label without a logit would only be noticed as a loss of NaN.
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(
-      functools.partial(_both_outputs, made.reference), key, x
-    )
-  shapes = [getattr(output, 'shape', None) for output in shapes]
+    shapes = _output_shapes(made.reference, x)
   shape = next((s for s in shapes if s != (1, num_classes)), ())
   if shape != ():
     raise _error(
@@ -153,15 +149,20 @@ def network_from_factory(
   return made
 
 
-def _both_outputs(module: nn.Module, key: jax.Array, x: Any) -> list[Any]:
-  """The outputs outside of training and in it, by what a checkpoint holds."""
-  drawn = module.init(key, x)
-  held = {k: drawn[k] for k in ('params', 'batch_stats') if k in drawn}
-  rngs, mutable = dict.fromkeys(('params', 'dropout'), key), ['batch_stats']
-  return [
-    module.apply(held, x, train=train, mutable=mutable, rngs=rngs)[0]
-    for train in (False, True)
-  ]
+def _output_shapes(module: nn.Module, x: Any) -> list[Any]:
+  """Outside of training and in it, by what a checkpoint holds."""
+
+  def outputs(key, x):
+    drawn = module.init(key, x)
+    held = {k: drawn[k] for k in ('params', 'batch_stats') if k in drawn}
+    rngs, mutable = dict.fromkeys(('params', 'dropout'), key), ['batch_stats']
+    return [
+      module.apply(held, x, train=train, mutable=mutable, rngs=rngs)[0]
+      for train in (False, True)
+    ]
+
+  found = jax.eval_shape(outputs, jax.random.key(0), x)
+  return [getattr(output, 'shape', None) for output in found]
 
 
 def _error(spec: str, problem: str) -> errors.UserError:

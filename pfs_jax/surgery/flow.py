@@ -198,8 +198,7 @@ class Flow:
     ndim, out_ndim = (len(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars))
     if layer.kernel and ndim == len(layer.kernel) + 1:
       read = [self.cells[i] for i in np.unique(x.cells)]
-      live = {c.channel for c in read if c.state == State.LIVE}
-      self.unbatched[path] = live
+      self.unbatched[path] = {c.channel for c in read if c.state == State.LIVE}
     if self._jit_depth:  # The cache of nn.jit would ignore changed widths.
       self.unseen[path] = NESTED
     elif {ndim, out_ndim} != {layer.ndim}:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pfs_jax import described, errors, groups
+from pfs_jax import described, errors, gating, groups
 from pfs_jax.surgery import calling
 
 _JOINT = (nnx.LayerNorm, nnx.RMSNorm)  # Statistics over all channels.
@@ -120,7 +120,9 @@ class Adapter(nn.Module):
     layers = _layers(model, self.held.transformed)
     inside = {id(v) for _, layer in layers for _, v in _variables(layer)}
     return [
-      _linked(_child_scope(self.scope, path[:-1]), path[-1], v, v[...].shape)
+      _linked(
+        gating.child_scope(self.scope, path[:-1]), path[-1], v, v[...].shape
+      )
       for path, v in nnx.iter_graph(model)
       if _collection(v) and id(v) not in inside
     ]
@@ -132,7 +134,7 @@ class Adapter(nn.Module):
       getattr(layer, 'out_features', getattr(layer, 'num_features', 0)),
       getattr(layer, 'feature_group_count', 1),
       getattr(layer, 'axis_name', None),
-      parent=_child_scope(self.scope, path),
+      parent=gating.child_scope(self.scope, path),
     )
     return module(x, *args, **kwargs)
 
@@ -231,12 +233,6 @@ def _variables(layer: Any) -> list[tuple[str, Any]]:
   return [(name, v) for name, v in vars(layer).items() if _collection(v)]
 
 
-def _child_scope(scope: Any, path: Sequence[Any]) -> Any:
-  for part in path:
-    scope = scope.push(str(part), reuse=True)
-  return scope
-
-
 def _linked(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
   """(Linen variable, NNX variable), the second set to the value of the first.
 
@@ -326,8 +322,7 @@ def narrowed(
   narrow, small = nnx.clone(model), table.narrowed(counts)
   shapes = {}
   for path, layer in _layers(narrow):
-    name = '/'.join(map(str, path))
-    call = small.layers.get(name)
+    call = small.layers.get('/'.join(map(str, path)))
     if call is not None:
       feature_groups = call.inputs if call.kind == 'depthwise' else call.groups
       sizes = _resize(layer, call.inputs, call.outputs, feature_groups)

@@ -148,7 +148,6 @@ def _macs_by_place(
 
 
 def _programs(equation) -> list[Any]:
-  """The programs that an equation holds."""
   return [
     part
     for value in equation.params.values()
@@ -158,7 +157,6 @@ def _programs(equation) -> list[Any]:
 
 
 def _dot_macs(equation) -> int:
-  """Multiply-accumulates of a dot_general."""
   (contracted, _), _ = equation.params['dimension_numbers']
   shape = equation.invars[0].aval.shape
   summed = math.prod(shape[axis] for axis in contracted)
