@@ -481,13 +481,12 @@ class Tokens(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    norm = functools.partial(nn.BatchNorm, use_running_average=not train)
-    x = nn.relu(norm()(nn.Conv(4, (3,))(x)))  # Any axes in front of the last 2.
     alone = nn.vmap(nn.Conv, {'params': None}, split_rngs={'params': False})
-    y = alone(5, (3, 3), name='alone')(x[..., None])
+    y = alone(5, (3, 3), name='alone')(x[..., None]).mean(2)
+    y += own_models.unit(train, x, 5, kernel=(3,))
     table = self.param('table', nn.initializers.normal(), (5, 4, 1))
     y *= nn.Conv(5, (3, 3), name='position')(table).mean()
-    return nn.Dense(3)(y.mean((1, 2)))
+    return nn.Dense(3)(y.mean(1))
 
 
 class Untold(nn.Module):
