@@ -477,7 +477,7 @@ def test_a_narrow_model_can_live_in_nnx():
 
 
 class Tokens(nn.Module):
-  """Images or a sequence [N, T, C], each mixed in rows and as a whole."""
+  """A sequence [N, T, C]; convolutions under nn.vmap, in rows, of weights."""
 
   @nn.compact
   def __call__(self, x, train=False):
