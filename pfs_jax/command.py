@@ -68,8 +68,7 @@ def main(_: list[str]) -> None:
   except OSError as e:
     if e.errno != errno.ENAMETOOLONG:
       raise
-    message = f'{e.filename} cannot be used: {e.strerror}.'
-    raise errors.UserError(message) from e
+    raise errors.UserError(f'{e.filename} cannot be used: {e.strerror}.') from e
 
 
 def _run(mode: str, c: ml_collections.ConfigDict) -> None:

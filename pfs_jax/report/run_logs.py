@@ -15,34 +15,29 @@ from pfs_jax.stages import Job
 from pfs_jax.tables import Table
 
 
-class _Probe(TypedDict):
-  """The fields of probe.json that a report shows."""
+class _Shown(TypedDict):
+  """The fields that a report shows of probe.json and of tournament.json."""
 
   layers: list[str]
-  losses: list[list[float]]
-  mean: dict[str, float]
-  error: dict[str, float]
   sentence: str
   columns: list[str]
   rows: list[list[str]]
 
 
-class _Round(TypedDict):
-  """A round of a tournament."""
+class _Probe(_Shown):
+  losses: list[list[float]]
+  mean: dict[str, float]
+  error: dict[str, float]
 
+
+class _Round(TypedDict):
   epochs: float
   losses: dict[str, list[float]]
 
 
-class _Tournament(TypedDict):
-  """The fields of tournament.json that a report shows."""
-
-  layers: list[str]
+class _Tournament(_Shown):
   counts: dict[str, list[int]]
   rounds: list[_Round]
-  sentence: str
-  columns: list[str]
-  rows: list[list[str]]
 
 
 def thinned(n: int, most: int) -> list[int]:
