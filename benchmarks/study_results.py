@@ -5,9 +5,10 @@
 A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is that of
 a study. It compares the arms by accuracy; 'NAME loss' compares them by test
 loss. 'NAME similarity' is the study's table of structures, 'NAME counts' the
-mean share that the arms keep of each layer, 'NAME costs' what finding a
-structure took, and 'NAME picture P' the picture P of its report, kept as
-results/pictures/NAME-P.svg. What stands there is replaced. No study is run.
+mean share that the arms keep of each layer, 'NAME parameters' their numbers of
+parameters, 'NAME costs' what finding a structure took, and 'NAME picture P' the
+picture P of its report, kept as results/pictures/NAME-P.svg. What stands there
+is replaced. No study is run.
 """
 
 import collections
@@ -25,8 +26,8 @@ from pfs_jax.studies import plan, results, tables
 ROOT = pathlib.Path(__file__).parents[1]
 PICTURES = 'results/pictures'
 _PLACE = re.compile(
-  r'<!-- (\w+)((?: loss| similarity| counts| costs| picture \w+)?) -->\n'
-  r'.*?<!-- end -->',
+  r'<!-- (\w+)((?: loss| similarity| counts| parameters| costs| picture \w+)?)'
+  r' -->\n.*?<!-- end -->',
   re.DOTALL,
 )
 
@@ -93,6 +94,21 @@ def costs(records):
   return writers.Table('Costs, medians', ['arm', 'n', *columns], rows)
 
 
+def parameters(records):
+  """Parameters of the arms that are cut to the MACs of uniform width."""
+  groups = tables.grouped(records)
+  uniform = np.mean([r['params'] for r in groups['uniform']])
+  rows = []
+  for label, group in groups.items():
+    found = [r['params'] for r in group]
+    if label != 'full':
+      numbers = min(found), round(np.mean(found)), max(found)
+      share = f'{np.mean(found) / uniform:.2f}'
+      rows.append([label, str(len(group)), *(f'{n:,}' for n in numbers), share])
+  columns = ('least', 'mean', 'most', 'share of uniform')
+  return writers.Table('Parameters', ['arm', 'n', *columns], rows)
+
+
 def filled(text):
   """The text with every table and picture as the results are."""
 
@@ -109,6 +125,7 @@ def filled(text):
         '': lambda: tables.comparison(study, records),
         'loss': lambda: tables.comparison(study, records, tables.LOSS),
         'costs': lambda: costs(records),
+        'parameters': lambda: parameters(records),
         'counts': lambda: tables.counts(tables.grouped(records)),
         'similarity': lambda: tables.similarity(records),
       }[kind]()
