@@ -356,10 +356,11 @@ def test_costs_take_the_arguments_of_the_call():
 
 
 class Positions(nn.Module):
-  """Widths that depend on the size of the images: flat, and one a position."""
+  """What depends on the size of the images: a layer, and two widths."""
 
   @nn.compact
   def __call__(self, x, train=False):
+    x = nn.Dense(3, name='first')(x) if x.shape[1] > X.shape[1] else x
     x = own_models.unit(train, own_models.unit(train, x, 5), 4)
     mixed = nn.Dense(x.shape[1])(x.mean(2).swapaxes(1, 2))
     return nn.Dense(3)(mixed.mean(2)) + nn.Dense(3)(x.reshape(len(x), -1))

@@ -127,8 +127,8 @@ def cost_model(
   flow, calls, _ = _follow(plain, shapes, arguments)
   units = np.full(len(flow.channels.owners), -1)
   for path, channels in flow.outputs.items():
-    made = table.outputs[path]
-    if len(made) == len(channels):  # Else a width that depends on the size.
+    made = table.outputs.get(path, ())
+    if len(made) == len(channels):  # Else it depends on the images' size.
       units[channels] = made
   here = dataclasses.replace(
     table,
