@@ -25,10 +25,8 @@ class Block(nnx.Module):
     def norm(n):
       return nnx.BatchNorm(n, momentum=0.9, rngs=rngs, **kwargs)
 
-    self.Conv_0, self.BatchNorm_0 = (
-      conv(inputs, hidden, strides=stride),
-      norm(hidden),
-    )
+    self.Conv_0 = conv(inputs, hidden, strides=stride)
+    self.BatchNorm_0 = norm(hidden)
     self.Conv_1, self.BatchNorm_1 = conv(hidden, outputs), norm(outputs)
     self.project = inputs != outputs
     if self.project:
@@ -196,7 +194,7 @@ def test_found_checked_and_narrowed_to_an_ordinary_module(name):
   narrow.eval()
   logits = nnx.eval_shape(lambda m, x: m(x), narrow, X)
   assert logits.shape == (2, 3)
-  cost_model = table.cost_model()
+  cost_model = surgery.cost_model(model, table, X[:1])
   assert cost_model.params(counts) == parameters(narrow)
   assert cost_model.params(cost_model.widths) == parameters(model) == before
 
@@ -251,17 +249,20 @@ def test_a_mixer_is_left_alone_with_the_reason():
 
 
 class Noisy(nnx.Module):
-  """Draws from a stream of its own, as one key or as several."""
+  """Draws from two streams of its own, of one key or of several."""
 
   def __init__(self, shape, *, rngs):
     self.unit, self.head = Unit(3, 6, rngs), nnx.Linear(6, 3, rngs=rngs)
     keys = jax.random.split(jax.random.key(1), shape)
-    self.stream = nnx.RngStream(keys, tag='noise')
+    self.streams = nnx.List([nnx.RngStream(keys, tag=t) for t in 'ab'])
 
   def __call__(self, x):
-    key = self.stream.key[...].reshape(-1)[-1]
     x = self.unit(x).mean((1, 2))
-    return self.head(x * jax.random.bernoulli(key, 0.5, x.shape))
+    a, b = (
+      jax.random.bernoulli(s.key[...].reshape(-1)[-1], 0.5, x.shape)
+      for s in self.streams
+    )
+    return self.head(x * (a != b))  # Nothing if both draw the same.
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class Adapter(nn.Module):
         for _, stream in nnx.iter_graph(model)
         if isinstance(stream, nnx.RngStream)
       }
-      keys: Any = dict.fromkeys(streams, self.make_rng('dropout'))
+      keys: Any = {tag: self.make_rng('dropout') for tag in sorted(streams)}
       nnx.reseed(model, policy='match_shape', **keys)
     own = self._own_variables(model)
     for path, layer in _layers(model, self.held.transformed):
