@@ -158,15 +158,15 @@ def test_images_of_any_size_become_squares(tmp_path):
   c = _config_of(root)
   # The shorter side of the first training image.
   assert data.configured(c.data).image_size in (20, 17, 9)
-  # The centre square, whole: an image with coloured borders loses them.
-  stripes = np.zeros((10, 30, 3), np.uint8)
-  stripes[:, :10] = stripes[:, 20:] = 255
-  Image.fromarray(stripes).save(root / 'cat' / '0.png')
+  # The centre square, whole: an image with white borders loses them alone.
+  square = np.random.default_rng(0).integers(0, 99, (10, 10, 3), np.uint8)
+  wide = np.pad(square, ((0, 0), (10, 10), (0, 0)), constant_values=255)
+  Image.fromarray(wide).save(root / 'cat' / '0.png')
   c.data.image_size = 10
   found = _load(c.data)
   images = np.concatenate([found.train_images, found.test_images])
   assert images.shape == (20, 10, 10, 3)
-  assert (images == 0).all((1, 2, 3)).sum() == 1
+  assert (images == square).all((1, 2, 3)).sum() == 1
 
 
 MODULE = """

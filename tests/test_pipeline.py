@@ -176,6 +176,8 @@ def test_waits_are_counted():
     time.sleep(0.2)  # Time for what is ahead.
     source.batch(1)
     assert 0 < source.seconds_waited - waited < 0.1
+    source.batch(9)
+    assert list(source._ahead) == [10, 11, 12]  # What a jump leaves is gone.
 
 
 def test_threads_end_with_their_source():
