@@ -114,12 +114,8 @@ class Batches:
           break
         except Exception as e:  # Pillow raises many types of errors.
           corrupt.append((image, reason(e)))
-    return {
-      'pixels': pixels,
-      'labels': labels,
-      'weights': weights,
-      'corrupt': corrupt,
-    }
+    arrays = dict(zip(ARRAYS, (pixels, labels, weights), strict=True))
+    return {**arrays, 'corrupt': corrupt}
 
   def _candidates(self, place: int) -> list[int]:
     """The image at a place, then those that may replace it."""
@@ -265,7 +261,11 @@ class StreamSource(Reader):
       errors.UserError: A file cannot be decoded and must not be skipped.
     """
     local = [self.batch(i) for i in range(step, step + k)]
-    stacked = [np.stack([b[name] for b in local]) for name in ARRAYS[:2]]
+    stacked = [
+      # One batch needs no copy.
+      np.stack([b[name] for b in local]) if k > 1 else local[0][name][None]
+      for name in ARRAYS[:2]
+    ]
     keys = pipeline.keys_of_steps(self._key, step, k)
     return *_over_all_devices(stacked, axis=1), keys
 
