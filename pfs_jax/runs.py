@@ -145,7 +145,7 @@ class Result(TypedDict):
   seconds: Annotated[float, msgspec.Meta(ge=0)]
   # What only people and reports read:
   test_loss: NotRequired[float]
-  latency: NotRequired[dict[str, float]]
+  latency: NotRequired[dict[str, int | float]]
   warnings: NotRequired[list[str]]
   reference_macs: NotRequired[_Count]
   reference_params: NotRequired[_Count]

@@ -260,6 +260,7 @@ def test_all_that_a_run_may_leave_is_shown(tmp_path):
   assert '1: true class cat, network says dog' in alts['mistakes']['alt']
   for said in ('at chance', 'ms for 8', '1.25', '4.5', 'model.onnx', '2.34 MB'):
     assert said in outline.text, said
+  assert 'ms for 8.0' not in outline.text
 
 
 def choices(job, *chosen):

@@ -191,8 +191,8 @@ def _first_screen(
     )
   columns = ['network', 'test accuracy', '95% interval', 'MACs', 'share']
   columns += ['parameters', 'float32 weights']
-  latencies = [cut.result.get('latency') for cut in trained]
-  columns += [f'ms for {ms["batch"]}' for ms in latencies if ms][:1]
+  latencies = [cut.result.get('latency', {}) for cut in trained]
+  columns += [f'ms for {ms["batch"]}' for ms in latencies if 'batch' in ms][:1]
   rows = []
   for name, _, macs, params, r in [*cuts, *whole]:
     shown = ['-', '-']
