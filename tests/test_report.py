@@ -186,6 +186,7 @@ def test_report_of_a_run(of_run):
     assert said in first_screen, said
   for said in ('abacus', '1 h 06 min', 'abc', 'model.base_width'):
     assert said in outline.text, said
+  assert 'Exported files' not in outline.text  # There are none.
 
 
 def cells_of(text, table):

@@ -309,6 +309,8 @@ def test_equal_wrappers_compile_once():
   assert narrow != surgery.narrow(case.model, sites, (3, 5))
   assert surgery.gate(case.model, sites) == surgery.gate(case.model, again)
   assert surgery.gate(case.model, sites) != narrow
+  called = surgery.discover(case.model, X, call=lambda m, x, train: m(x, train))
+  assert surgery.gate(case.model, sites) != surgery.gate(case.model, called)
 
 
 def test_dropout_and_further_arguments():
