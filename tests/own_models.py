@@ -63,11 +63,8 @@ class Plain(nn.Module):
   def __call__(self, x, train=False):
     for i, activation in enumerate((self.first_activation, nn.relu)):
       x = self.conv(self.width + i, (3, 3), dtype=self.dtype)(x)
-      if self.norm:
-        x = self.norm(train)(x)
-      else:
-        x = norm(train, dtype=self.dtype)(x)
-      x = nn.max_pool(activation(x), (2, 2), (2, 2))
+      made = self.norm(train) if self.norm else norm(train, dtype=self.dtype)
+      x = nn.max_pool(activation(made(x)), (2, 2), (2, 2))
     x = x.reshape(x.shape[0], -1) if self.flatten else x.mean((1, 2))
     return nn.Dense(3, dtype=self.dtype)(x)
 
@@ -130,9 +127,8 @@ class Block(nn.Module):
       y = unit(train, y, self.hidden)
     y = norm(train)(nn.Conv(self.features, kernel)(y))
     if x.shape != y.shape:
-      x = norm(train, name='bn_proj')(
-        nn.Conv(self.features, (1, 1), strides, name='proj')(x)
-      )
+      x = nn.Conv(self.features, (1, 1), strides, name='proj')(x)
+      x = norm(train, name='bn_proj')(x)
     return nn.relu(x + y)
 
 
@@ -142,9 +138,7 @@ class Residual(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    block = Block
-    if self.remat:
-      block = nn.remat(Block, static_argnums=(2,))
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x = unit(train, x, 6)
     x = block(6, 4, bottleneck=self.bottleneck, name='a')(x, train)
     x = block(8, 5, 2, bottleneck=self.bottleneck, name='b')(x, train)
@@ -174,13 +168,8 @@ class Depthwise(nn.Module):
   def __call__(self, x, train=False):
     x = nn.Conv(6, (3, 3), name='expand')(x)
     x = jax.nn.relu6(norm(train, name='bn1')(x))
-    x = nn.Conv(
-      6 * self.multiplier,
-      (3, 3),
-      feature_group_count=6,
-      use_bias=self.bias or not self.bare,
-      name='depthwise',
-    )(x)
+    grouped = {'feature_group_count': 6, 'use_bias': self.bias or not self.bare}
+    x = nn.Conv(6 * self.multiplier, (3, 3), name='depthwise', **grouped)(x)
     if not self.bare:
       x = jax.nn.relu6(norm(train, name='bn2')(x))
     x = norm(train, name='bn3')(nn.Conv(5, (1, 1), name='project')(x))
@@ -188,18 +177,19 @@ class Depthwise(nn.Module):
 
 
 class Squeeze(nn.Module):
-  """Squeeze-and-excite; `bn` puts a BatchNorm inside, too."""
+  """Squeeze-and-excite; `bn`: with a BatchNorm inside, then a spatial one."""
 
   bn: bool = False
 
   @nn.compact
   def __call__(self, x, train=False):
     x = nn.silu(norm(train)(nn.Conv(8, (3, 3), name='conv')(x)))
-    s = nn.Conv(x.shape[-1] // 2, (1, 1), name='down')(
-      x.mean((1, 2), keepdims=True)
-    )
+    s = x.mean((1, 2), keepdims=True)
+    s = nn.Conv(x.shape[-1] // 2, (1, 1), name='down')(s)
     s = nn.relu(norm(train, name='bn_se')(s) if self.bn else s)
     x = x * nn.sigmoid(nn.Conv(x.shape[-1], (1, 1), name='up')(s))
+    if self.bn:
+      x = x * nn.sigmoid(nn.Conv(1, (3, 3), name='map')(x))
     x = unit(train, x, 5, 'last', (1, 1))
     return nn.Dense(3)(x.mean((1, 2)))
 
@@ -225,9 +215,8 @@ class Inception(nn.Module):
     c = unit(train, nn.max_pool(x, (3, 3), padding='SAME'), 5, 'c', (1, 1))
     x = jnp.concatenate([a, b, c], axis=-1)
     x = unit(train, x, 4, 'd', (1, 1))
-    return nn.Dense(3)(
-      jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0))).mean((1, 2))
-    )
+    x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    return nn.Dense(3)(x.mean((1, 2)))
 
 
 class Shared(nn.Module):
@@ -315,19 +304,13 @@ class Layered(nn.Module):
         return unit(False, x, 4)
 
     x = unit(train, x, 4, 'first')
-    stacked = {'params': 0, 'batch_stats': 0}
-    x, _ = nn.scan(
-      step, variable_axes=stacked, split_rngs={'params': True}, length=2
-    )(Unit(name='scanned'), x, None)
+    stacked = {
+      'variable_axes': {'params': 0, 'batch_stats': 0},
+      'split_rngs': {'params': True},
+    }
+    x, _ = nn.scan(step, length=2, **stacked)(Unit(name='scanned'), x, None)
     x = unit(train, x, 5, 'second')
-    several = nn.vmap(
-      Unit,
-      in_axes=None,
-      out_axes=0,
-      axis_size=2,
-      variable_axes=stacked,
-      split_rngs={'params': True},
-    )
+    several = nn.vmap(Unit, in_axes=None, axis_size=2, **stacked)
     x = several(name='several')(x).sum(0)
     x = unit(train, x, 6, 'third')
     x = nn.jit(Unit)(name='jitted')(x)
@@ -446,7 +429,11 @@ CASES = {
   'squeeze': Case(
     Squeeze(), {'conv+up': 8, 'last': 5}, {'down': 'no BatchNorm between'}
   ),
-  'squeeze norm': Case(Squeeze(bn=True), {'conv+up': 8, 'down': 4, 'last': 5}),
+  'squeeze norm': Case(
+    Squeeze(bn=True),
+    {'conv+up': 8, 'down': 4, 'last': 5},
+    {'map': 'a single channel'},
+  ),
   'dense': Case(Densely(), {'stem': 5, 'c0': 4, 'c1': 4, 'c2': 4}),
   'inception': Case(Inception(), {'a': 3, 'b1': 2, 'b2': 4, 'c': 5, 'd': 4}),
   'shared': Case(

@@ -72,10 +72,10 @@ class Flow:
     self.bare = all(
       c.kind != 'norm' or c.obstacle or c.joint for c in layers.values()
     )
-    self.inputs, self.outputs = {}, {}
+    self.inputs, self.outputs = {}, dict(emitted or {})
     self.unseen, self.unbatched = {}, {}
     self.uses, self.pasts = [], collections.defaultdict(list)
-    self._emitted = emitted
+    self._narrowed = emitted is not None
     made = [0, *(int(e.max()) for e in (emitted or {}).values() if e.size)]
     self.channels = Channels(max(made))
     self.cells = Cells(self.channels)
@@ -253,18 +253,16 @@ class Flow:
       if cell.channel > 0:
         self.uses.append((cell.channel, cell.state, cell.gates, layer.path))
     if layer.path not in self.outputs:
-      self.outputs[layer.path] = (
-        self.channels.make(layer.path, layer.outputs)
-        if self._emitted is None
-        else np.asarray(self._emitted[layer.path], np.int64)
-      )
+      self.outputs[layer.path] = self.channels.make(layer.path, layer.outputs)
     channels = self.outputs[layer.path].tolist()
-    if layer.outputs == 1 and self._emitted is None:
+    if layer.outputs == 1 and not self._narrowed:
       self.channels.fix(channels, 'a single channel')
-      return [Cell(0, State.LIVE)]
+      channels = [0]
     state, past = State.ZERO if self.bare else State.LIVE, hash(layer.path)
     return [
       Cell(c, state, frozenset([(layer.path, i)] if self.bare else []), past)
+      if c
+      else Cell(c, State.LIVE, past=past)
       for i, c in enumerate(channels)
     ]
 
@@ -331,12 +329,9 @@ class Flow:
 
   def _window(self, eqn, value: Value, where: str) -> Value:
     p = eqn.params
-    sizes = zip(
-      p['window_dimensions'], p['window_strides'], p['padding'], strict=True
-    )
-    over = [
-      i for i, (w, s, pad) in enumerate(sizes) if w > 1 or s > 1 or any(pad)
-    ]
+    names = 'window_dimensions', 'window_strides', 'padding'
+    sizes = zip(*(p[name] for name in names), strict=True)
+    over = [i for i, size in enumerate(sizes) if size != (1, 1, (0, 0))]
     return Value(self._merged(value.cells, over, eqn.primitive.name, where))
 
 
