@@ -194,6 +194,18 @@ class Squeeze(nn.Module):
     return nn.Dense(3)(x.mean((1, 2)))
 
 
+class Selective(nn.Module):
+  """A softmax over two branches; the first row of tiles."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    both = jnp.stack([unit(train, x, 6, name) for name in 'ab'], 1)
+    weights = [nn.Dense(6, name=n)(both.mean((1, 2, 3))) for n in 'cd']
+    x = (both * nn.softmax(jnp.stack(weights, 1), 1)[:, :, None, None]).sum(1)
+    first, *_ = jnp.unstack(jnp.tile(x, (1, 2, 1, 1)), axis=1)
+    return nn.Dense(3)(first.mean(1))
+
+
 class Densely(nn.Module):
   """DenseNet-like: each BatchNorm acts on all earlier outputs."""
 
@@ -434,6 +446,7 @@ CASES = {
     {'conv+up': 8, 'down': 4, 'last': 5},
     {'map': 'a single channel'},
   ),
+  'selective': Case(Selective(), {'a+b+c+d': 6}, options={'residual': True}),
   'dense': Case(Densely(), {'stem': 5, 'c0': 4, 'c1': 4, 'c2': 4}),
   'inception': Case(Inception(), {'a': 3, 'b1': 2, 'b2': 4, 'c': 5, 'd': 4}),
   'shared': Case(

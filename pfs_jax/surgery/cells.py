@@ -54,10 +54,10 @@ class Channels:
     owners: Of each channel, the (path, index) that makes it; channel 0 unused.
   """
 
-  def __init__(self, number: int = 0):
-    """`number`: how many channels exist already."""
-    self.owners = [('', 0)]
-    self._parent = list(range(number + 1))
+  def __init__(self, owners: Iterable[tuple[str, int]] = (('', 0),)):
+    """`owners`: of the channels that exist already."""
+    self.owners = list(owners)
+    self._parent = list(range(len(self.owners)))
     self._ties = collections.defaultdict(set)
     self._fixed = {}
 
@@ -228,7 +228,10 @@ _MOVES = {
     cells, np.cumsum(p['sizes'])[:-1], p['axis']
   ),
   'squeeze': lambda p, cells: np.squeeze(cells, tuple(p['dimensions'])),
+  'stack': lambda p, *cells: np.stack(cells, p['axis']),
+  'tile': lambda p, cells: np.tile(cells, p['reps']),
   'transpose': lambda p, cells: cells.transpose(p['permutation']),
+  'unstack': lambda p, cells: list(np.moveaxis(cells, p['axis'], 0)),
 }
 _BY_INDEX = frozenset(['dynamic_slice', 'gather'])
 

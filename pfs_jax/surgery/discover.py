@@ -186,7 +186,7 @@ def _follow(
     shapes: The shapes of its variables.
     arguments: (x, args, kwargs) of its call.
     emitted: The channels that layers of the narrowed model make.
-    wide: {path: layer} of the wide model, if this is the narrowed one.
+    wide: The walk through the wide model, if this is the narrowed one.
   """
   arrays, apply = _shapes_and_call(plain.apply, arguments)
   images = next(iter(arrays.values())).shape[0]
@@ -194,10 +194,9 @@ def _follow(
   layers = groups.first_calls(calls)
   if wide:  # With one channel left, a depthwise convolution looks dense.
     for path, layer in layers.items():
-      layers[path] = dataclasses.replace(
-        layer, kind=wide[path].kind, obstacle=wide[path].obstacle
-      )
-  flow = Flow(layers, emitted)
+      kind, obstacle = wide.layers[path].kind, wide.layers[path].obstacle
+      layers[path] = dataclasses.replace(layer, kind=kind, obstacle=obstacle)
+  flow = Flow(layers, emitted, *([wide.channels.owners] if wide else []))
   values, weights = [], set()
   for place, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     origin, state = 0, State.CONST
@@ -412,7 +411,7 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
   narrow = gating.narrowed(source, flow.layers, features)
   try:
     shapes = _init_shapes(narrow, arguments)
-    seen, *_ = _follow(narrow, shapes, arguments, emitted, flow.layers)
+    seen, *_ = _follow(narrow, shapes, arguments, emitted, flow)
   except Exception as e:  # The model's own code may raise anything.
     text = (str(e).strip() or type(e).__name__).splitlines()[0]
     return f"the model's code fixes this width: {text}"

@@ -34,7 +34,7 @@ _ELEMENTWISE = frozenset(
   square sub tan tanh xor""".split()
 )
 _IDENTITY = frozenset(
-  'copy_p name optimization_barrier sharding_constraint'.split()
+  'copy_p name optimization_barrier sharding_constraint stop_gradient'.split()
 )
 _REDUCE = frozenset(
   """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod
@@ -66,8 +66,9 @@ class Flow:
     self,
     layers: Mapping[str, costs.Layer],
     emitted: Mapping[str, np.ndarray] | None = None,
+    owners: Sequence[tuple[str, int]] = (('', 0),),
   ):
-    """`emitted`: {path: channels that a layer makes}; by default new ones."""
+    """`emitted`: {path: channels of `owners` that it makes}; else new ones."""
     self.layers = dict(layers)
     self.bare = all(
       c.kind != 'norm' or c.obstacle or c.joint for c in layers.values()
@@ -76,8 +77,7 @@ class Flow:
     self.unseen, self.unbatched = {}, {}
     self.uses, self.pasts = [], collections.defaultdict(list)
     self._narrowed = emitted is not None
-    made = [0, *(int(e.max()) for e in (emitted or {}).values() if e.size)]
-    self.channels = Channels(max(made))
+    self.channels = Channels(owners)
     self.cells = Cells(self.channels)
     self._jit_depth, self._in_layer = 0, False
 
@@ -316,7 +316,8 @@ class Flow:
 
   def _merged_cell(self, numbers: np.ndarray, name: str, where: str) -> int:
     channels = {self.channels.find(c) for c in self.cells.found(numbers)}
-    if len(channels) > 1:
+    layers = {self.channels.owners[c][0] for c in channels}
+    if len(channels) > len(layers):  # Else one of each of several branches.
       self.channels.fix(channels, f'mixed by {name} in {where or "the model"}')
       return self.cells.number(Cell(0, State.LIVE))
     cell = self.cells.merge(numbers.tolist(), 'sum')
