@@ -83,13 +83,20 @@ class Wrapped(nn.Module):
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
     """The model's output; further arguments are passed on."""
     call: Any = self.source.call
-    fields = {}
-    if getattr(call, 'field', False):
-      fields = {call.name: call.value(train)}
+    told_by_field = getattr(call, 'field', False)
+    fields = {call.name: call.value(train)} if told_by_field else {}
     # The model lives in the wrapper's own scope: no name is added to its tree.
     model = self.model.clone(parent=self.scope, _deep_clone=True, **fields)
-    with nn.intercept_methods(self._interceptor(self._gates())):
-      return call(model, x, *args, train=train, **kwargs)
+    called = set()
+    with nn.intercept_methods(self._interceptor(self._gates(), called)):
+      y = call(model, x, *args, train=train, **kwargs)
+    skipped = [path for path, _ in self.features if path not in called]
+    if skipped and self.is_initializing():
+      raise errors.UserError(
+        f"with these widths the model's code does not call "
+        f'{groups.some(skipped)} (does it compare them?): choose other counts.'
+      )
+    return y
 
   def with_fields(self, **fields: Any) -> Wrapped:
     """The same changes on a model with other values of its fields."""
@@ -125,12 +132,13 @@ class Wrapped(nn.Module):
       found.append(gate.value)
     return found
 
-  def _interceptor(self, gates: Sequence[jax.Array]):
-    features = dict(self.features)
-    multipliers = dict(self.multipliers)
+  def _interceptor(self, gates: Sequence[jax.Array], called: set[str]):
+    features, multipliers = dict(self.features), dict(self.multipliers)
     carriers = dict(self.carriers)
 
     def around(module, path, x, call):
+      called.add(path)
+
       # Flax makes a new module for each call, so the user's is not changed.
       def change(name, value):
         object.__setattr__(module, name, value)

@@ -135,13 +135,14 @@ class Block(nn.Module):
 class Residual(nn.Module):
   bottleneck: bool = False
   remat: bool = False
+  stride: int = 2
 
   @nn.compact
   def __call__(self, x, train=False):
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x = unit(train, x, 6)
     x = block(6, 4, bottleneck=self.bottleneck, name='a')(x, train)
-    x = block(8, 5, 2, bottleneck=self.bottleneck, name='b')(x, train)
+    x = block(8, 5, self.stride, self.bottleneck, name='b')(x, train)
     return nn.Dense(3)(x.mean((1, 2)))
 
 
@@ -402,6 +403,7 @@ def weight_norm(*args, **kwargs):
 _TWO = {'Conv_0': 6, 'Conv_1': 7}
 _STREAM = {'Conv_0': 'tied by a sum', 'b/proj': 'tied by a sum'}
 _BLOCKS = {'a/Conv_0': 4, 'b/Conv_0': 5}
+_MOBILE = {'expand': 6, 'project': 5}
 
 CASES = {
   'plain': Case(Plain(), _TWO, {'Dense_0': 'output'}),
@@ -413,9 +415,7 @@ CASES = {
   'residual': Case(Residual(), _BLOCKS, _STREAM),
   'remat': Case(Residual(remat=True), _BLOCKS, _STREAM),
   'bottleneck': Case(
-    Residual(bottleneck=True),
-    {'a/Conv_0': 4, 'a/Conv_1': 4, 'b/Conv_0': 5, 'b/Conv_1': 5},
-    _STREAM,
+    Residual(True), {**_BLOCKS, 'a/Conv_1': 4, 'b/Conv_1': 5}, _STREAM
   ),
   'together': Case(
     Residual(),
@@ -428,15 +428,11 @@ CASES = {
   'preact together': Case(
     PreAct(), {'stem+b0+b1': 6, 'a0': 4, 'a1': 4}, options={'residual': True}
   ),
-  'depthwise': Case(
-    Depthwise(), {'expand': 6, 'project': 5}, {'bn1': 'stand further on'}
-  ),
-  'multiplier': Case(Depthwise(multiplier=2), {'expand': 6, 'project': 5}),
-  'bare depthwise': Case(Depthwise(bare=True), {'expand': 6, 'project': 5}),
+  'depthwise': Case(Depthwise(), _MOBILE, {'bn1': 'stand further on'}),
+  'multiplier': Case(Depthwise(multiplier=2), _MOBILE),
+  'bare depthwise': Case(Depthwise(bare=True), _MOBILE),
   'biased depthwise': Case(
-    Depthwise(bare=True, bias=True),
-    {'expand': 6, 'project': 5},
-    constant=('expand',),
+    Depthwise(bare=True, bias=True), _MOBILE, constant=('expand',)
   ),
   'squeeze': Case(
     Squeeze(), {'conv+up': 8, 'last': 5}, {'down': 'no BatchNorm between'}

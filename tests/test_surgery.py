@@ -171,8 +171,7 @@ def test_concatenated_channels_are_gated_at_each_later_norm():
   assert len(by_name['stem'].norms) == 4
   assert len(by_name['c2'].norms) == 1
   last = sites.gated[by_name['c2'].norms[0]]
-  offset = 5 + 4 + 4
-  assert list(last[offset:]) == [offset, offset + 1, offset + 2, offset + 3]
+  assert list(last[13:]) == [13, 14, 15, 16]  # Behind 5 + 4 + 4 others.
 
 
 def test_weights_behind_a_constant_are_not_sliced():
@@ -320,14 +319,8 @@ def test_dropout_and_further_arguments():
 
   @jax.jit
   def logits(key):
-    out, updates = gated.apply(
-      variables,
-      X,
-      *case.further,
-      train=True,
-      mutable=['batch_stats'],
-      rngs={'params': key},
-    )
+    told = {'train': True, 'mutable': ['batch_stats'], 'rngs': {'params': key}}
+    out, updates = gated.apply(variables, X, *case.further, **told)
     assert set(updates) == {'batch_stats'}
     return out
 
@@ -528,6 +521,15 @@ def test_what_the_batch_axis_is_asked_of():
   # Not of sequences, layers that nn.vmap maps over the batch, or weights.
   sites = surgery.discover(Tokens(), X[:, 0])
   assert sites.left_alone.keys() >= {'alone', 'position'}
+
+
+def test_a_shortcut_that_vanishes_between_equal_widths():
+  model = own_models.Residual(stride=1)
+  sites = surgery.discover(model, X, residual=True)
+  counts = {**sites.sizes, 'Conv_0': 4, 'b/Conv_1': 4}
+  narrow = surgery.narrow(model, sites, counts)
+  with pytest.raises(errors.UserError, match='does not call b/proj'):
+    jax.eval_shape(narrow.init, jax.random.key(0), X)
 
 
 def test_wrong_counts_and_missing_gates():

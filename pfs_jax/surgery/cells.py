@@ -255,9 +255,8 @@ def moved(equation: Any, values: Sequence[Value]) -> list[Value] | None:
   if moves:
     out = moves(equation.params, *arrays)
   else:  # These are rare, so JAX moves the numbers of the cells.
-    arrays[0] = arrays[0].astype(np.int32)
-    if name == 'pad':
-      arrays[1] = arrays[1].astype(np.int32)
+    number = 2 if name == 'pad' else 1
+    arrays[:number] = [a.astype(np.int32) for a in arrays[:number]]
     out = np.asarray(equation.primitive.bind(*arrays, **equation.params))
   out = out if isinstance(out, list) else [out]
   return [Value(_compressed(cells)) for cells in out]

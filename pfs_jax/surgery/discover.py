@@ -130,13 +130,12 @@ def cost_model(
     made = table.outputs.get(path, ())
     if len(made) == len(channels):  # Else it depends on the images' size.
       units[channels] = made
-  here = dataclasses.replace(
+  return dataclasses.replace(
     table,
     calls=tuple(calls),
     inputs={path: units[channels] for path, channels in flow.inputs.items()},
     outputs={path: units[channels] for path, channels in flow.outputs.items()},
-  )
-  return here.cost_model()
+  ).cost_model()
 
 
 # Tracing.
@@ -242,8 +241,7 @@ class _FoundGroups:
     for channel in range(1, len(flow.channels.owners)):
       self._members[flow.channels.find(channel)].append(channel)
     for root in list(self._members):
-      reason = self._obstacle(root)
-      if reason:
+      if reason := self._obstacle(root):
         flow.channels.fix([root], reason)
     self._regroup()
 
@@ -350,8 +348,7 @@ class _FoundGroups:
     )
 
   def _left_alone(self, gated) -> dict[str, str]:
-    layers = self.flow.layers
-    reasons = {path: self._reason(path, gated.get(path)) for path in layers}
+    reasons = {p: self._reason(p, gated.get(p)) for p in self.flow.layers}
     return {path: reason for path, reason in reasons.items() if reason}
 
   def _reason(self, path: str, gates: np.ndarray | None) -> str:

@@ -287,13 +287,12 @@ def _resize(
 
 def variables_of(model: nnx.Module) -> dict[str, Any]:
   """The parameters and statistics of an NNX module, as Linen names them."""
-  return flax.traverse_util.unflatten_dict(
-    {
-      (_collection(variable), *map(str, path)): variable[...]
-      for path, variable in nnx.iter_graph(model)
-      if _collection(variable)
-    }
-  )
+  flat = {
+    (_collection(variable), *map(str, path)): variable[...]
+    for path, variable in nnx.iter_graph(model)
+    if _collection(variable)
+  }
+  return flax.traverse_util.unflatten_dict(flat)
 
 
 def narrowed(
@@ -326,9 +325,7 @@ def narrowed(
     if call is not None:
       feature_groups = call.inputs if call.kind == 'depthwise' else call.groups
       sizes = _resize(layer, call.inputs, call.outputs, feature_groups)
-      shapes.update(
-        {id(v): sizes.get(n, sizes['']) for n, v in _variables(layer)}
-      )
+      shapes |= {id(v): sizes.get(n, sizes['']) for n, v in _variables(layer)}
   for path, variable in nnx.iter_graph(narrow):
     collection = _collection(variable)
     if not collection:
