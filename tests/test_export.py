@@ -424,11 +424,13 @@ def test_bad_arguments(network, tmp_path):
   good = dict(zip(names, network, strict=True))
   unnamed = dataclasses.replace(good['structure'], model={})
   nan = jax.tree.map(lambda x: x * np.nan, good['variables'])
+  two = types.SimpleNamespace(apply=lambda variables, x: (x, x[:, 0]))
   formats = 'must be some of stablehlo, safetensors, onnx'
   for name, value, message in (
     ('formats', ('tflite',), formats),
     ('formats', (), formats),
-    ('spec', spec_of(8, 1, 7), r'logits \[N, 7\]; got \[2, 10\]'),
+    ('spec', spec_of(8, 1, 7), r'logits \[N, 7\]; got \(2, 10\)'),
+    ('module', two, 'got several outputs for 2'),
     ('structure', unnamed, 'model.name is missing'),
     ('factory', 'nowhere:f', "factory given is 'nowhere:f'"),
     ('variables', nan, 'not finite'),

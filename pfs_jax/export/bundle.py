@@ -143,17 +143,17 @@ def _batches(shape: Sequence[int], spec: data.Spec) -> list[np.ndarray]:
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
   """The logits of the module itself, in full precision."""
-  try:
+  device = None
+  with contextlib.suppress(RuntimeError):  # No CPU: the highest precision.
     device = jax.devices('cpu')[0]
-  except RuntimeError:  # No CPU: the accelerator's highest precision.
-    device = None
   apply = jax.jit(lambda variables, x: module.apply(variables, x))
   with jax.default_device(device), jax.default_matmul_precision('highest'):
-    logits = np.asarray(apply(variables, x))
-  if logits.shape != (len(x), classes):
+    logits = jax.device_get(apply(variables, x))
+  shape = getattr(logits, 'shape', 'several outputs')
+  if shape != (len(x), classes):
     raise errors.UserError(
-      f'the model must give logits [N, {classes}]; got {list(logits.shape)} '
-      f'for {len(x)} images.'
+      f'the model must give logits [N, {classes}]; got {shape} for {len(x)} '
+      'images.'
     )
   if not np.isfinite(logits).all():
     raise errors.UserError("the model's logits are not finite.")
