@@ -242,8 +242,8 @@ def test_what_nnx_transforms_is_counted(name):
 
 def test_a_mixer_is_left_alone_with_the_reason():
   model = Mixer(rngs=nnx.Rngs(0))
-  table = surgery.discover(model, X)
-  assert 'embed' in table.left_alone and 'mix' in table.left_alone
+  table = surgery.discover(model, X, residual=True)
+  assert table.left_alone['embed'] == 'all tied together'
   with pytest.raises(errors.UserError, match='no channel of the model can'):
     surgery.gate(model, table)
 

@@ -280,7 +280,8 @@ class _FoundGroups:
         self.classes[tuple(self._makers(root).items())].append(root)
     for made, roots in list(self.classes.items()):
       if len(roots) < 2:
-        channels.fix(roots, 'a single channel')
+        tied = sum(number for _, number in made) > len(made)
+        channels.fix(roots, 'all tied together' if tied else 'a single channel')
         del self.classes[made]
     self.unit_of = np.full(len(channels.owners), -1)
     for unit, root in enumerate(itertools.chain(*self.classes.values())):

@@ -11,6 +11,7 @@ known layer marks them as fixed, with the reason.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,10 +100,8 @@ class Flow:
 
   def _constant_value(self, array) -> Value:
     if math.prod(np.shape(array)) <= _KNOWN_SIZE:
-      try:
+      with contextlib.suppress(TypeError):  # Random keys are no numbers.
         return self.cells.constant(array)
-      except TypeError:  # Random keys are no numbers.
-        pass
     return self.cells.value(len(np.shape(array)), 0, State.CONST)
 
   def _uniform(self, eqn, channel: int, state: State) -> list[Value]:
