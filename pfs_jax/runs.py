@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -31,6 +32,10 @@ from pfs_jax import errors, fields, storage
 
 # The parts of the checkout that results depend on.
 _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
+# What a workdir holds besides work.
+_NOTES = {'.lock', 'data', 'data/identity.json', 'data/checksums.json'}
+_NOTES |= {'checksums.json', 'config.json', 'versions.json'}
+_claimed: list[pathlib.Path] = []  # What `claim` has written.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -96,8 +101,12 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   identity = json.loads(json.dumps(dict(identity)))  # Tuples become lists.
   if not path.exists():
     storage.write_json(path, identity)
+    _claimed.append(path)
     return
-  there = _defaults(identity) | storage.read_json(path, dict[str, Any])
+  known = {k: fields.BY_NAME.get(k.removeprefix('config.')) for k in identity}
+  plain = {k: field.default for k, field in known.items() if field}
+  kept = storage.read_json(path, dict[str, Any])
+  there = json.loads(json.dumps(plain)) | kept
   names = dict.fromkeys([*identity, *there])
   differ = [k for k in names if there.get(k) != identity.get(k)]
   if differ:
@@ -119,11 +128,18 @@ def claim_part(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
     claim(folder, storage.read_json(path, dict[str, Any]) | dict(fields))
 
 
-def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
-  """The defaults of the names that are fields of the config."""
-  known = ((k, fields.BY_NAME.get(k.removeprefix('config.'))) for k in identity)
-  plain = {k: field.default for k, field in known if field}
-  return dict(json.loads(json.dumps(plain)))
+def give_back(workdir: pathlib.Path, new: bool) -> None:
+  """Removes what a refused command wrote where it did no work yet.
+
+  Else the corrected command would be refused, too. `new`: it made the workdir.
+  """
+  with contextlib.suppress(OSError):
+    for path in _claimed:
+      if path.exists() and os.listdir(path.parent) == [path.name]:
+        shutil.rmtree(path.parent)
+    left = (str(p.relative_to(workdir)) for p in workdir.rglob('*'))
+    if new and _NOTES.issuperset(left):
+      shutil.rmtree(workdir)
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]

@@ -135,10 +135,8 @@ def write_arrays(
 def seal(path: pathlib.Path) -> None:
   """Notes the checksum of a file that was written piece by piece."""
   if is_first_process():
-    notes = {
-      **_noted_checksums(path.parent),
-      path.name: sha256(path.read_bytes()),
-    }
+    notes = _noted_checksums(path.parent)
+    notes[path.name] = sha256(path.read_bytes())
     _replace(path.parent / CHECKSUMS, _json(notes))
 
 

@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from pfs_jax import errors
@@ -22,7 +22,7 @@ _PACKAGE = str(pathlib.Path(__file__).parent)
 _LIBRARIES = ('site-packages', f'{os.sep}importlib{os.sep}')
 
 
-def imported(field: str, spec: str) -> Callable[..., Any]:
+def imported(field: str, spec: str) -> Any:
   """Imports what a field of the config names.
 
   >>> imported('data.factory', 'math:sqrt')(9.0)

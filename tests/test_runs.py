@@ -445,8 +445,7 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be used'):
-    with storage.locked(tmp_path / 'file' / 'run'):
-      pass
+    storage.locked(tmp_path / 'file' / 'run').__enter__()
 
 
 def _write_metrics(folder, resume_step, steps, **scalars):

@@ -144,9 +144,7 @@ def check_batch(field: str, batch_size: int, images: int) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _permutation(key: jax.Array, n: int) -> jax.Array:
-  return jax.random.permutation(key, n)
+_permutation = jax.jit(jax.random.permutation, static_argnums=1)
 
 
 class ArraySource:

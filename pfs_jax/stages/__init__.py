@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 
-from pfs_jax import errors, storage
+from pfs_jax import errors, runs, storage
 from pfs_jax.stages import (
   cutting,
   exporting,
@@ -59,10 +59,15 @@ def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
   elif mode in ('eval', 'info'):  # They only read.
     MODES[mode](job)
   else:
+    new = not job.workdir.exists()
     with storage.locked(job.workdir) as held:
       if not held:
         raise errors.UserError(
           f'{job.workdir} is in use by another process; wait for it, or give '
           'another --workdir.'
         )
-      MODES[mode](job)
+      try:
+        MODES[mode](job)
+      except (errors.UserError, OSError):
+        runs.give_back(job.workdir, new)
+        raise

@@ -175,12 +175,10 @@ def _alternatives(
   }[e.quantity]
   if budget.max_latency_ms is not None:
     return
-  multiple = budget.round_to // 2
-  while multiple >= 1:
+  for multiple in filter(None, (budget.round_to >> i for i in range(1, 64))):
     if _fits(budget, job.network.cost_model, round_to=multiple):
       yield f'multiples of {multiple} (round_to)'
       break
-    multiple //= 2
   c = job.network.description
   if 'name' not in c or 'counts' in c:
     return

@@ -30,20 +30,17 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
   if isinstance(won, dict):  # The name is that of the config's ranking.
     name += f', the widths of {won.get("chosen")!r} by a tournament'
   console.table(f'Channels kept ({name})', columns, rows)
-
-  def shown(accuracy: float | None) -> str:
-    return '-' if accuracy is None else f'{accuracy:.2%}'
-
   narrow = _cost_row(job, 'narrow', result['macs'], result['params'])
-  accuracy = shown(result['reference_test_accuracy'])
+  accuracy = result['reference_test_accuracy']
+  shown = '-' if accuracy is None else f'{accuracy:.2%}'
   console.table(
     f'{job.workdir}: {job.model_name} on {job.config.data.name}, seed '
     f'{job.config.seed}, {console.duration(result["seconds"])} of training',
     ['network', 'MACs', 'of reference', 'parameters', 'test accuracy'],
     [
-      [*_cost_row(job, 'reference', *reference), accuracy],
+      [*_cost_row(job, 'reference', *reference), shown],
       [*_cost_row(job, 'searched', *searched), '-'],
-      [*narrow, shown(result['test_accuracy'])],
+      [*narrow, f'{result["test_accuracy"]:.2%}'],
     ],
   )
 

@@ -30,6 +30,7 @@ from pfs_jax.stages import cutting, searching, showing
 from pfs_jax.stages.job import Job
 
 _MISTAKES = 12  # Misclassified images that are kept.
+_chain = functools.cache(optax.chain)  # jit compares them by identity.
 
 
 def _identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
@@ -162,11 +163,6 @@ def fit(
     )
 
 
-@functools.cache  # jit compares transformations by identity.
-def _penalised(penalty, optimizer) -> optax.GradientTransformation:
-  return optax.chain(penalty, optimizer)
-
-
 def _initial_state(job: Job, module, total, label, weights=None, penalty=None):
   """The state at step 0, from new random weights unless some are given."""
   if weights is None:
@@ -176,7 +172,7 @@ def _initial_state(job: Job, module, total, label, weights=None, penalty=None):
   return train.init(
     module,
     weights,
-    optimizer if penalty is None else _penalised(penalty, optimizer),
+    optimizer if penalty is None else _chain(penalty, optimizer),
     job.config.train.label_smoothing,
     config.key(job.config.seed, f'{label} dropout'),
   )

@@ -134,14 +134,9 @@ class Cell:
     return ', '.join([self.name, *varied])
 
 
-@functools.cache
-def _defaults(*fields: str) -> Mapping[str, Any]:
-  return config.flat(config.default(), *fields)
-
-
 def differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
   """{field: value} of the fields and sections that are not the default."""
-  plain = _defaults(*fields)
+  plain = config.flat(config.default(), *fields)
   found = config.flat(c, *fields)
   return {k: v for k, v in found.items() if v != plain[k]}
 

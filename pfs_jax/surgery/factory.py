@@ -103,13 +103,10 @@ def network_from_factory(
     errors.UserError: A spec, module, attribute or result is wrong, the user's
       code raises an error, or as for `network`.
   """
-  own: Any
   if norm:
-    own = user_code.imported('model.norm', norm)
-    described.register_norm(own)
+    described.register_norm(user_code.imported('model.norm', norm))
   if conv:
-    own = user_code.imported('model.conv', conv)
-    described.register_conv(own)
+    described.register_conv(user_code.imported('model.conv', conv))
   factory = user_code.imported('model.factory', spec)
   available = {'num_classes': num_classes, 'dtype': dtype}
   available['rngs'] = nnx.Rngs(0)  # NNX draws weights at once.
