@@ -18,7 +18,7 @@ from pfs_jax import rankings
 
 
 def _all_hold(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-  return lambda values: all(holds(v) for v in values)
+  return lambda vs: all(holds(v) and not isinstance(v, bool) for v in vs)
 
 
 # {what the value must be: test}.
