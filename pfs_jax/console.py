@@ -122,15 +122,15 @@ class Progress:
 def table(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-  """Prints a table: the first column left-aligned, the others right-aligned."""
+  """Prints a table: numbers right-aligned, and no name is cut short."""
   if jax.process_index() != 0:
     return
-  shown = rich.table.Table(columns[0])
+  shown = rich.table.Table(rich.table.Column(columns[0], overflow='fold'))
   for column in columns[1:]:
-    shown.add_column(column, justify='right')
+    shown.add_column(column, justify='right', overflow='fold')
   for row in rows:
     shown.add_row(*row)
-  width = None if sys.stdout.isatty() else 100
+  width = None if sys.stdout.isatty() else 1000
   console = rich.console.Console(width=width, highlight=False)
   console.print(title, soft_wrap=True, markup=False)  # Keeps paths whole.
   console.print(shown)
