@@ -350,9 +350,9 @@ def test_the_files_say_what_they_are(saved):
   found = {p.key: p.value for p in model.metadata_props}
   with safetensors.safe_open(folder / 'model.safetensors', 'numpy') as file:
     assert file.metadata() == found
+  assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
   assert json.loads(found['class_names']) == made['class_names']
-  assert json.loads(found['mean']) == [0.3]
-  assert json.loads(found['std']) == [0.2]
+  assert [json.loads(found[k]) for k in ('mean', 'std')] == [[0.3], [0.2]]
   assert prune.Structure.from_json(found['structure']) == structure
   content = bytearray((folder / 'model.stablehlo').read_bytes())
   program = jax.export.deserialize(content)

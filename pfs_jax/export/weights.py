@@ -33,7 +33,8 @@ def write(
 
   del module, shape
   arrays = flax.traverse_util.flatten_dict(dict(variables), sep='/')
-  safetensors.flax.save_file(arrays, folder / FILE, dict(facts or {}))
+  content = safetensors.flax.save(arrays, dict(facts or {}))
+  storage.write_bytes(folder / FILE, content)  # Readable for others, too.
 
 
 def read(
