@@ -298,6 +298,7 @@ def test_a_probe_alone(tmp_path):
   assert EVIL.replace('\x07', '') in outline.text.replace('\x07', '')
   text = (tmp_path / 'report.html').read_text()
   assert cells_of(text, 'probe') == [['a', 'b'], ['probe', '1']]
+  (tmp_path / 'structure.json').touch()  # After a cut as before it.
   with pytest.raises(errors.UserError, match='config.probe.epochs '):
     report.write(tiny(**{'probe.epochs': 1.5}), tmp_path)
 

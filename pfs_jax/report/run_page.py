@@ -61,15 +61,14 @@ def build(job: Job) -> Page:
 
 
 def _check_workdir(job: Job) -> None:
-  """Refuses an empty folder, and the work of another config."""
+  """Refuses an empty folder and another config; `_cuts` checks trainings."""
   workdir, c = job.workdir, job.config
+  probed = (workdir / 'probe.json').exists()
+  if probed:
+    runs.claim_part(workdir / 'probe', config.identity(c, 'train', 'probe'))
   if _searched(job):
     runs.claim(workdir / 'search', config.identity(c, 'search'))
-  elif job.budget_folders() or (workdir / 'train').exists():
-    return  # `_cuts` checks the trainings.
-  elif (workdir / 'probe.json').exists():
-    runs.claim_part(workdir / 'probe', config.identity(c, 'train', 'probe'))
-  else:
+  elif not (probed or job.budget_folders() or (workdir / 'train').exists()):
     raise errors.UserError(
       f'{workdir} holds no run yet: --mode=search or --mode=run makes one.'
     )
