@@ -175,8 +175,8 @@ def _alternatives(
   }[e.quantity]
   if budget.max_latency_ms is not None:
     return
-  for multiple in filter(None, (budget.round_to >> i for i in range(1, 64))):
-    if _fits(budget, job.network.cost_model, round_to=multiple):
+  for multiple in (budget.round_to // 2**i for i in range(1, 64)):
+    if multiple and _fits(budget, job.network.cost_model, round_to=multiple):
       yield f'multiples of {multiple} (round_to)'
       break
   c = job.network.description
