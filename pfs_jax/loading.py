@@ -41,7 +41,7 @@ def load(
     errors.UserError: If no training has finished there, a file is damaged, or
       the config is that of another run.
   """
-  root = pathlib.Path(workdir)
+  root = pathlib.Path(workdir).expanduser()
   path = root / budget / 'result.json'
   result = runs.read_result(path)
   job = stages.Job(config or _config(path, result), root)

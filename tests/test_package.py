@@ -139,8 +139,9 @@ def test_the_wheel_runs_in_an_empty_folder(tmp_path):
 # A finished workdir.
 
 
-def test_load_gives_the_network_of_the_result(finished):
-  module, variables = pfs_jax.load(finished)
+def test_load_gives_the_network_of_the_result(finished, monkeypatch):
+  monkeypatch.setenv('HOME', str(finished.parent))
+  module, variables = pfs_jax.load(f'~/{finished.name}')
   result = storage.read_json(finished / 'result.json')
   assert set(variables) == {'params', 'batch_stats'}
   test = data.open_set(small_run.config(), finished).test()

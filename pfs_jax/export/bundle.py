@@ -75,7 +75,7 @@ def save(
     errors.UserError: A format or operator is unknown, `directory` holds
       something else, or the logits differ. Then nothing is written.
   """
-  target = pathlib.Path(os.path.abspath(directory))
+  target = pathlib.Path(os.path.abspath(os.path.expanduser(directory)))
   _check_formats(formats)
   _check_target(target, structure, overwrite)
   shape = (spec.image_size, spec.image_size, spec.channels)
@@ -280,7 +280,7 @@ def load(
     errors.UserError: The folder holds no export, the format is missing, or a
       file was changed or belongs to another structure.
   """
-  folder = pathlib.Path(directory)
+  folder = pathlib.Path(directory).expanduser()
   found = manifest.read(folder)
   there = [name for name in FORMATS if name in found['formats']]
   format = format or next(iter(there), None)

@@ -151,7 +151,7 @@ def version(package: str) -> str:
 
 def read(directory: str | os.PathLike[str]) -> Manifest:
   """Reads manifest.json of an export; raises UserError if there is none."""
-  path = pathlib.Path(directory) / FILE
+  path = pathlib.Path(directory).expanduser() / FILE
   schema = storage.read_json(path, dict[str, Any]).get('schema')
   if schema != SCHEMA:
     raise errors.UserError(
