@@ -135,7 +135,7 @@ def give_back(workdir: pathlib.Path, new: bool) -> None:
   """
   with contextlib.suppress(OSError):
     for path in _claimed:
-      if path.exists() and os.listdir(path.parent) == [path.name]:
+      if path.is_relative_to(workdir) and [*path.parent.glob('*')] == [path]:
         shutil.rmtree(path.parent)
     left = (str(p.relative_to(workdir)) for p in workdir.rglob('*'))
     if new and _NOTES.issuperset(left):

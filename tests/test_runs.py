@@ -442,6 +442,18 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path):
   assert (tmp_path / 'held=False').exists()
 
 
+def test_only_claims_without_work_are_given_back(tmp_path):
+  """A refused command removes its own claims, and no other run's or work."""
+  parts = ('mine/search', 'mine/train', 'mine/gone', 'other/search')
+  for part in parts:
+    runs.claim(tmp_path / part, IDENTITY)
+  shutil.rmtree(tmp_path / 'mine' / 'gone')
+  (tmp_path / 'mine' / 'train' / 'metrics.jsonl').touch()
+  runs.give_back(tmp_path / 'mine', new=True)
+  left = {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob('*.json')}
+  assert left == {'mine/train', 'other/search'}
+
+
 def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be used'):
