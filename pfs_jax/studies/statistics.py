@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 
 
 class Summary(NamedTuple):
@@ -48,9 +49,7 @@ def paired(
   n, mean, sd = summary([ours[s] - theirs[s] for s in seeds])
   if sd is None:
     return Difference(n, mean, None, None)
-  import scipy.stats  # Seconds to import, and no other mode needs it.
-
-  half = float(scipy.stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+  half = float(scipy.special.stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
   return Difference(n, mean, mean - half, mean + half)
 
 
@@ -73,8 +72,8 @@ def chance_jaccard(n: int, first: int, second: int) -> float:
 
   The overlap k is hypergeometric and the index k / (first + second - k).
   """
-  import scipy.stats
-
-  k = np.arange(max(0, first + second - n), min(first, second) + 1)
-  chance = scipy.stats.hypergeom.pmf(k, n, first, second)
-  return float((chance * k / (first + second - k)).sum())
+  total, index = math.comb(n, second), 0.0
+  for k in range(max(0, first + second - n), min(first, second) + 1):
+    ways = math.comb(first, k) * math.comb(n - first, second - k)
+    index += ways / total * k / (first + second - k)
+  return index
