@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.special
 
 
 class Summary(NamedTuple):
@@ -49,6 +48,8 @@ def paired(
   n, mean, sd = summary([ours[s] - theirs[s] for s in seeds])
   if sd is None:
     return Difference(n, mean, None, None)
+  import scipy.special  # Slow to import, and no other mode needs it.
+
   half = float(scipy.special.stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
   return Difference(n, mean, mean - half, mean + half)
 
