@@ -1,12 +1,11 @@
 """Finds layers that are too wide or too narrow, by dropping channels.
 
-A narrow network is trained for a short while with mild channel dropout. Then
-channels are dropped in one layer at a time, so that every layer loses about the
-same MACs, and the rise of the loss on images that the training did not use is
-divided by the MACs. A high result says that more channels are worth their MACs;
-a low one, that some can be removed (Network Adjustment, arXiv 2004.02767,
-section 3). Channels without gates, such as the residual stream of a ResNet, are
-not probed.
+A narrow network is trained briefly with mild channel dropout. Then channels are
+dropped in one layer at a time, about the same MACs in each, and the rise of the
+loss on held-out images is divided by the MACs. A high result says that more
+channels are worth their MACs; a low one, that some can be removed (Network
+Adjustment, arXiv 2004.02767, section 3). Channels without gates, such as the
+residual stream of a ResNet, are not probed.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from pfs_jax import costs, devices, groups, scores
 
 # The share of the cheapest layer's channels that one draw drops.
 _SHARE = 0.25
-# A layer is out of proportion if its loss per MAC is off by this factor.
+# Out of proportion: a loss per MAC further than this factor from the median.
 FACTOR = 4.0
 
 
@@ -102,7 +101,9 @@ def drawn(
 
 
 @functools.cache
-def _loss(module: nn.Module, augmentation: Any) -> Callable[..., jax.Array]:
+def _loss_fn(module: nn.Module, augmentation: Any) -> Callable[..., jax.Array]:
+  """(variables, images, labels, weights) -> the weighted mean loss."""
+
   def loss(variables, images, labels, weight):
     logits = module.apply(variables, augmentation.test(images), train=False)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -130,7 +131,7 @@ def rises(
     n: Draws for each layer.
     rng: The generator of the draws.
   """
-  call = _loss(module, batches.augmentation)
+  call = _loss_fn(module, batches.augmentation)
   numbers = dropped(cost_model)
   layers = list(zip(cost_model.layers, cost_model.widths, numbers, strict=True))
   found = np.zeros((n, len(layers)))
@@ -182,8 +183,8 @@ class Finding:
       )
     ratio = max(self.losses.values()) / min(self.losses.values())
     spread = (
-      f'the loss for each MAC differs {ratio:.3g}-fold between layers, and its '
-      f'logarithm has the slope {self.slope:+.1f} over depth'
+      f'the highest loss per MAC is {ratio:.3g} times the lowest, and the '
+      f'slope of its logarithm over depth is {self.slope:+.1f}'
     )
     parts = [
       f'{", ".join(layers)} {"is" if len(layers) == 1 else "are"} too {word}'
@@ -191,7 +192,11 @@ class Finding:
       if layers
     ]
     if not parts:
-      return f'The layers are in proportion: {spread}.'
+      return (
+        'No layer is clearly too wide or too narrow: every loss per MAC is '
+        f'within a factor of {FACTOR:g} of the median, give or take two '
+        f'standard errors ({spread}).'
+      )
     return f'Out of proportion: {" and ".join(parts)} ({spread}).'
 
 

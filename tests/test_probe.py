@@ -148,7 +148,8 @@ def test_what_a_finding_says():
   even = probe_lib.finding(LAYERS, flat)
   assert not even.wide and not even.narrow
   assert even.slope == pytest.approx(0, abs=1e-6)
-  assert even.sentence.startswith('The layers are in proportion')
+  gentle = probe_lib.finding(LAYERS, flat * [0.3, 1, 3]).sentence
+  assert 'No layer is' in gentle and 'is 10 times the lowest' in gentle
   steep = probe_lib.finding(LAYERS, flat * np.array([0.1, 1, 10]))
   assert (steep.wide, steep.narrow) == (('first',), ('last',))
   assert steep.slope == pytest.approx(np.log(100))
@@ -157,6 +158,5 @@ def test_what_a_finding_says():
   blind = probe_lib.finding(LAYERS, rng.normal(size=(1, 8, 3)))
   assert blind.sentence.startswith('The probe cannot tell')
   # What differs by chance alone is not called out of proportion.
-  noisy = flat * np.array([0.1, 1, 10])
-  noisy = noisy * np.array([0.01, 0.01, 0.01, 3.97])[None, :, None]
+  noisy = flat * [0.1, 1, 10] * np.array([0.01, 0.01, 0.01, 3.97])[:, None]
   assert not probe_lib.finding(LAYERS, noisy).narrow
