@@ -24,7 +24,7 @@ CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
 )
 MODES = [*stages.MODES, 'tournament', 'study', 'report']
-MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do.')
+MODE = flags.DEFINE_enum('mode', None, MODES, 'What to do; see README.md.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The folder of the run; default runs/<config>[-variant].'
 )
@@ -34,8 +34,8 @@ OUT = flags.DEFINE_string(
 COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'For several processes: host:port of the first, or auto.'
 )
-PROCESSES = flags.DEFINE_integer('processes', 1, 'How many there are.')
-PROCESS = flags.DEFINE_integer('process', 0, 'The number of this one.')
+PROCESSES = flags.DEFINE_integer('processes', 1, 'The number of processes.')
+PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
 
 
 def workdir() -> pathlib.Path:

@@ -209,6 +209,8 @@ def _last_line(e: Exception) -> str:
   if isinstance(e, OSError):  # 'Failed loading config file', paths, reasons.
     return f'the config file cannot be loaded: {lines[-1]}'
   if 'Traceback (most recent call last):' in lines:
-    return f'the config file fails: {lines[-1]}'
+    return f'the config file fails: {lines[-1].rpartition("UserError: ")[2]}'
   text = ' '.join(lines).replace("\\'", "'")
+  if isinstance(e, AttributeError):  # ml_collections: the name, and a guess.
+    return 'the config has no field ' + text.strip('"').replace(' Did', '. Did')
   return text[1:-1] if text[0] == text[-1] and text[0] in '\'"' else text

@@ -148,13 +148,13 @@ def test_a_guarded_function_returns_and_keeps_the_traceback_of_our_mistakes():
     (KeyError(), 'KeyError'),
     (
       AttributeError('\'lrr\'\nDid you mean "lr" instead of "lrr"?'),
-      '\'lrr\' Did you mean "lr" instead of "lrr"?',
+      'the config has no field \'lrr\'. Did you mean "lr" instead of "lrr"?',
     ),
-    (AttributeError('"quoted whole"'), 'quoted whole'),
+    (TypeError('"quoted whole"'), 'quoted whole'),
     (KeyError("it\\'s"), "it's"),
     (
-      ValueError('Traceback (most recent call last):\n  File x\nKeyError: 1\n'),
-      'the config file fails: KeyError: 1',
+      ValueError('Traceback (most recent call last):\n  x\na.UserError: no\n'),
+      'the config file fails: no',
     ),
     (OSError(''), 'the config file cannot be loaded: OSError'),
     (
