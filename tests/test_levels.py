@@ -1,4 +1,4 @@
-"""Imports go down only: the floors of the README's architecture map."""
+"""Imports go down only: the levels of the README's architecture map."""
 
 import ast
 import graphlib
@@ -10,12 +10,12 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'pfs_jax'
 README = (PACKAGE.parent / 'README.md').read_text()
 
-# The rooms of each floor, from the bottom: modules or packages of pfs_jax.
-FLOORS = [
-  set(re.findall(r'`(\w+)`', rooms))
-  for rooms in re.findall(r'^\| \d+ \|([^|]+)\|', README, re.MULTILINE)
+# The modules or packages of each level, from the bottom.
+LEVELS = [
+  set(re.findall(r'`(\w+)`', names))
+  for names in re.findall(r'^\| \d+ \|([^|]+)\|', README, re.MULTILINE)
 ] + [{'__main__'}]
-# On one floor, but the second builds on the first.
+# On one level, but the second builds on the first.
 PEERS = {
   ('interop', 'models'),
   ('report', 'studies'),
@@ -46,11 +46,11 @@ FILES = sorted(
   'path', FILES, ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_imports_go_down(path):
-  floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+  level = {name: i for i, names in enumerate(LEVELS) for name in names}
   mine = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
   for theirs in {name.split('.')[1] for name in imported(path)}:
     if theirs != mine and (mine, theirs) not in PEERS:
-      assert floor[theirs] < floor[mine], f'{mine} imports {theirs}'
+      assert level[theirs] < level[mine], f'{mine} imports {theirs}'
 
 
 def test_no_family_is_named_above_the_registry():
@@ -84,10 +84,10 @@ def test_no_import_circle():
 
 
 def test_the_documents_name_what_is_there():
-  """README names exactly the rooms; each file in architecture.md exists."""
-  rooms = {p.stem for p in PACKAGE.glob('[!_]*.py')}
-  rooms |= {p.parent.name for p in PACKAGE.glob('*/__init__.py')}
-  assert set().union(*FLOORS) == rooms | {'__main__'}
+  """README names exactly the modules; each file in architecture.md exists."""
+  names = {p.stem for p in PACKAGE.glob('[!_]*.py')}
+  names |= {p.parent.name for p in PACKAGE.glob('*/__init__.py')}
+  assert set().union(*LEVELS) == names | {'__main__'}
   root = PACKAGE.parent
   text = (root / 'docs' / 'architecture.md').read_text()
   files = {p.name for p in [*PACKAGE.rglob('*'), *root.iterdir()]}
