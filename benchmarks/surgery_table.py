@@ -84,7 +84,8 @@ def reasons(sites: surgery.Table) -> str:
     if sites.layers[path].kind == 'norm':
       continue  # Those of its producer.
     kind = reason.split(':')[0].split(' in ')[0].split(' between')[0]
-    kinds[kind if not kind.startswith('read by') else 'read by such'] += 1
+    kind = 'read by a layer left alone' if kind[:7] == 'read by' else kind
+    kinds[kind] += 1
   return '; '.join(f'{n} {kind}' for kind, n in kinds.items())
 
 
