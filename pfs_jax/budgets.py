@@ -25,8 +25,7 @@ class Infeasible(errors.UserError):
   """No structure meets the budget: even the narrowest one costs more.
 
   Attributes:
-    quantity: 'macs', 'params' or 'latency_ms', the first ceiling that cannot
-      be met.
+    quantity: The first ceiling not met: 'macs', 'params' or 'latency_ms'.
     floor: That quantity of the narrowest structure allowed.
     ceiling: The ceiling that was asked for.
   """

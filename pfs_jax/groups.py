@@ -46,8 +46,7 @@ class Group:
     removable: Whether a gate of 0 equals a removed channel. If not (an
       activation with f(0) != 0 makes a constant of it) the counts can be
       trained from new weights, but weights cannot be sliced.
-    dtype: Dtype of the gates: that of the BatchNorm's parameters, at least
-      float32.
+    dtype: Dtype of the gates: that of the BatchNorm, at least float32.
   """
 
   name: str

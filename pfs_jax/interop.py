@@ -80,8 +80,7 @@ def from_torch(
     keeps its dtype.
 
   Raises:
-    errors.UserError: Keys are unknown, missing or of another shape; it names
-      all of them.
+    errors.UserError: It names all keys that are unknown, missing or misshapen.
   """
   arrays = {
     k: np.asarray(v)

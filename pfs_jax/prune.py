@@ -126,6 +126,7 @@ def cut(
 
   Raises:
     Infeasible: If even the minimum widths cost more than a ceiling.
+    ValueError: If the gates do not fit the cost model.
   """
   named = dict(zip(gates, _checked(gates, cost_model), strict=True))
   plain = dataclasses.replace(budget, ranking='global')
@@ -219,11 +220,11 @@ def published(
 ) -> Structure:
   """The cut of the published implementation, for comparisons.
 
-  Bisects the share q of channels removed, from (0, 1), in at most 10 halvings:
-  k = round(K * (1 - q)) channels (Python's half-to-even) with the largest gates
-  over all layers are kept, the earlier channel first among ties; it stops when
-  |reached - p| <= 0.001 p and keeps whatever the last step gave, over the
-  budget or not.
+  Bisects the share q of the K channels to remove, in at most 10 halvings of
+  (0, 1). The round(K * (1 - q)) channels with the largest gates are kept (half
+  to even), the earlier channel first among ties. It stops if the share of the
+  MACs removed is within 0.001 p of p, and keeps what the last step gave, over
+  the budget or not.
 
   Args:
     gates: As for `fit`.

@@ -66,7 +66,7 @@ def over_cost(
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
-  """A generator for one purpose of one seed."""
+  """A NumPy generator: its own stream for each purpose of a seed."""
   return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 

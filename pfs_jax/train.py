@@ -27,8 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
   """Everything that changes during a training, and its static parts.
 
   `step` counts the steps made. `rng` is the key data (uint32 [2]) of dropout.
-  `label_smoothing` is the share (0..1) of a label that is spread over all
-  classes.
+  `label_smoothing` is the share (0..1) of a label spread over all classes.
   """
 
   step: jax.Array
@@ -133,8 +132,8 @@ def optimizer(
 ) -> optax.GradientTransformation:
   """SGD with momentum; weight decay is added to the gradient, as in PyTorch.
 
-  Equal recipes get the same object, because jit compares optimisers by
-  identity.
+  The arguments are those of `schedule`. Equal recipes get the same object,
+  because jit compares optimisers by identity.
   """
   fields = tuple((name, recipe[name]) for name in _OPTIMIZER_FIELDS)
   return _optimizer(fields, total_steps)

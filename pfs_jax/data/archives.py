@@ -104,8 +104,7 @@ def members(content: bytes, prefix: str, names: list[str]) -> dict[str, bytes]:
   """{name: content} of regular files in the folder `prefix` of a .tar.gz.
 
   Raises:
-    ValueError: A file is missing, is no regular file, occurs twice or is too
-      large.
+    ValueError: A file is missing, not regular, there twice or too large.
     tarfile.TarError: The content is no such archive.
   """
   found: dict[str, bytes] = {}

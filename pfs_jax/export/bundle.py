@@ -267,8 +267,7 @@ def load(
 
   Args:
     directory: What `save` made.
-    format: 'stablehlo', 'safetensors' or 'onnx'; None is the first of these
-      that is there.
+    format: 'stablehlo', 'safetensors' or 'onnx'; None: the first that is there.
     factory: As for `save`, for the safetensors of a user's own network; must be
       the one that the export records.
 
@@ -288,23 +287,23 @@ def load(
     raise errors.UserError(
       f'{folder}: format must be one of {", ".join(there)}; got {format!r}.'
     )
-  room = FORMATS[format]
-  for package in room.PACKAGES:
+  kind = FORMATS[format]
+  for package in kind.PACKAGES:
     manifest.version(package)
-  for file in (weights.STRUCTURE, room.FILE):
+  for file in (weights.STRUCTURE, kind.FILE):
     content = storage.read_bytes(folder / file, _LARGEST)
     if storage.sha256(content) != found['files'].get(file):
       raise errors.UserError(
         f'{folder / file} is damaged or was changed: its SHA-256 is not that '
         f'in {manifest.FILE}. Export again.'
       )
-  with _blamed(str(folder / room.FILE)):
+  with _blamed(str(folder / kind.FILE)):
     shape = tuple(found['input']['shape'][1:])
-    function, network = room.read(folder, shape, factory)
+    function, network = kind.read(folder, shape, factory)
   text = storage.read_text(folder / weights.STRUCTURE)
   structure = manifest.described(Structure.from_json(text, folder))
   described = manifest.network_name(structure)
-  for file, name in ((weights.STRUCTURE, described), (room.FILE, network)):
+  for file, name in ((weights.STRUCTURE, described), (kind.FILE, network)):
     if name != manifest.network_name(found['structure']):
       raise errors.UserError(
         f'{folder / file} is not of the structure in {manifest.FILE}: it '

@@ -85,9 +85,9 @@ def of(
   formats: Sequence[str],
 ) -> Manifest:
   """The manifest of a folder that holds the files of all formats."""
-  rooms = {name: FORMATS[name] for name in formats}
-  packages = sorted({p for room in rooms.values() for p in room.PACKAGES})
-  files = [weights.STRUCTURE, CARD, *(room.FILE for room in rooms.values())]
+  kinds = {name: FORMATS[name] for name in formats}
+  packages = sorted({p for kind in kinds.values() for p in kind.PACKAGES})
+  files = [weights.STRUCTURE, CARD, *(kind.FILE for kind in kinds.values())]
   made: Any = {
     'schema': SCHEMA,
     'input': {
@@ -106,13 +106,13 @@ def of(
     'structure': described(structure),
     'formats': {
       name: {
-        'file': room.FILE,
-        'bytes': (folder / room.FILE).stat().st_size,
-        'platforms': list(room.PLATFORMS),
+        'file': kind.FILE,
+        'bytes': (folder / kind.FILE).stat().st_size,
+        'platforms': list(kind.PLATFORMS),
         'tolerance': TOLERANCES[name],
         'max_error': None,
       }
-      for name, room in rooms.items()
+      for name, kind in kinds.items()
     },
     'files': {f: storage.sha256((folder / f).read_bytes()) for f in files},
     'checked': {'platform': 'cpu', 'batch_sizes': list(BATCH_SIZES)},

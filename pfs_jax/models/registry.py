@@ -166,8 +166,7 @@ def table(
 ) -> groups.Table:
   """The channel groups of a network of the registry.
 
-  Images are [image_size, image_size, channels]; the other arguments are those
-  of `build`.
+  Images are [image_size, image_size, channels]; the rest is as for `build`.
   """
   shape = (image_size, image_size, channels)
   sizes = gate_sizes(name, width)
@@ -195,8 +194,7 @@ def slice_variables(
 ) -> dict[str, Any]:
   """The variables of the narrow network that keeps these channels.
 
-  In evaluation mode they give the logits of the wide network whose other gates
-  are 0.
+  Evaluated, they give the logits of the wide network with all other gates 0.
 
   Args:
     name: A name of the registry.
