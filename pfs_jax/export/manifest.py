@@ -210,10 +210,10 @@ def card(
   classes = enumerate(spec.class_names)
   parts = [
     f'# {name or "A network"}, pruned, for {spec.name}',
-    f'An image classifier of {size} x {size} images. Its channel counts were '
-    'found by a search over gates on random weights ("Pruning from Scratch", '
-    'AAAI 2020); its weights were then trained from scratch. It can name only '
-    'the classes below, and only on images like those that it was trained on.',
+    f'An image classifier of {size} x {size} images. pfs_jax chose its channel '
+    'counts for a budget (after "Pruning from Scratch", AAAI 2020); then its '
+    'weights were trained. It can name only the classes below, and only on '
+    'images like those that it was trained on.',
     tables.markdown('', ['', 'value'], rows),
     '## Use\n\n```sh\npython -m pfs_jax.predict . image.png\n```',
     'manifest.json says how each file was checked. Without this code: '

@@ -74,8 +74,8 @@ def probe(report: Page, job: Job) -> None:
   report.paragraph(found['sentence'])
   report.figure(
     'probe',
-    'The rise of the held-out loss when channels are dropped in one layer '
-    'alone, as many in each as save the same MACs.',
+    'The rise of the held-out loss for each million MACs, when channels are '
+    'dropped in one layer alone.',
     figures.intervals(rows, 'rise of the loss', meaning),
     Table('Probe', found['columns'], found['rows']),
   )
