@@ -211,6 +211,6 @@ def _last_line(e: Exception) -> str:
   if 'Traceback (most recent call last):' in lines:
     return f'the config file fails: {lines[-1].rpartition("UserError: ")[2]}'
   text = ' '.join(lines).replace("\\'", "'")
-  if isinstance(e, AttributeError):  # ml_collections: the name, and a guess.
-    return 'the config has no field ' + text.strip('"').replace(' Did', '. Did')
-  return text[1:-1] if text[0] == text[-1] and text[0] in '\'"' else text
+  text = text[1:-1] if text[0] == text[-1] and text[0] in '\'"' else text
+  start = 'the config has no field ' if isinstance(e, AttributeError) else ''
+  return start + text.replace("' Did you", "'. Did you")

@@ -16,7 +16,7 @@ TOO_LONG = 'cannot be used: File name too long'
 # {a field and its value, given to --mode=info: what the message must say}.
 INFO_FIELDS = {
   'sead=1': 'Did you mean "seed"',
-  'train.epoch=1': 'Did you mean "epochs"',
+  'train.epoch=1': 'the config has no field \'epoch\'. Did you mean "epochs"',
   'seed': 'Missing value',
   'seed=1.5': 'invalid literal',
   'seed=-1': 'config.seed must be',
