@@ -62,13 +62,8 @@ class ImageNetResNet(nn.Module):
       dtype=self.dtype,
       axis_name='batch',
     )
-    x = conv(
-      self.num_filters,
-      (7, 7),
-      (2, 2),
-      padding=[(3, 3), (3, 3)],
-      name='conv_init',
-    )(x)
+    pad = [(3, 3), (3, 3)]
+    x = conv(self.num_filters, (7, 7), (2, 2), padding=pad, name='conv_init')(x)
     x = nn.relu(norm(name='bn_init')(x))
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
     for i, block_size in enumerate(self.stage_sizes):
@@ -149,7 +144,7 @@ def test_axis_name_is_left_out(capsys):
     return found['gates']
 
   def largest(variables):
-    by_layer = network.by_layer(gradients(variables))
+    by_layer = network.gated.by_layer(gradients(variables))
     return [float(abs(g).max()) for g in by_layer.values()]
 
   assert max(largest(variables)) == 0
@@ -277,7 +272,8 @@ def test_a_factory_gives_a_network_for_the_stages():
   assert network.description['factory'] == spec
   assert network.reference_macs == network.cost_model.macs((6, 7))
   variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
-  assert list(network.by_layer(variables['gates'])) == ['Conv_0', 'Conv_1']
+  gates = network.gated.by_layer(variables['gates'])
+  assert list(gates) == ['Conv_0', 'Conv_1']
   reference = models.init(network.reference, jax.random.key(0), (8, 8, 3))
   assert own_models.size(reference['params']) == network.reference_params
   narrow = network.narrow((2, 2))
@@ -327,15 +323,10 @@ def call_it(module, x, train):
 
 
 def test_leave_call_and_classes_come_from_names(registered):
+  names = {'call': 'call_it', 'norm': 'OwnNorm', 'conv': 'OwnConv'}
+  given = {field: f'{__name__}:{name}' for field, name in names.items()}
   network = surgery.network_from_factory(
-    f'{__name__}:own_layers',
-    3,
-    8,
-    3,
-    leave=('OwnConv_0',),
-    call=f'{__name__}:call_it',
-    norm=f'{__name__}:OwnNorm',
-    conv=f'{__name__}:OwnConv',
+    f'{__name__}:own_layers', 3, 8, 3, leave=('OwnConv_0',), **given
   )
   assert network.table.sizes == {'OwnConv_1': 7}
   assert network.table.left_alone['OwnConv_0'] == 'left alone on request'

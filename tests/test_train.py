@@ -236,12 +236,8 @@ def test_the_step_is_gradient_descent_on_the_loss():
       _, metrics = train.step(state.replace(params=moved), x, y)
       values.append(float(metrics['loss']))
     slope = (values[0] - values[1]) / 2e-3
-    along = sum(
-      float((g * d).sum())
-      for g, d in zip(
-        jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True
-      )
-    )
+    products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
+    along = float(sum(jax.tree.leaves(products)))
     assert along == pytest.approx(slope, rel=0.01, abs=1e-3)
 
 
@@ -252,9 +248,8 @@ def test_running_statistics_follow_the_batch():
   conv = nn.Conv(4, (3, 3), use_bias=False)
   features = conv.apply({'params': state.params['conv']}, x)
   expected = 0.1 * np.asarray(features).mean((0, 1, 2))  # From 0, keeps 0.9.
-  np.testing.assert_allclose(
-    after.batch_stats['bn']['mean'], expected, atol=1e-6
-  )
+  found = after.batch_stats['bn']['mean']
+  np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_second_step_does_not_compile_again():
@@ -313,9 +308,8 @@ def test_the_exam_counts_as_the_evaluation_does_and_keeps_mistakes():
 def test_evaluation_counts_every_image_once(n, batch_size):
   state = trained_state()
   loss, accuracy = expected_evaluation(state, n)
-  found = train.evaluate(
-    state.module, state.variables, make_evaluation(n, batch_size)
-  )
+  batches = make_evaluation(n, batch_size)
+  found = train.evaluate(state.module, state.variables, batches)
   assert set(found) == {'loss', 'accuracy'}
   assert found['loss'] == pytest.approx(loss, rel=1e-5)
   assert found['accuracy'] == pytest.approx(accuracy, abs=1e-9)
@@ -333,9 +327,7 @@ def test_the_next_stop_is_the_first_step_with_something_to_do(seed):
     expected = next(
       s
       for s in range(step + 1, total + 1)
-      if s % log == 0
-      or s % evaluate == 0
-      or s % checkpoint == 0
+      if not all((s % log, s % evaluate, s % checkpoint))
       or s in (step + k, total)
     )
     assert plan.next_stop(step) == expected
@@ -395,13 +387,8 @@ def test_records_evaluations_and_checkpoints_come_when_due(
     seen.append(step)
     return {'evaluated': float(step)}
 
-  plan = train.Plan(
-    total_steps=10,
-    log_steps=4,
-    evaluate_steps=3,
-    checkpoint_steps=7,
-    steps_per_call=steps_per_call,
-  )
+  every = {'log_steps': 4, 'evaluate_steps': 3, 'checkpoint_steps': 7}
+  plan = train.Plan(10, **every, steps_per_call=steps_per_call)
   state = count(tmp_path, plan, evaluate=evaluate)
   assert int(state['step']) == 10
   assert seen == [3, 6, 9, 10]
@@ -563,15 +550,7 @@ def test_a_loop_that_ended_goes_on_as_if_nothing_had_been(tmp_path):
 
 
 def test_training_learns(tmp_path):
-  state = make_state(total_steps=40)
-  state = train.loop(
-    state,
-    train.step,
-    make_source(),
-    train.Plan(40, 40, 40, 40),
-    folder=tmp_path,
-    label='train',
-  )
+  state = fit(tmp_path, total_steps=40)
   batches = make_evaluation(40, 40)
   after = train.evaluate(state.module, state.variables, batches)['accuracy']
   assert after > 0.9  # Chance is a third.

@@ -57,16 +57,6 @@ class Network:
     module = self.build(counts)
     return gating.gate(module, self.table.narrowed(counts)) if gated else module
 
-  def by_layer(self, gates: Mapping[str, Any]) -> dict[str, Any]:
-    """The collection `gates` as {layer name: [C]}, forward order."""
-    return groups.by_name(self.table.sizes, gates)
-
-  def slice_variables(
-    self, variables: Mapping[str, Any], kept: Mapping[str, Any]
-  ) -> dict[str, Any]:
-    """See `groups.Table.slice_variables`."""
-    return self.table.slice_variables(variables, kept)
-
 
 def network(
   name: str,

@@ -65,7 +65,7 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
   refreshed = norms.refresher(c.train.statistics, own, state, source)
 
   def evaluate(state, step):
-    gates = network.by_layer(jax.device_get(state.gates))
+    gates = network.gated.by_layer(jax.device_get(state.gates))
     path = folder / 'gates' / f'{step:08d}.npz'
     storage.write_arrays(path, gates, sealed=True)
     numbers = {
@@ -92,7 +92,7 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
         evaluate=evaluate,
       )
   runs.barrier('search')
-  gates = network.by_layer(jax.device_get(state.gates))
+  gates = network.gated.by_layer(jax.device_get(state.gates))
   best = search.select(runs.read_metrics(folder), c.search.sparsity)
   if best is not None:
     gates = storage.read_arrays(folder / 'gates' / f'{best:08d}.npz')

@@ -100,7 +100,7 @@ def _initial_weights(job: Job, path: pathlib.Path, structure: prune.Structure):
     wide = job.network.narrow(job.network.cost_model.widths)
     epochs = job.config.train.wide_epochs or job.config.train.epochs
     first = fit(job, wide, folder, 'wide', epochs, first).variables
-  return job.network.slice_variables(jax.device_get(first), kept)
+  return job.network.table.slice_variables(jax.device_get(first), kept)
 
 
 def fit(

@@ -126,7 +126,7 @@ def _weights(
       norms = {g.name: g.norms[0] for g in job.network.table.groups}
       variables = folded(variables, gates, norms)
   indices = {name: np.array(results.channels(kept[name])) for name in kept}
-  return job.network.slice_variables(variables, indices)
+  return job.network.table.slice_variables(variables, indices)
 
 
 def folded(
