@@ -201,6 +201,8 @@ def test_the_check_finds_what_the_trace_cannot():
   sites = surgery.discover(liar, X)
   with pytest.raises(errors.UserError, match='differs from the gated one by'):
     surgery.narrow(liar, sites, (3, 3), verify=True, x=X)
+  with pytest.raises(errors.UserError, match='from the gated one by nan'):
+    surgery.check(liar, sites, (6, 7), X * np.nan)
   with pytest.raises(errors.UserError, match='needs images'):
     surgery.narrow(liar, sites, (3, 3), verify=True)
 

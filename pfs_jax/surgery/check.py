@@ -137,7 +137,8 @@ def _max_error(model, table: groups.Table, kept, arguments, random) -> float:
   error = 0.0
   for a, b in zip(*outputs, strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    error = max(error, np.abs(a - b).max() / max(1.0, np.abs(a).max()))
+    scale = np.maximum(1, np.abs(a).max())  # Unlike `max`, it keeps a NaN.
+    error = np.maximum(error, np.abs(a - b).max() / scale)
   return float(error)
 
 
@@ -152,7 +153,7 @@ def _random_variables(wide: gating.Wrapped, arguments, random) -> Any:
 
   def draw(path, leaf):
     name, floating = path[-1].key, jnp.issubdtype(leaf.dtype, jnp.inexact)
-    if name in ('var', 'scale', 'gate'):
+    if path[0].key == 'batch_stats' or name in ('scale', 'gate'):
       value = random.uniform(0.5, 1.5, leaf.shape)
     elif leaf.ndim < 2:
       value = random.normal(0, 0.3, leaf.shape)
