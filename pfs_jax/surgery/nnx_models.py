@@ -250,7 +250,7 @@ def _linked(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
     return jnp.where(jnp.ptp(like) > 0, drawn, kept)
 
   linen = scope.variable(collection, str(name), draw)
-  variable.set_value(linen.value)
+  variable.set_value(jnp.asarray(linen.value))  # Or it is changed in place.
   return linen, variable
 
 
