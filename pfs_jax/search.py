@@ -205,13 +205,7 @@ def loss(
   trained: Mapping[str, Any], state: SearchState, x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
   """(loss, (batch_stats, metrics)) at trained = {params, gates}."""
-  logits, updates = state.module.apply(
-    {**trained, 'batch_stats': state.batch_stats},
-    x,
-    train=True,
-    mutable=['batch_stats'],
-    rngs=dict.fromkeys(('dropout', 'params'), train.dropout_key(state)),
-  )
+  logits, batch_stats = train.logits(state, trained, x)
   ce = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
   gates = trained['gates']
   reg = regulariser(gates, state.sparsity, state.balance)
@@ -221,7 +215,7 @@ def loss(
     'mean_gate': mean_gate(gates),
     'density': density(gates),
   }
-  return ce + reg, (updates.get('batch_stats', {}), metrics)
+  return ce + reg, (batch_stats, metrics)
 
 
 @jax.jit

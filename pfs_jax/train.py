@@ -163,6 +163,31 @@ def _cross_entropy(logits, labels, smoothing: float) -> jax.Array:
   return optax.softmax_cross_entropy(logits, targets)
 
 
+def logits(
+  state: Any, trained: Mapping[str, Any], x: jax.Array
+) -> tuple[jax.Array, Any]:
+  """(logits, batch_stats) of the next step of a search or a training.
+
+  `trained` holds the other collections; x is images [N, H, W, C].
+
+  Raises:
+    errors.UserError: The model returns several arrays, or none.
+  """
+  found, updates = state.module.apply(
+    {**trained, 'batch_stats': state.batch_stats},
+    x,
+    train=True,
+    mutable=['batch_stats'],
+    rngs=dict.fromkeys(('dropout', 'params'), dropout_key(state)),
+  )
+  if not isinstance(found, jax.Array):
+    raise errors.UserError(
+      f'the model returns a {type(found).__name__}: to search or train it, '
+      'give surgery.discover a call= (config.model.call) that returns logits.'
+    )
+  return found, updates.get('batch_stats', {})
+
+
 @jax.jit
 def step(
   state: TrainState, x: jax.Array, y: jax.Array
@@ -179,18 +204,12 @@ def step(
   """
 
   def loss(params):
-    logits, updates = state.module.apply(
-      {'params': params, 'batch_stats': state.batch_stats},
-      x,
-      train=True,
-      mutable=['batch_stats'],
-      rngs=dict.fromkeys(('dropout', 'params'), dropout_key(state)),
-    )
-    value = _cross_entropy(logits, y, state.label_smoothing).mean()
-    return value, (logits, updates.get('batch_stats', {}))
+    found, batch_stats = logits(state, {'params': params}, x)
+    value = _cross_entropy(found, y, state.label_smoothing).mean()
+    return value, (found, batch_stats)
 
   gradient = jax.value_and_grad(loss, has_aux=True)
-  (value, (logits, batch_stats)), grads = gradient(state.params)
+  (value, (found, batch_stats)), grads = gradient(state.params)
   updates, opt_state = state.optimizer.update(
     grads, state.opt_state, state.params
   )
@@ -200,7 +219,7 @@ def step(
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
-  accuracy = (logits.argmax(-1) == y).mean()
+  accuracy = (found.argmax(-1) == y).mean()
   return state, {'loss': value, 'accuracy': accuracy}
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax.training import train_state
 
-from pfs_jax import costs, described, errors, models, search, surgery
+from pfs_jax import costs, described, errors, models, search, surgery, train
 from pfs_jax.surgery import factory
 from tests import own_models, processes
 
@@ -227,6 +227,23 @@ def test_a_narrow_model_is_a_module():
   loss = jax.jit(lambda p: (state.apply_fn({'params': p}, X) ** 2).sum())
   grads = jax.grad(loss)(state.params)
   assert state.apply_gradients(grads=grads).step == 1
+
+
+def test_steps_refuse_several_outputs():
+  model = own_models.Plain()
+  table = surgery.discover(model, X, call=lambda m, x, train: (m(x, train), x))
+  gated, plain = (
+    surgery.gate(model, table),
+    surgery.narrow(model, table, (6, 7)),
+  )
+  variables = own_models.drawn(gated, X)
+  options = {'sparsity': 0.5, 'balance': 0.5, 'learning_rate': 0.1}
+  for step, state in (
+    (search.step, search.init(gated, variables, **options)),
+    (train.step, train.init(plain, variables, optax.sgd(0.1))),
+  ):
+    with pytest.raises(errors.UserError, match='returns a tuple: .* call='):
+      jax.eval_shape(step, state, X, LABELS)
 
 
 class OwnState(nn.Module):
