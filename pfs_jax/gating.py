@@ -81,7 +81,12 @@ class Wrapped(nn.Module):
     return f'<{type(self.model).__name__}, {what}: {listed}>'
 
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
-    """The model's output; further arguments are passed on."""
+    """The model's output; further arguments are passed on.
+
+    Raises:
+      errors.UserError: The gates are missing; or, in `init`, the model's code
+        does not call a layer at these widths.
+    """
     call: Any = self.source.call
     told_by_field = getattr(call, 'field', False)
     fields = {call.name: call.value(train)} if told_by_field else {}
