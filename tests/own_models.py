@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pfs_jax import layers
+
 
 def drawn(module, *args):
   """Random variables that are not trivial, without compiling `init`."""
@@ -155,7 +157,20 @@ class PreAct(nn.Module):
     for i in range(2):
       y = nn.Conv(4, (3, 3), name=f'a{i}')(nn.relu(norm(train)(x)))
       x = x + nn.Conv(6, (3, 3), name=f'b{i}')(nn.relu(norm(train)(y)))
-    return nn.Dense(3)(nn.relu(norm(train)(x)).mean((1, 2)))
+    return nn.Dense(3)(layers.GlobalAvgPool()(nn.relu(norm(train)(x))))
+
+
+class Compared(nn.Module):
+  """Compares widths with the numbers in its own code."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = unit(train, x, 6, 'first')
+    y = norm(train)(nn.Conv(6, (3, 3), name='same')(x))
+    y += norm(train, name='identity')(x) if x.shape[-1] == 6 else 0
+    x = unit(train, y, 8, 'second')
+    x = x if x.shape[-1] == 8 else nn.Conv(8, (1, 1), name='extra')(x)
+    return nn.Dense(3)(unit(train, x, 5, 'third').mean((1, 2)))
 
 
 class Depthwise(nn.Module):
@@ -427,6 +442,12 @@ CASES = {
   ),
   'preact together': Case(
     PreAct(), {'stem+b0+b1': 6, 'a0': 4, 'a1': 4}, options={'residual': True}
+  ),
+  'compared': Case(
+    Compared(),
+    {'third': 5},
+    {'first': 'does not call identity', 'second': 'code calls extra when'},
+    options={'residual': True},
   ),
   'depthwise': Case(Depthwise(), _MOBILE, {'bn1': 'stand further on'}),
   'multiplier': Case(Depthwise(multiplier=2), _MOBILE),

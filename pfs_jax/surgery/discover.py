@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -65,13 +66,13 @@ def discover(
     )
   told = call or calling.train_argument(model)
   source = gating.Source(model, told)
-  plain, arguments = gating.Wrapped(source), (x, args, kwargs)
-  shapes = _init_shapes(plain, arguments)
+  arguments = (x, args, kwargs)
+  shapes, *_ = traced = _traced(gating.Wrapped(source), arguments)
   if groups.GATES in shapes:
     raise errors.UserError(
       f'surgery: the model has a collection {groups.GATES!r} of its own.'
     )
-  flow, calls, uncounted = _follow(plain, shapes, arguments)
+  flow, calls, uncounted = _follow(traced)
   if not flow.layers:
     raise errors.UserError(
       'surgery: the model calls no layer of flax.linen that makes channels. '
@@ -122,9 +123,8 @@ def cost_model(
     errors.UserError: The image has no batch axis.
   """
   source = gating.Source(nnx_models.as_linen(model), call or table.call)
-  plain, arguments = gating.Wrapped(source), (x, args, kwargs)
-  shapes = _init_shapes(plain, arguments)
-  flow, calls, _ = _follow(plain, shapes, arguments)
+  traced = _traced(gating.Wrapped(source), (x, args, kwargs))
+  flow, calls, _ = _follow(traced)
   units = np.full(len(flow.channels.owners), -1)
   for path, channels in flow.outputs.items():
     made = table.outputs.get(path, ())
@@ -141,17 +141,14 @@ def cost_model(
 # Tracing.
 
 
-def _shapes_and_call(
-  function: Callable[..., Any], arguments
-) -> tuple[dict[int, Any], Callable[..., Any]]:
-  """The shapes of a call's arrays, and the call as a function of the arrays.
+def _traced(plain: gating.Wrapped, arguments) -> tuple[Any, ...]:
+  """The shapes of the variables and of a call's arrays, and the trace.
 
-  Args:
-    function: (first, x, *args, **kwargs) -> output.
-    arguments: (x, args, kwargs); what is no array stays as it is.
+  It runs the model's own code, which may raise anything. What is no array in
+  `arguments`, (x, args, kwargs), stays as it is.
   """
   leaves, tree = jax.tree.flatten(arguments)
-  shapes = {
+  arrays = {
     i: jax.ShapeDtypeStruct(
       leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True)
     )
@@ -159,37 +156,31 @@ def _shapes_and_call(
     if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
   }
 
-  def call(first, arrays):
+  def call(method, first, arrays):
     merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
     x, args, kwargs = jax.tree.unflatten(tree, merged)
-    return function(first, x, *args, **kwargs)
+    return method(first, x, *args, **kwargs)
 
-  return shapes, call
-
-
-def _init_shapes(plain: gating.Wrapped, arguments) -> Any:
-  arrays, init = _shapes_and_call(plain.init, arguments)
-  return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), arrays))
+  init, apply = (functools.partial(call, m) for m in (plain.init, plain.apply))
+  shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), arrays))
+  images = next(iter(arrays.values())).shape[0]
+  return shapes, arrays, *trace.trace(apply, images, shapes, arrays)
 
 
 def _follow(
-  plain: gating.Wrapped, shapes, arguments, emitted=None, wide=None
+  traced: tuple[Any, ...], emitted=None, wide=None
 ) -> tuple[Flow, list[costs.Layer], tuple[str, ...]]:
-  """Traces a model and walks through the trace.
+  """Walks through the trace of a model.
 
   Returns:
     The walk, the calls that cost something, and what cannot be counted.
 
   Args:
-    plain: The model, wide or narrowed.
-    shapes: The shapes of its variables.
-    arguments: (x, args, kwargs) of its call.
+    traced: The trace of the model, wide or narrowed.
     emitted: The channels that layers of the narrowed model make.
     wide: The walk through the wide model, if this is the narrowed one.
   """
-  arrays, apply = _shapes_and_call(plain.apply, arguments)
-  images = next(iter(arrays.values())).shape[0]
-  program, calls = trace.trace(apply, images, shapes, arrays)
+  shapes, arrays, program, calls = traced
   layers = groups.first_calls(calls)
   if wide:  # With one channel left, a depthwise convolution looks dense.
     for path, layer in layers.items():
@@ -211,14 +202,14 @@ def _follow(
     values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
   for value in flow.run(program, values):
     flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
-  shape = getattr(arguments[0], 'shape', ())
+  shape = next(iter(arrays.values())).shape
   for path, read in flow.unbatched.items():
     if layers[path].ndim == len(shape) and not read <= weights:
       raise errors.UserError(
         f'surgery: {path} is a convolution of an input without a batch axis; '
         f'x must be images [N, H, W, C]; got shape {shape}.'
       )
-  more, uncounted = trace.rest(program, calls, images)
+  more, uncounted = trace.rest(program, calls, shape[0])
   leaves = jax.tree.leaves(shapes.get('params'))
   unknown = sum(a.size for a in leaves) - sum(c.params() for c in calls)
   if unknown:
@@ -355,20 +346,14 @@ class _FoundGroups:
   def _reason(self, path: str, gates: np.ndarray | None) -> str:
     """Why a layer has channels outside of groups; '' if it has none."""
     flow, kind = self.flow, self.flow.layers[path].kind
-    if path in flow.unseen or kind == 'pool':
-      return flow.unseen.get(path, '')
-    if path not in flow.inputs:
-      return NESTED
+    if path in flow.unseen or path not in flow.inputs:
+      return flow.unseen.get(path, NESTED)
     channels = flow.outputs.get(path, flow.inputs[path])
     alone = channels[self.unit_of[channels] < 0]
-    if kind != 'norm':
-      if not alone.size:
-        return ''
-      return flow.channels.reason(alone[0]) if alone[0] else 'fixed inputs'
-    if gates is not None and (gates >= 0).all():
-      return ''
     if not alone.size:
-      return 'the gates of its channels stand further on'
+      gated = gates is not None and (gates >= 0).all()
+      further_on = kind == 'norm' and not gated
+      return 'the gates of its channels stand further on' if further_on else ''
     if not alone.any():
       return 'acts on channels of a fixed width'
     return flow.channels.reason(alone[alone > 0][0])
@@ -408,19 +393,25 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
   features = {p: len(c) for p, c in emitted.items()}
   narrow = gating.narrowed(source, flow.layers, features)
   try:
-    shapes = _init_shapes(narrow, arguments)
-    seen, *_ = _follow(narrow, shapes, arguments, emitted, flow)
+    traced = _traced(narrow, arguments)
   except Exception as e:  # The model's own code may raise anything.
     text = (str(e).strip() or type(e).__name__).splitlines()[0]
     return f"the model's code fixes this width: {text}"
+  compared = 'when narrowed (does it compare widths?)'
+  shapes, *_, calls = traced
+  called = groups.first_calls(calls)
+  if changed := sorted(flow.layers.keys() ^ called.keys()):
+    verb = 'calls' if changed[0] in called else 'does not call'
+    return f"the model's code {verb} {groups.some(changed)} {compared}"
+  seen, *_ = _follow(traced, emitted, flow)
   for path, channels in flow.inputs.items():
-    expected = found.unit_of[channels][kept[channels]]
+    left = kept[channels]
     there = found.unit_of[seen.inputs.get(path, np.zeros(0, int))]
-    if not np.array_equal(expected, there):
+    if not np.array_equal(found.unit_of[channels[left]], there):
       return f"the model's code sends other channels to {path} when narrowed"
-    for before, now in zip(flow.pasts[path], seen.pasts[path], strict=True):
-      if list(itertools.compress(before, kept[channels])) != now:
-        return f"the model's code treats channels of {path} by their number"
+    pasts = [list(itertools.compress(p, left)) for p in flow.pasts[path]]
+    if pasts != seen.pasts[path]:
+      return f"the model's code treats inputs of {path} otherwise {compared}"
   table = found.table(tuple(flow.layers.values()))
   stay = ~np.isin(np.arange(table.offsets[-1]), found.unit_of[~kept])
   parts = map(np.flatnonzero, np.split(stay, table.offsets[1:-1]))
