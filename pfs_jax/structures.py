@@ -74,9 +74,7 @@ class Structure:
   def from_json(cls, text: str, where: object = 'structure') -> Structure:
     """Reads what `to_json` wrote, also if a person edited it.
 
-    Args:
-      text: The JSON text.
-      where: The name of the text in errors, such as the path of the file.
+    `where` is the name of the text in errors, such as the path of the file.
 
     Raises:
       errors.UserError: The text is no structure; one line names the field.

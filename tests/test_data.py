@@ -572,9 +572,8 @@ def prepared(fakes, tmp_path):
 
 
 def _again(root, source=''):
-  return data.load(
-    'cifar10', data_dir=str(root), source_dir=str(source), download=False
-  )
+  places = {'data_dir': str(root), 'source_dir': str(source)}
+  return data.load('cifar10', **places, download=False)
 
 
 def test_second_load_reads_the_cache_only(prepared, monkeypatch):

@@ -62,9 +62,8 @@ def _streamed(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
     scale=0.25 if augmentation.padding else 0.0,
     keep=1.0,
   )
-  plain = dataclasses.replace(
-    augmentation, mean=(0.5,) * 3, std=(0.25,) * 3, padding=0
-  )
+  moments = {'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+  plain = dataclasses.replace(augmentation, **moments, padding=0)
   key = jax.random.key(seed)
   return loading.StreamSource(batches, 2, key=key, augmentation=plain)
 
@@ -124,9 +123,8 @@ def test_a_batch_depends_on_key_and_step_alone(source_of):
 def test_keys_give_other_orders_and_other_crops(source_of):
   a, b = source_of(seed=1), source_of(seed=2)
   assert _labels(a, 0) != _labels(b, 0)
-  crops = [
-    _batch(source_of(1, 1, seed=seed), 0)[0].tobytes() for seed in range(12)
-  ]
+  sources = [source_of(1, 1, seed=seed) for seed in range(12)]
+  crops = [_batch(source, 0)[0].tobytes() for source in sources]
   assert len(set(crops)) > 6
 
 
@@ -143,9 +141,8 @@ def test_images_keep_their_labels(source_of):
   for step in (0, 3, 9):
     x, y = _batch(source, step)
     raw = _images(23, channels=x.shape[-1])
-    np.testing.assert_allclose(
-      x, (raw[y] / 255.0 - 0.5) / 0.25, rtol=0, atol=1e-6
-    )
+  expected = (raw[y] / 255.0 - 0.5) / 0.25
+  np.testing.assert_allclose(x, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('batch_size', [0, -1, 24])
@@ -281,14 +278,12 @@ def test_three_steps_a_call_are_three_calls(source_of):
   one_by_one = jnp.zeros(())
   values = []
   for step in range(first, first + 3):
-    one_by_one, metrics = call(
-      one_by_one, source.resident, source.chunk(step, 1)
-    )
+    item = source.chunk(step, 1)
+    one_by_one, metrics = call(one_by_one, source.resident, item)
     values.append(float(metrics['state'][0]))
   with source:
-    together, metrics = call(
-      jnp.zeros(()), source.resident, source.chunk(first, 3)
-    )
+    item = source.chunk(first, 3)
+    together, metrics = call(jnp.zeros(()), source.resident, item)
   assert metrics['state'].shape == (3,)
   np.testing.assert_allclose(metrics['state'], values, rtol=1e-6)
   np.testing.assert_allclose(together, one_by_one, rtol=1e-6)

@@ -35,12 +35,8 @@ def configured(fields: Any) -> Spec:
 def open_set(config: Any, workdir: pathlib.Path) -> Any:
   """Reads the data set of a config, into memory or as a stream of files.
 
-  Args:
-    config: The whole configuration.
-    workdir: The folder of the run; files made from the data may be kept there.
-
-  Returns:
-    `opened.Arrays` or `opened.Streamed`, which have the same methods.
+  Gives `opened.Arrays` or `opened.Streamed`, which have the same methods. Files
+  made from the data may be kept in the workdir of the run.
 
   Raises:
     errors.UserError: The data are missing or wrong.

@@ -25,9 +25,7 @@ Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 def parse(name: str, files: dict[str, bytes]) -> Splits:
   """Images (uint8 [N, H, W, C]) and labels (int32 [N]) in the original order.
 
-  Args:
-    name: mnist, fashion_mnist, cifar10 or cifar100.
-    files: {file name: content}, see `upstream`.
+  `files` is {file name: content} of `upstream`.
 
   Raises:
     errors.UserError: An archive is incomplete or wrong.

@@ -69,8 +69,7 @@ def load(
 
   Args:
     name: digits, mnist, fashion_mnist, cifar10 or cifar100.
-    data_dir: The directory of prepared data, TFDS's and ours; '' is TFDS's
-      default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    data_dir: The directory of prepared data; '' is TFDS's default.
     source_dir: A directory with the original files, used instead of a download
       if `data_dir` has no data yet. It may be read-only.
     download: Whether to use the network: one attempt, checksums verified.

@@ -143,10 +143,8 @@ def reason(e: Exception) -> str:
 class Reader:
   """Batches by step, decoded ahead by threads; a context manager.
 
-  Args:
-    batches: The batches to decode; also an attribute.
-    workers: Threads that decode; 0 and -1 mean one for each core.
-    named: Indices of corrupt images already named on stderr; more are added.
+  0 and -1 `workers` mean one thread for each core. `named` has the indices of
+  corrupt images that were named on stderr; more are added.
 
   The attribute `seconds_waited` says how long `batch` has waited for threads.
   """

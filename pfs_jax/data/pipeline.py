@@ -224,13 +224,8 @@ class ArrayEvaluation:
   def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
     """Yields (images, labels, weights) on the devices."""
     for start in range(0, self.size, self._batch_size):
-      short = max(0, start + self._batch_size - self.size)
-      yield devices.split_batch(
-        tuple(
-          np.pad(
-            array[start : start + self._batch_size],
-            [(0, short)] + [(0, 0)] * (array.ndim - 1),
-          )
-          for array in self._arrays
-        )
-      )
+      stop, batch = start + self._batch_size, []
+      for array in self._arrays:
+        ends = [(0, max(0, stop - self.size))] + [(0, 0)] * (array.ndim - 1)
+        batch.append(np.pad(array[start:stop], ends))
+      yield devices.split_batch(tuple(batch))

@@ -63,9 +63,7 @@ def read_cached(
 
   A file that is damaged or was changed counts as none, and is named on stderr.
 
-  Args:
-    path: The file.
-    check: Raises `ValueError` or `KeyError` if the arrays are the wrong ones.
+  `check` raises `ValueError` or `KeyError` if the arrays are the wrong ones.
   """
   if not path.exists():
     return None

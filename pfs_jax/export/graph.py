@@ -121,11 +121,7 @@ class Graph:
   ) -> None:
     """Writes the file; input [N, *shape], output [N, classes], both float32.
 
-    Args:
-      path: The file.
-      shape: (H, W, C).
-      classes: Number of classes.
-      facts: Metadata.
+    The facts become its metadata.
     """
     import onnx
     from onnx import helper, numpy_helper

@@ -93,16 +93,9 @@ def write(
 ) -> prune.Structure:
   """Writes a structure and the channels that it keeps.
 
-  Args:
-    job: The run; its workdir receives the files.
-    budget: The budget, whose name gives the folder.
-    structure: The result of the cut.
-    ranked: The scores by which it was cut.
-    source: Where it comes from, besides the budget and the seed.
-
-  Returns:
-    The structure, or the one in the file if a user has edited its counts: an
-    edited file is kept.
+  It was cut by the `ranked` scores, which come from `source`, besides the
+  budget and the seed. Returns it, or the structure in the file if a user has
+  edited its counts: an edited file is kept.
   """
   structure = dataclasses.replace(
     structure,

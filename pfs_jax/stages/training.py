@@ -43,10 +43,7 @@ def _identity(job: Job, structure: prune.Structure) -> dict[str, Any]:
 def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   """Trains the narrow network and evaluates it on the test set.
 
-  Args:
-    job: Config, network, data and workdir.
-    weights: The first weights of the narrow network; None: those that
-      `config.train.init` says.
+  Its first weights are those given, or those that `config.train.init` says.
   """
   if (job.workdir / 'search').exists() and not job.config.train.structure:
     runs.claim(job.workdir / 'search', config.identity(job.config, 'search'))
