@@ -182,9 +182,8 @@ def squeeze_and_excite(x):
 def in_floats(x):
   """Normalised by statistics of the image itself."""
   mean = x.mean((1, 2, 3), keepdims=True)
-  return (x - mean) / jnp.sqrt(
-    jnp.square(x - mean).mean((1, 2, 3), keepdims=True) + 1e-3
-  )
+  variance = jnp.square(x - mean).mean((1, 2, 3), keepdims=True)
+  return (x - mean) / jnp.sqrt(variance + 1e-3)
 
 
 def normed(**kwargs):
@@ -193,6 +192,7 @@ def normed(**kwargs):
 
 OPERATORS = {
   'bias': lambda x: nn.relu(conv(x)),
+THREE = np.arange(3, dtype=np.float32).reshape(1, 1, 1, 3)
   'stride and SAME': lambda x: conv(x, strides=2, padding='SAME'),
   'dilated': lambda x: conv(x, kernel_dilation=2),
   'grouped': lambda x: conv(x, 6, feature_group_count=3),
@@ -200,12 +200,8 @@ OPERATORS = {
   'batchnorm first': lambda x: conv(nn.relu(normed()(x))),
   'batchnorm twice': lambda x: normed()(normed()(conv(x))),
   'used before its norm': lambda x: (lambda y: y + normed()(y))(conv(x)),
-  'factor wider than the convolution': lambda x: (
-    conv(x, 1) * jnp.arange(3.0).reshape(1, 1, 1, 3)
-  ),
-  'term wider than the convolution': lambda x: (
-    conv(x, 1) + jnp.arange(3.0).reshape(1, 1, 1, 3)
-  ),
+  'factor wider than the convolution': lambda x: conv(x, 1) * THREE,
+  'term wider than the convolution': lambda x: conv(x, 1) + THREE,
   'term by position': lambda x: (
     conv(x, 8) + jnp.arange(8.0)[None, :, None, None]
   ),
@@ -235,6 +231,11 @@ OPERATORS = {
   ),
   'split': lambda x: (lambda a, b: jnp.concatenate([b, a, nn.glu(b)], -1))(
     *jnp.split(conv(x, 5), [1], -1)
+  'stack': lambda x: jnp.stack([conv(x, 3), jnp.ones_like(x), x], -2),
+  'unstack': lambda x: conv(jnp.unstack(x, axis=1)[3][:, None]),
+  'tile': lambda x: jnp.tile(conv(x, 2), (1, 2, 1, 3)),
+  'softplus, mish': lambda x: nn.softplus(9 * x) + jax.nn.mish(conv(x, 3)),
+  'is finite': lambda x: jnp.where(jnp.isfinite(jnp.log(x)), x, 5.0),
   ),
   'split by rows': lambda x: sum(
     i * part for i, part in enumerate(jnp.split(x, 4, 1))

@@ -72,13 +72,14 @@ def _elementwise(graph, op: str, *inputs: Any) -> Tensor:
   return Tensor(graph.add(op, names), order)
 
 
-def _elementwise_op(first: str, *then: str) -> Callable[..., Tensor]:
-  """An operator on all inputs, and others on its result."""
+def _elementwise_op(first: str, *then: Any) -> Callable[..., Tensor]:
+  """An operator on all inputs; then others, or pairs (other, number)."""
 
   def write(graph, equation, *inputs) -> Tensor:
     x = _elementwise(graph, first, *inputs)
-    for op in then:
-      x = _elementwise(graph, op, x)
+    for step in then:
+      op, *number = [step] if isinstance(step, str) else step
+      x = _elementwise(graph, op, x, *map(np.float32, number))
     return x
 
   return write
@@ -321,6 +322,29 @@ def _joined(graph, equation, *parts) -> Tensor:
   return Tensor(graph.add('Concat', names, axis=axis), order)
 
 
+def _stacked(graph, equation, *parts) -> Tensor:
+  axis = equation.params['axis']
+  sizes = list(equation.outvars[0].aval.shape)
+  sizes[axis] = 1
+  names = [_with_shape(graph, x, sizes).name for x in parts]
+  return Tensor(graph.add('Concat', names, axis=axis), tuple(range(len(sizes))))
+
+
+def _unstacked(graph, equation, x) -> list[Tensor]:
+  axis = equation.params['axis']
+  return [
+    _with_shape(graph, _part(graph, x, [(i, i + 1, axis, 1)]), v.aval.shape)
+    for i, v in enumerate(equation.outvars)
+  ]
+
+
+def _tiled(graph, equation, x) -> Tensor:
+  times = [equation.params['reps'][axis] for axis in x.order]
+  refuse(any(map(jax.export.is_symbolic_dim, times)), 'by the batch size')
+  name = graph.add('Tile', [x.name, graph.integers(times)])
+  return Tensor(name, x.order)
+
+
 _SAME_NAME = 'abs add div erf exp log mul neg pow sign sqrt sub tanh'
 # {operator of JAX: (graph, equation, *inputs) -> Tensor, or a list of them}.
 TABLE: dict[str, Callable[..., Any]] = {
@@ -332,34 +356,32 @@ TABLE: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(['copy', 'copy_p', 'stop_gradient'], lambda _, __, x: x),
   'dot_general': _dense,
   'eq': _elementwise_op('Equal'),
-  'erfc': lambda graph, _, x: _elementwise(
-    graph, 'Sub', np.float32(1), _elementwise(graph, 'Erf', x)
-  ),
-  'expm1': lambda graph, _, x: _elementwise(
-    graph, 'Sub', _elementwise(graph, 'Exp', x), np.float32(1)
-  ),
+  'erfc': _elementwise_op('Erf', 'Neg', ('Add', 1)),
+  'expm1': _elementwise_op('Exp', ('Sub', 1)),
   'ge': _elementwise_op('GreaterOrEqual'),
   'gt': _elementwise_op('Greater'),
   'integer_pow': _power,
+  'is_finite': _elementwise_op('Abs', ('Less', np.inf)),
   'le': _elementwise_op('LessOrEqual'),
+  'log1p': _elementwise_op('Identity', ('Add', 1), 'Log'),
   'logistic': _elementwise_op('Sigmoid'),
   'lt': _elementwise_op('Less'),
-  'max': _limited,
-  'min': _limited,
+  **dict.fromkeys(['max', 'min'], _limited),
   'ne': _elementwise_op('Equal', 'Not'),
   'pad': _padded,
   'reduce_max': _reduced('ReduceMax'),
   'reduce_min': _reduced('ReduceMin'),
   'reduce_sum': _reduced('ReduceSum'),
-  'reduce_window_max': _pooled,
-  'reduce_window_sum': _pooled,
-  'reshape': _reshaped,
+  **dict.fromkeys(['reduce_window_max', 'reduce_window_sum'], _pooled),
+  **dict.fromkeys(['reshape', 'squeeze'], _reshaped),
   'rev': _reversed,
   'rsqrt': _elementwise_op('Sqrt', 'Reciprocal'),
   'select_n': _selected,
   'slice': _sliced,
   'split': _split,
   'square': lambda graph, _, x: _elementwise(graph, 'Mul', x, x),
-  'squeeze': _reshaped,
+  'stack': _stacked,
+  'tile': _tiled,
   'transpose': _transposed,
+  'unstack': _unstacked,
 }
