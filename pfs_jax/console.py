@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 import time
 import traceback
@@ -53,12 +54,8 @@ def duration(seconds: float) -> str:
 class Progress:
   """Work done, rate and time left: a bar on a terminal, else plain lines.
 
-  Args:
-    label: What is going on, such as 'search'.
-    total: Steps or bytes in all.
-    done: Steps or bytes that were done before.
-    unit: 'steps' or 'bytes'. Bytes are shown as MB, and without a terminal
-      `update` writes a line to stderr every 10 seconds.
+  It counts steps or bytes, of which some may be `done` before. Bytes are shown
+  as MB, and without a terminal `update` writes a line to stderr every 10 s.
   """
 
   def __init__(
@@ -141,6 +138,8 @@ def table(
 
 def _fail(text: str, code: int) -> NoReturn:
   """Prints an error, tells it to the other processes, and ends this one."""
+  # It may quote a file, which must not control the terminal.
+  text = ''.join(c if c.isprintable() or c == '\n' else '?' for c in text)
   print(text, file=sys.stderr, flush=True)
   peers.tell(text.removeprefix('error: '))
   peers.leave(code)
@@ -157,6 +156,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(function)
   def run(*args: Any) -> Any:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A path may be no UTF-8.
+      sys.stdout.reconfigure(errors='backslashreplace')
     try:
       return function(*args)
     except errors.UserError as e:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
-from pfs_jax import console, errors, export
-from pfs_jax.data import decoding
+from pfs_jax import console, errors, export, storage
+from pfs_jax.data import decoding, loading
 
 
 def read_image(
@@ -22,30 +24,23 @@ def read_image(
 ) -> np.ndarray:
   """Reads an image file in the form of the images that the network evaluates.
 
-  It is upright, and grey or RGB. Its centre square is resized; for networks of
-  large images, the centre crop of the evaluation (`data.decoding.decode`) is.
-
-  Args:
-    path: Any file that Pillow reads.
-    expected: `input` of the manifest.
-    invert: Whether light and dark are exchanged.
-
-  Returns:
-    uint8 [H, W, C].
+  It is upright, and grey or RGB, uint8 [H, W, C]. Its centre square is resized;
+  for networks of large images, the centre crop of the evaluation is (see
+  `data.decoding.decode`). `expected` is the `input` of the manifest.
 
   Raises:
     errors.UserError: The file cannot be read.
   """
   _, size, _, channels = expected['shape']
+  content = storage.read_regular_file(pathlib.Path(path))
+  keep = expected['centre_crop']
   try:
-    content = pathlib.Path(path).read_bytes()
-    keep = expected['centre_crop']
     pixels = decoding.decode(
       content, size, keep=keep, channels=channels, formats=None
     )
   except Exception as e:  # Damaged files raise many types of errors.
-    reason = e.strerror if isinstance(e, OSError) and e.strerror else e
-    reason = 'it is not an image' if 'cannot identify' in str(e) else reason
+    unknown = isinstance(e, UnidentifiedImageError)
+    reason = 'it is not an image' if unknown else loading.reason(e)
     raise errors.UserError(f'{path} cannot be read: {reason}.') from e
   return 255 - pixels if invert else pixels
 
@@ -58,6 +53,8 @@ def probabilities(
   logits = classify(
     export.normalised(np.stack(pixels), expected['mean'], expected['std'])
   ).astype(np.float64)
+  if not np.isfinite(logits).all():
+    raise errors.UserError("the network's logits are not finite.")
   powers = np.exp(logits - logits.max(axis=1, keepdims=True))
   return powers / powers.sum(axis=1, keepdims=True)
 
@@ -95,9 +92,10 @@ def main(argv: Sequence[str]) -> None:
   asked = _parser().parse_args(argv)
   if asked.top < 1:
     raise errors.UserError(f'--top must be >= 1; got {asked.top}.')
-  expected = export.read_manifest(asked.directory)['input']
-  pixels = [read_image(p, expected, asked.invert) for p in asked.images]
+  warnings.filterwarnings('ignore', module=r'PIL\.')  # Odd EXIF and the like.
   classify = export.load(asked.directory, asked.format, asked.factory)
+  expected = classify.manifest['input']
+  pixels = [read_image(p, expected, asked.invert) for p in asked.images]
   names = classify.manifest['class_names']
   for path, shares in zip(
     asked.images, probabilities(classify, pixels), strict=True

@@ -47,12 +47,8 @@ def write_bytes(
 ) -> None:
   """Writes a file, unless it already holds the content.
 
-  So a finished run can be used without the permission to write.
-
-  Args:
-    path: The file; its folder is made if it does not exist.
-    content: All of it.
-    sealed: Whether its checksum is noted.
+  So a finished run can be used without the permission to write. Makes its
+  folder if need be. `sealed`: whether its checksum is noted.
 
   Raises:
     errors.UserError: It cannot be written; an earlier file is kept.
@@ -146,7 +142,7 @@ def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   Raises:
     errors.UserError: It cannot be read, or has changed since it was sealed.
   """
-  content = _read_regular_file(path, largest)
+  content = read_regular_file(path, largest)
   noted = _noted_checksums(path.parent).get(path.name)
   if noted not in (None, sha256(content)):
     raise errors.UserError(
@@ -157,7 +153,8 @@ def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   return content
 
 
-def _read_regular_file(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
+def read_regular_file(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
+  """`read_bytes` of a file that is not ours, without a look at checksums."""
   try:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -179,7 +176,7 @@ def _noted_checksums(folder: pathlib.Path) -> dict[str, str]:
   path = folder / CHECKSUMS
   if not path.exists():
     return {}
-  return decode(_read_regular_file(path), dict[str, str], path)
+  return decode(read_regular_file(path), dict[str, str], path)
 
 
 def decode(content: bytes | str, kind: Any, where: object) -> Any:
@@ -224,10 +221,8 @@ def read_arrays(
 ) -> dict[str, np.ndarray]:
   """The arrays of a .npz in the order in which they were written.
 
-  Args:
-    path: The file; pickles in it are refused.
-    shapes: If given: the names that it must hold, in this order, and the shape
-      of each array. All must be finite floats.
+  Pickles in it are refused. If `shapes` is given, it must hold these names in
+  this order, with finite floats of these shapes.
 
   Raises:
     errors.UserError: It cannot be read, or holds something else.
@@ -284,13 +279,9 @@ def locked(
   or on a file system without locks, counts as locked by this process. If a run
   has several processes, the first one holds the lock for all.
 
-  Args:
-    folder: The folder; it is made if it does not exist.
-    wait: A function to call before waiting for another process that holds the
-      folder; None: do not wait.
-
-  Yields:
-    Whether this process holds the lock; it can be False only without `wait`.
+  Makes the folder if need be. Calls `wait` before it waits for another process
+  that holds the folder; without `wait`, it does not wait. Yields whether this
+  process holds the lock.
 
   Raises:
     errors.UserError: The folder cannot be made.

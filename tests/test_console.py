@@ -86,9 +86,8 @@ def test_a_download_says_megabytes_now_and_then(clock, capsys):
 
 
 def test_a_table_holds_all_cells_in_a_pipe(capsys):
-  console.table(
-    'Title', ['layer', 'MACs'], [['stem', '1,234'], [99 * 'x', '56']]
-  )
+  cells = [['stem', '1,234'], [99 * 'x', '56']]
+  console.table('Title', ['layer', 'MACs'], cells)
   out = capsys.readouterr().out
   for text in ('Title', 'layer', 'MACs', 'stem', '1,234', 99 * 'x'):
     assert text in out
@@ -112,6 +111,7 @@ def _raising(error):
   'error, code, text',
   [
     (errors.UserError('x must be 1; got 2.'), 2, 'error: x must be 1; got 2.'),
+    (errors.UserError('got \x1b[31m'), 2, 'error: got ?[31m'),
     (
       errors.Interrupted(15, 'train step 3'),
       143,

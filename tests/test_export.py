@@ -164,6 +164,8 @@ def test_any_batch_size_and_no_other_shape(saved, name):
   ):
     with pytest.raises(errors.UserError, match=r'float \[N, 8, 8, 1\]; got'):
       classify(bad)
+  with pytest.raises(errors.UserError, match='takes other images than .9, 9'):
+    export.FORMATS[name].read(saved[0], (9, 9, 1))
 
 
 # ONNX, operator by operator.
@@ -190,9 +192,9 @@ def normed(**kwargs):
   return nn.BatchNorm(use_running_average=True, **kwargs)
 
 
+THREE = np.arange(3, dtype=np.float32).reshape(1, 1, 1, 3)
 OPERATORS = {
   'bias': lambda x: nn.relu(conv(x)),
-THREE = np.arange(3, dtype=np.float32).reshape(1, 1, 1, 3)
   'stride and SAME': lambda x: conv(x, strides=2, padding='SAME'),
   'dilated': lambda x: conv(x, kernel_dilation=2),
   'grouped': lambda x: conv(x, 6, feature_group_count=3),
@@ -229,13 +231,13 @@ THREE = np.arange(3, dtype=np.float32).reshape(1, 1, 1, 3)
     jax.lax.slice(x, (0, 0, 1, 0), x.shape, (1, 2, 1, 1)),
     ((0, 0), (1, 0), (0, 0), (0, 2)),
   ),
-  'split': lambda x: (lambda a, b: jnp.concatenate([b, a, nn.glu(b)], -1))(
-    *jnp.split(conv(x, 5), [1], -1)
   'stack': lambda x: jnp.stack([conv(x, 3), jnp.ones_like(x), x], -2),
   'unstack': lambda x: conv(jnp.unstack(x, axis=1)[3][:, None]),
   'tile': lambda x: jnp.tile(conv(x, 2), (1, 2, 1, 3)),
   'softplus, mish': lambda x: nn.softplus(9 * x) + jax.nn.mish(conv(x, 3)),
   'is finite': lambda x: jnp.where(jnp.isfinite(jnp.log(x)), x, 5.0),
+  'split': lambda x: (lambda a, b: jnp.concatenate([b, a, nn.glu(b)], -1))(
+    *jnp.split(conv(x, 5), [1], -1)
   ),
   'split by rows': lambda x: sum(
     i * part for i, part in enumerate(jnp.split(x, 4, 1))
@@ -310,21 +312,22 @@ def test_onnx_refuses_by_name(message, tmp_path, monkeypatch):
 # The folder.
 
 FILES = {room.FILE: name for name, room in export.FORMATS.items()}
+INPUT = {
+  'shape': ['N', 8, 8, 1],
+  'dtype': 'float32',
+  'layout': 'NHWC',
+  'channels': 'grey',
+  'range': [0.0, 1.0],
+  'mean': [0.3],
+  'std': [0.2],
+  'centre_crop': 1.0,
+}
 
 
 def test_the_manifest(saved):
   folder, manifest, structure = saved
   assert manifest == json.loads((folder / 'manifest.json').read_text())
-  assert manifest['input'] == {
-    'shape': ['N', 8, 8, 1],
-    'dtype': 'float32',
-    'layout': 'NHWC',
-    'channels': 'grey',
-    'range': [0.0, 1.0],
-    'mean': [0.3],
-    'std': [0.2],
-    'centre_crop': 1.0,
-  }
+  assert manifest['input'] == INPUT
   assert manifest['class_names'] == [f'thing {i}' for i in range(10)]
   described = manifest['structure']
   assert described['macs'] == structure.macs
@@ -391,10 +394,13 @@ def test_one_that_differs_leaves_the_former(network, copied, monkeypatch, name):
   assert [p.name for p in copied.parent.iterdir()] == ['e']
 
 
-def test_nan_is_no_answer():
+def test_nan_is_no_answer(saved):
   for found in (np.full((1, 2), np.nan), np.ones((1, 3))):
     with pytest.raises(errors.UserError, match='onnx: .* (nan|inf) of'):
       bundle._error('onnx', [found], [np.ones((1, 2))])
+  nan = export.Exported('onnx', saved[1], lambda x: np.full((1, 10), np.nan))
+  with pytest.raises(errors.UserError, match='not finite'):
+    predict.probabilities(nan, [np.zeros((8, 8, 1), np.uint8)])
 
 
 def test_what_replaces_what(network, copied):
@@ -464,6 +470,10 @@ def test_a_changed_or_missing_file_is_named(copied, file):
     {'input': {}},
     {'files': {'model.onnx': 5}},
     {'class_names': ['one']},
+    {'class_names': ['\x1b[31m'] * 10},
+    {'input': INPUT | {'std': [0.0]}},
+    {'input': INPUT | {'mean': [1e300]}},
+    {'input': INPUT | {'shape': ['N', 2**20, 2**20, 1]}},
     {'output': {'shape': [1]}},
   ],
   ids=str,
@@ -532,17 +542,27 @@ def test_a_program_that_calls_out_is_refused(copied):
 
   @jax.jit
   def program(x):
-    return jnp.linalg.qr(x.reshape(x.shape[0], 8, 8))[0][:, :, 0] @ jnp.ones(
-      (8, 10)
-    )
+    q, _ = jnp.linalg.qr(x.reshape(x.shape[0], 8, 8))
+    return q[:, :, 0] @ jnp.ones((8, 10))
 
-  exported = jax.export.export(program)(
-    export.FORMATS['stablehlo'].images((8, 8, 1))
-  )
+  images = export.FORMATS['stablehlo'].images((8, 8, 1))
+  exported = jax.export.export(program)(images)
   (copied / 'model.stablehlo').write_bytes(exported.serialize())
   reseal(copied, 'model.stablehlo')
   with pytest.raises(errors.UserError, match='calls .*: not allowed'):
     export.load(copied, 'stablehlo')
+
+
+def test_weights_in_another_file_are_refused(copied, monkeypatch):
+  """onnxruntime would read them, even from the working directory."""
+  monkeypatch.chdir(copied)
+  model = onnx.load(copied / 'model.onnx')
+  for tensor in model.graph.initializer:
+    onnx.external_data_helper.set_external_data(tensor, 'weights')
+  onnx.save(model, copied / 'model.onnx')
+  reseal(copied, 'model.onnx')
+  with pytest.raises(errors.UserError, match='refers to other files'):
+    export.load(copied, 'onnx')
 
 
 def test_missing_formats(copied, monkeypatch):
@@ -568,11 +588,9 @@ def test_own_model_in_a_fresh_process(tmp_path, monkeypatch):
   module, spec = network.narrow(structure.counts), spec_of(8, 1)
   variables = weights(module, (8, 8, 1))
   folder = tmp_path / 'e'
-  manifest = export.save(
-    folder, module, variables, structure, spec, factory=OWN
-  )
-  assert set(manifest['formats']) == set(export.FORMATS)
-  assert manifest['structure']['model']['factory'] == OWN
+  made = export.save(folder, module, variables, structure, spec, factory=OWN)
+  assert set(made['formats']) == set(export.FORMATS)
+  assert made['structure']['model']['factory'] == OWN
   x = images_of(2, spec)
   expected = np.asarray(module.apply(variables, x))
   found = export.load(folder, 'safetensors', OWN)(x)
@@ -603,9 +621,7 @@ def test_a_bundle_runs_no_code_that_it_names(copied, tmp_path, capsys, factory):
   assert error.count('\n') == 1 and "model.factory is 'os:system'" in error
 
 
-def test_what_the_fresh_process_says_is_passed_on(
-  network, tmp_path, monkeypatch
-):
+def test_what_the_fresh_process_says_is_said(network, tmp_path, monkeypatch):
   said = subprocess.CompletedProcess('', 2, stderr='a warning\nerror: no room.')
   monkeypatch.setattr(bundle.subprocess, 'run', lambda *_, **__: said)
   with pytest.raises(errors.UserError, match='cannot be read back: no room.'):
@@ -622,9 +638,11 @@ def test_what_the_fresh_process_says_is_passed_on(
     ([], 'required: directory, image'),
     (['E'], 'required: image'),
     (['/nowhere', 'P'], 'manifest.json does not exist'),
-    (['E', '/nowhere.png'], '/nowhere.png cannot be read: No such file'),
+    (['E', '/nowhere.png'], '/nowhere.png does not exist'),
     (['E', 'E/manifest.json'], 'cannot be read: it is not an image'),
-    (['E', 'E'], 'cannot be read: Is a directory'),
+    (['E', 'E'], 'cannot be read: it is not a file'),
+    (['E', '/dev/zero'], 'cannot be read: it is not a file'),
+    (['E', 'S'], 'cannot be read: it is EPS, which is a program'),
     (['D', 'P'], 'model.stablehlo is damaged'),
     (['E', 'P', '--format=tflite'], "got 'tflite'"),
     (['E', 'P', '--top=0'], '--top must be >= 1'),
@@ -633,11 +651,13 @@ def test_what_the_fresh_process_says_is_passed_on(
   ],
 )
 def test_predict_refuses_in_one_line(saved, copied, capsys, args, message):
-  """E is an export, D a damaged one, and P a picture."""
+  """E is an export, D a damaged one, P a picture, S one for Ghostscript."""
   (copied / 'model.stablehlo').write_bytes(b'')
   places = {'E': saved[0], 'D': copied, 'P': copied.parent / 'p.png'}
   places['E/manifest.json'] = saved[0] / 'manifest.json'
+  places['S'] = copied.parent / 's.png'
   Image.new('L', (8, 8)).save(places['P'])
+  Image.new('L', (8, 8)).save(places['S'], 'EPS')
   with pytest.raises(SystemExit) as end:
     predict.main([str(places.get(a, a)) for a in args])
   shown = capsys.readouterr()
@@ -645,23 +665,20 @@ def test_predict_refuses_in_one_line(saved, copied, capsys, args, message):
   assert len(shown.err.splitlines()) == 1 and message in shown.err
 
 
-def test_predict_is_the_softmax_of_the_normalised_image(
-  network, saved, tmp_path, capsys
-):
+def test_predict_is_a_softmax(network, saved, tmp_path, capsys):
   pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8), np.uint8)
-  paths = [str(tmp_path / f'{i}.png') for i in range(2)]
+  paths = [str(tmp_path / f'{i}\udcff.png') for i in range(2)]  # Not UTF-8.
   for path, image in zip(paths, pixels, strict=True):
-    Image.fromarray(image).save(path)
+    alpha = bytes(range(256))  # Pillow would warn.
+    Image.fromarray(image).convert('P').save(path, transparency=alpha)
   predict.main([str(saved[0]), *paths, '--format=onnx', '--top=10'])
   lines = capsys.readouterr().out.splitlines()
   module, variables, _, _ = network
-  x = (pixels[..., None] / 255 - 0.3) / 0.2
-  logits = np.asarray(
-    jax.jit(module.apply)(variables, x.astype(np.float32)), float
-  )
+  x = ((pixels[..., None] / 255 - 0.3) / 0.2).astype(np.float32)
+  logits = np.asarray(jax.jit(module.apply)(variables, x), float)
   shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
   expected = [
-    f'{path}: thing {i} {share[i]:.1%}'
+    f'{path}: thing {i} {share[i]:.1%}'.replace('\udcff', r'\udcff')
     for path, share in zip(paths, shares, strict=True)
     for i in np.argsort(-share, kind='stable')
   ]

@@ -61,23 +61,22 @@ def decode(
 
   Args:
     content: The file.
-    size: Height and width of the result.
+    size: Height and width of the result, uint8 [size, size, channels].
     scale: Least share of the area of a random crop; 0 takes the centre square.
     rng: Draws the random crop; without it, the centre square.
     keep: Share of the shorter side that the centre square keeps. Crop and
       resize are one operation, without rounding in between; a square image of
       `size` with `keep` 1 is returned as it is.
     channels: 3, or 1 for grey.
-    formats: Pillow's names of the formats to try; None: all.
-
-  Returns:
-    uint8 [size, size, channels].
+    formats: Pillow's names of the formats to try; None: all but EPS.
 
   Raises:
     Exception: Any type, if the content is no image, is damaged, or has more
       pixels than Pillow's limit against decompression bombs.
   """
   image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
+  if image.format == 'EPS':  # It starts Ghostscript, which runs its code.
+    raise ValueError('it is EPS, which is a program')
   if image.getexif().get(_ORIENTATION, 1) != 1:  # Rare.
     image = ImageOps.exif_transpose(image)
   width, height = image.size

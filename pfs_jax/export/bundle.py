@@ -272,8 +272,7 @@ def load(
       the one that the export records.
 
   Returns:
-    A function: normalised float [N, H, W, C], any N >= 1 -> logits
-    [N, classes].
+    A function: normalised float [N, H, W, C], N >= 1 -> logits [N, classes].
 
   Raises:
     errors.UserError: The folder holds no export, the format is missing, or a

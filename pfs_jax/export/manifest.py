@@ -30,15 +30,17 @@ BATCH_SIZES = (1, 5)  # Batches of random images for the comparison.
 # The centre crop of the evaluation on streamed data sets (`data.decoding`).
 _CROP = 224 / 256
 
-_Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**13)]  # An image fits in memory.
+_Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+_Deviation = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 
 
 class Input(TypedDict):
   """The images that the network takes."""
 
   shape: tuple[Literal['N'], _Size, _Size, _Size]
-  mean: list[float]
-  std: list[float]
+  mean: list[_Number]
+  std: list[_Deviation]
   centre_crop: Annotated[float, msgspec.Meta(gt=0, le=1)]
   dtype: str
   layout: str
@@ -49,7 +51,7 @@ class Input(TypedDict):
 class Output(TypedDict):
   """The output of the network."""
 
-  shape: tuple[Literal['N'], _Size]
+  shape: tuple[Literal['N'], Annotated[int, msgspec.Meta(ge=1, le=2**20)]]
   meaning: str
 
 
@@ -160,10 +162,11 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
   found: Manifest = storage.read_json(path, Manifest)
   channels, classes = found['input']['shape'][3], found['output']['shape'][1]
   lengths = (len(found['input']['mean']), len(found['input']['std']))
-  named = len(found['class_names']) in (0, classes)
+  names = found['class_names']
+  named = len(names) in (0, classes) and ''.join(names).isprintable()
   if lengths != (channels, channels) or not named:
     raise errors.UserError(
-      f'{path}: input, output and class_names do not fit each other.'
+      f'{path}: input, output and (printable) class_names do not fit.'
     )
   return found
 

@@ -44,14 +44,7 @@ def write(
   shape: tuple[int, int, int],
   facts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes `module.apply(variables, x)` as operators of ONNX.
-
-  Args:
-    folder: Receives the file.
-    module: Anything with `apply(variables, images) -> logits`.
-    variables: Its collections.
-    shape: (H, W, C) of the images.
-    facts: Metadata of the file.
+  """Writes `module.apply(variables, x)` as operators of ONNX, and the facts.
 
   Raises:
     errors.UserError: The module uses an operator that is not known here.
@@ -75,17 +68,34 @@ def read(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
   """(the graph in onnxruntime on the CPU, the name of its network).
 
-  The graph is read from memory, so that it cannot refer to files outside of the
-  folder. It needs no factory.
+  Raises:
+    errors.UserError: The graph refers to other files, or takes other images.
   """
+  import onnx
   import onnxruntime
 
-  del shape, factory
+  del factory
+  content = (folder / FILE).read_bytes()
+  if _is_external(onnx.load_model_from_string(content)):
+    raise errors.UserError(f'{FILE} refers to other files: not allowed.')
   session = onnxruntime.InferenceSession(
-    (folder / FILE).read_bytes(), providers=['CPUExecutionProvider']
+    content, providers=['CPUExecutionProvider']
   )
+  if [image.shape[1:] for image in session.get_inputs()] != [list(shape)]:
+    raise errors.UserError(f'{FILE} takes other images than {list(shape)}.')
   facts = session.get_modelmeta().custom_metadata_map
   return lambda x: session.run(None, {INPUT: x})[0], facts.get('network', '')
+
+
+def _is_external(message: Any) -> bool:
+  """Whether a tensor at any depth of a message lies in another file."""
+  if getattr(message, 'external_data', ()):
+    return True
+  for field, value in message.ListFields():
+    parts = [value] if hasattr(value, 'ListFields') else value
+    if field.message_type and any(map(_is_external, parts)):
+      return True
+  return False
 
 
 def _walk(graph: Graph, program: Any, arguments: Sequence[Any]) -> list[Any]:

@@ -47,8 +47,10 @@ def read(
   """
   import safetensors
 
-  text = storage.read_text(folder / STRUCTURE)
-  module = build(Structure.from_json(text), factory)
+  structure = Structure.from_json(storage.read_text(folder / STRUCTURE))
+  module, model = build(structure, factory), structure.model
+  if (*[model.get('image_size')] * 2, model.get('channels')) != shape:
+    raise errors.UserError(f'{FILE} takes other images than {list(shape)}.')
   image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   key = jax.random.key(0)
   init = nn.meta.unbox(jax.eval_shape(module.init, key, image))
@@ -58,12 +60,12 @@ def read(
     facts = file.metadata() or {}
   for name in sorted({*arrays, *expected}):
     found, wanted = (
-      list(tree[name].shape) if name in tree else None
+      f'{tree[name].dtype} {list(tree[name].shape)}' if name in tree else None
       for tree in (arrays, expected)
     )
     if found != wanted:
       raise errors.UserError(
-        f'{FILE}: {name} has the shape {found}; the network of {STRUCTURE} has '
+        f'{FILE}: {name} is {found}; that of the network of {STRUCTURE} is '
         f'{wanted}.'
       )
   variables = flax.traverse_util.unflatten_dict(arrays, sep='/')
@@ -76,12 +78,8 @@ def build(structure: Structure, factory: str = '') -> Any:
 
   Building a user's own network runs the code of its factory. A structure is
   data, possibly from a stranger, so it must not choose that code: the caller
-  names the factory, and the structure must name the same one.
-
-  Args:
-    structure: The counts, and in `model` the network that they belong to.
-    factory: 'package.module:callable', as in config.model.factory; '' for a
-      network of the registry.
+  names the factory, as in config.model.factory, and the structure must name the
+  same one.
 
   Raises:
     errors.UserError: The structure names another factory, or does not fit.
