@@ -260,6 +260,7 @@ def test_a_function_that_cannot_be_imported_is_named(module, tmp_path):
     ({'test_images': np.zeros((12, 9, 9, 1), np.uint8)}, r'\[8, 8, 1\] as'),
     ({'labels': np.zeros(59, int)}, 'must be 60 integers, one for each'),
     ({'labels': np.zeros(60)}, 'must be 60 integers.*; got float64'),
+    ({'labels': np.zeros(60, int)}, 'must be 2 to 2[*]{2}20 classes; got 1'),
     ({'labels': np.eye(3)[np.zeros(60, int)]}, 'must be 60 integers'),
     ({'labels': np.arange(60) % 3 - 1}, r'labels must be in 0..1; got -1..1'),
     ({'labels': np.arange(60) % 3 + 1}, 'none of class 0'),
@@ -280,6 +281,7 @@ def test_fields_that_do_not_fit_are_named(tmp_path):
   for field, value, message in (
     ('image_size', 9, 'image_size must be 0 or 8; got 9'),
     ('num_classes', 2, 'labels must be in 0..1; got 0..2'),
+    ('num_classes', 2**32, 'must be 2 to 2**20 classes; got 4294967296'),
     ('train_examples', 61, 'must be in 0..60 for npz'),
   ):
     assert message in _refusal(_config_of(path, **{field: value}))
@@ -301,6 +303,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   bad.write_bytes(good)
   monkeypatch.setattr(own, 'MAX_BYTES', 1000)
   assert 'must hold at most 1,000 bytes' in _refusal(c)
+  os.mkfifo(pipe := tmp_path / 'pipe.npz')  # Reading it would wait for ever.
+  assert 'must be a .npz file; got a pipe' in _refusal(_config_of(pipe))
 
 
 def test_folders_that_are_wrong_are_named(pets):
@@ -331,6 +335,8 @@ def test_folders_that_are_wrong_are_named(pets):
   for path in pets.glob('cat/*.png'):
     path.write_bytes(b'')
   assert 'image_size is 0' in _refusal(c)
+  shutil.rmtree(pets / 'cat')
+  assert 'at least 2 class folders; ' in _refusal(c)
 
 
 def test_corrupt_images_are_left_out_when_asked(pets, capsys):

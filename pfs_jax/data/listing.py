@@ -79,8 +79,9 @@ def scan(root: pathlib.Path) -> Folder:
       f'{must} class folders with image files; cannot read '
       f'{e.filename or root} ({e.strerror}).'
     ) from e
-  if not classes:
-    raise errors.UserError(f'{must} class folders; {root} has none.')
+  if len(classes) < 2:
+    have = f'{root} has {len(classes)}'
+    raise errors.UserError(f'{must} at least 2 class folders; {have}.')
   for name, files in zip(classes, found, strict=True):
     if not files:
       raise errors.UserError(

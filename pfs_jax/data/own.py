@@ -105,6 +105,8 @@ def _from_factory(factory: str, *sizes: int) -> arrays.Dataset:
 def _from_npz(path: pathlib.Path, changed: int, *sizes: int) -> arrays.Dataset:
   """The arrays of a file, read again when it has `changed`."""
   where = f'config.data.source_dir={path}'
+  # Reading it would wait for ever.
+  _require(where, not path.is_fifo(), 'must be a .npz file', 'a pipe')
   try:
     with zipfile.ZipFile(path) as file:
       size = sum(member.file_size for member in file.infolist())
@@ -160,6 +162,7 @@ def _checked(
   rule = f'config.data.image_size must be 0 or {shape[0]}'
   require(image_size in (0, shape[0]), rule, image_size)
   classes = num_classes or int(labels.max()) + 1
+  require(2 <= classes <= 2**20, 'there must be 2 to 2**20 classes', classes)
   for split, values in (('', labels), ('test_', test_labels)):
     low, high = values.min(), values.max()
     rule = f'{split}labels must be in 0..{classes - 1}'
