@@ -37,12 +37,10 @@ def with_variant(
   variant: str,
   known: Mapping[str, Mapping[str, Any]],
 ) -> ml_collections.ConfigDict:
-  """The config with the overrides of a variant.
+  """The config with the overrides {'search.epochs': value, ...} of a variant.
 
-  Args:
-    c: The config.
-    variant: The text after the colon in `--config configs/x.py:variant`.
-    known: {variant: {'search.epochs': value, ...}}; other variants are refused.
+  A variant is the text after the colon in `--config configs/x.py:variant`; one
+  that is not known is refused.
   """
   if variant not in known:
     raise errors.UserError(
@@ -72,6 +70,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if rule:
       raise errors.UserError(
         f'config.{field.name} must be {rule}; got {value!r}.'
+      )
+  for name in ('residual', 'leave', 'call', 'norm', 'conv'):
+    if config.model[name] and not config.model.factory:
+      raise errors.UserError(
+        f'config.model.{name} needs config.model.factory; got '
+        f'{config.model[name]!r}.'
       )
   kinds = ('keep', 'macs', 'params', 'latency_ms')
   if not any(config.budget[kind] for kind in kinds):
