@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import jax
@@ -88,10 +88,8 @@ def hardware() -> str:
 def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   """Gives a new folder an identity, or checks that the folder has this one.
 
-  Args:
-    folder: The folder; its config.json holds the identity. Fields that are not
-      in it count as having their defaults.
-    identity: {field: value}.
+  Its config.json holds the identity, {field: value}. Fields that are not in it
+  count as having their defaults.
 
   Raises:
     errors.UserError: The folder belongs to another identity; the message names
@@ -128,18 +126,21 @@ def claim_part(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
     claim(folder, storage.read_json(path, dict[str, Any]) | dict(fields))
 
 
-def give_back(workdir: pathlib.Path, new: bool) -> None:
+def give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
   """Removes what a refused command wrote where it did no work yet.
 
-  Else the corrected command would be refused, too. `new`: it made the workdir.
+  Else the corrected command would be refused, too. `made`: the folders that the
+  command made, the workdir or none first.
   """
   with contextlib.suppress(OSError):
     for path in _claimed:
       if path.is_relative_to(workdir) and [*path.parent.glob('*')] == [path]:
         shutil.rmtree(path.parent)
     left = (str(p.relative_to(workdir)) for p in workdir.rglob('*'))
-    if new and _NOTES.issuperset(left):
+    if made and _NOTES.issuperset(left):
       shutil.rmtree(workdir)
+      for parent in made[1:]:
+        parent.rmdir()
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -187,9 +188,7 @@ def read_result(path: pathlib.Path) -> Result:
 class MetricsLog:
   """metrics.jsonl, one JSON line a record, and TensorBoard events.
 
-  Args:
-    folder: Receives both.
-    resume_step: Later records are dropped, because the run writes them again.
+  Records after `resume_step` are dropped, because the run writes them again.
   """
 
   def __init__(self, folder: pathlib.Path, resume_step: int):

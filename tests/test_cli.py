@@ -49,6 +49,8 @@ BAD = {
     f'{DIGITS} --mode=search {SMALL} --config.{field}': said
     for field, said in SEARCH_FIELDS.items()
   },
+  # Refused before the search.
+  f'{DIGITS} --mode=run {SMALL} --config.train.batch_size=1501': 'in [1, 1500]',
   f'{DIGITS} {INFO} now': "unexpected argument 'now'",
   f'{DIGITS} {INFO} --fast': "Unknown command line flag 'fast'",
   '': '--config is required',
@@ -67,9 +69,7 @@ BAD = {
   f'{DIGITS} --mode=eval': 'does not exist',
   f'{TRAIN}none.json': 'none.json does not exist',
   f'{TRAIN}requirements.txt': 'requirements.txt: JSON is malformed',
-  f'{DIGITS} --mode=search --workdir=pyproject.toml': (
-    'pyproject.toml cannot be used'
-  ),
+  f'{DIGITS} --mode=search --workdir=pyproject.toml': 'toml cannot be used',
   f'{DIGITS} {INFO} --workdir={LONG}': TOO_LONG,
   f'{DIGITS} --mode=search --workdir={LONG}': TOO_LONG,
   f'{DIGITS} --mode=report --workdir={LONG}': TOO_LONG,
@@ -83,19 +83,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(
-  'args, said', BAD.items(), ids=[args[:80] for args in BAD]
-)
+@pytest.mark.parametrize('args, said', BAD.items(), ids=[a[:80] for a in BAD])
 def test_bad_command_lines(args, said, tmp_path):
   done = processes.run(
-    ['main.py', f'--workdir={tmp_path / "w"}', *args.split()],
+    ['main.py', f'--workdir={tmp_path / "runs" / "w"}', *args.split()],
     env={'TFDS_DATA_DIR': str(tmp_path / 'tfds')},
   )
   lines = done.stderr.splitlines()
   assert done.returncode == 2, done.stderr
   assert lines[0].startswith('error: ') and len(lines) <= 3, done.stderr
   assert said in done.stderr
-  assert not (tmp_path / 'w').exists()  # The corrected command starts afresh.
+  assert not (tmp_path / 'runs').exists()  # The next one starts afresh.
 
 
 def test_help_is_no_error():

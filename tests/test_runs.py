@@ -37,9 +37,8 @@ def make_state(seed):
   }
   opt_state = optax.sgd(0.1, 0.9).init(jax.tree.map(jnp.asarray, params))
   opt_state = jax.tree.map(lambda v: v + 0.1 * seed, opt_state)
-  return devices.replicate(
-    State(jnp.asarray(seed, jnp.int32), params, opt_state, 'static')
-  )
+  step = jnp.asarray(seed, jnp.int32)
+  return devices.replicate(State(step, params, opt_state, 'static'))
 
 
 def assert_equal_states(a, b):
@@ -65,6 +64,12 @@ def restore(folder):
     return found and found[:2]
 
 
+def assert_restored(folder, step):
+  found, state = restore(folder)
+  assert found == step
+  assert_equal_states(state, make_state(step))
+
+
 def kept_steps(folder):
   return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
 
@@ -88,9 +93,7 @@ def test_the_two_newest_are_kept(tmp_path):
   assert kept_steps(tmp_path) == [4, 10]
   with checkpointing.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(10, make_state(11))  # A saved step is not written again.
-  step, state = restore(tmp_path)
-  assert step == 10
-  assert_equal_states(state, make_state(10))
+  assert_restored(tmp_path, 10)
 
 
 def _flip(content):
@@ -158,10 +161,8 @@ def test_another_weight_is_caught_by_the_checksum(tmp_path, caplog):
   arrays['1'] = arrays['1'] + 1
   storage.write_arrays(path, arrays)
   with caplog.at_level(logging.WARNING):
-    step, state = restore(tmp_path)
+    assert_restored(tmp_path, 1)
   assert 'checkpoint 2 does not match its checksum' in caplog.text
-  assert step == 1
-  assert_equal_states(state, make_state(1))
 
 
 def test_no_good_checkpoint_is_a_user_error(tmp_path):
@@ -183,9 +184,7 @@ def test_going_on_after_damage_replaces_what_is_bad(tmp_path, steps):
     checkpoints.restore(make_state(99))
     for step in steps:
       checkpoints.save(step, make_state(step))
-  step, state = restore(tmp_path)
-  assert step == steps[-1]
-  assert_equal_states(state, make_state(step))
+  assert_restored(tmp_path, steps[-1])
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
@@ -231,9 +230,8 @@ def test_checksum_sees_every_leaf_and_their_order():
   sums = [storage.checksum(t) for t in ([a, b], [b, a], [a], [a, b + 1e-9])]
   assert len(set(sums)) == 4
   single = np.arange(3, dtype=np.float32)
-  assert storage.checksum({'x': single}) == storage.checksum(
-    [jnp.asarray(single)]
-  )
+  alone = [jnp.asarray(single)]
+  assert storage.checksum({'x': single}) == storage.checksum(alone)
   # As `sha256sum` says of the file of these bytes.
   assert storage.checksum(np.zeros(0)) == (
     'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
@@ -313,9 +311,7 @@ def test_a_sealed_file_that_was_changed_is_refused(tmp_path):
   path.write_text('1\n')
   assert storage.read_json(path) == 1
   (tmp_path / 'checksums.json').write_text('{"x.json": 1}')
-  with pytest.raises(
-    errors.UserError, match=r'checksums\.json: Expected `str`'
-  ):
+  with pytest.raises(errors.UserError, match='checksums.json: Expected `str`'):
     storage.read_json(path)
 
 
@@ -449,7 +445,7 @@ def test_only_claims_without_work_are_given_back(tmp_path):
     runs.claim(tmp_path / part, IDENTITY)
   shutil.rmtree(tmp_path / 'mine' / 'gone')
   (tmp_path / 'mine' / 'train' / 'metrics.jsonl').touch()
-  runs.give_back(tmp_path / 'mine', new=True)
+  runs.give_back(tmp_path / 'mine', [tmp_path / 'mine'])
   left = {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob('*.json')}
   assert left == {'mine/train', 'other/search'}
 
@@ -537,9 +533,8 @@ def test_results_make_no_commit_dirty(tmp_path, monkeypatch):
 
   def git(*args):
     who = ('-c', 'user.name=t', '-c', 'user.email=t@example.org')
-    return subprocess.check_output(
-      ['git', *who, *args], cwd=tmp_path, text=True
-    )
+    line = ['git', *who, *args]
+    return subprocess.check_output(line, cwd=tmp_path, text=True)
 
   files = ('pfs_jax/runs.py', 'configs/a.py', 'results/a.json', 'main.py')
   for path in map(tmp_path.joinpath, files):

@@ -263,6 +263,9 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   path = job.workdir / 'probe.json'
   found = storage.read_json(path)
   assert found['sentence'] in shown and 'weight' in shown
+  for seed in (c.seed, c.seed + 1):  # That of another config is not shown.
+    stages.info(stages.Job(probed(**{'seed': seed}), tmp_path))
+    assert (found['sentence'] in capsys.readouterr().out) == (seed == c.seed)
   layers = job.network.cost_model.layers
   assert tuple(found['layers']) == tuple(found['mean']) == layers
   assert np.shape(found['losses']) == (len(layers), 2)
@@ -377,9 +380,7 @@ def test_what_is_no_candidate_is_refused(tmp_path, name):
     ('tournament.share', 0.25, 'must be >= 1.29, the cost of 4 candidates as'),
   ],
 )
-def test_what_cannot_be_a_tournament_is_refused(
-  tmp_path, field, value, message
-):
+def test_what_is_no_tournament_is_refused(tmp_path, field, value, message):
   if message.startswith('must'):
     message = f'config.{field} {message}'
   with pytest.raises(errors.UserError, match=message) as e:

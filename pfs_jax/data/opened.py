@@ -38,22 +38,21 @@ class Opened(abc.ABC):
   _train: Any
   _test: Any
 
-  def train_source(self, stage: str, hold_out: bool) -> Any:
-    """Training batches: `pipeline.ArraySource` or `loading.StreamSource`.
+  def chosen(self, stage: str, hold_out: bool) -> np.ndarray:
+    """Indices of a stage's images; refuses a batch that is larger than these.
 
-    Args:
-      stage: 'search' or 'train', the section of the config with the recipe.
-      hold_out: Whether the validation images are left out.
-
-    Raises:
-      errors.UserError: The batch is larger than the training set.
+    `hold_out`: whether the validation images are left out.
     """
-    c = self._config
     held_out = self._held_out if hold_out else np.zeros_like(self._held_out)
     chosen = np.flatnonzero(~held_out)
-    size = c[stage].batch_size
+    size = self._config[stage].batch_size
     pipeline.check_batch(f'{stage}.batch_size', size, len(chosen))
-    return self._source(stage, chosen, config.key(c.seed, f'{stage} data'))
+    return chosen
+
+  def train_source(self, stage: str, hold_out: bool) -> Any:
+    """Training batches: `pipeline.ArraySource` or `loading.StreamSource`."""
+    key = config.key(self._config.seed, f'{stage} data')
+    return self._source(stage, self.chosen(stage, hold_out), key)
 
   def validation(self) -> Any:
     """An evaluation of the images held out from training, or None."""

@@ -36,7 +36,7 @@ info = showing.info
 
 def run(job: Job) -> None:
   """Search, prune, train and evaluate."""
-  search(job)
+  search(job, trains=True)
   train(job)
 
 
@@ -59,7 +59,7 @@ def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
   elif mode in ('eval', 'info'):  # They only read.
     MODES[mode](job)
   else:
-    new = not job.workdir.exists()
+    made = [p for p in (job.workdir, *job.workdir.parents) if not p.exists()]
     with storage.locked(job.workdir) as held:
       if not held:
         raise errors.UserError(
@@ -69,5 +69,5 @@ def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
       try:
         MODES[mode](job)
       except (errors.UserError, OSError):
-        runs.give_back(job.workdir, new)
+        runs.give_back(job.workdir, made)
         raise

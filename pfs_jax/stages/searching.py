@@ -22,12 +22,13 @@ CHANCE = 0.95
 _DOMINANT = 10.0
 
 
-def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
+def run(
+  job: Job, weights: Mapping[str, Any] | None = None, trains: bool = False
+) -> None:
   """Learns the gates of frozen weights and cuts them to the budgets.
 
-  Args:
-    job: Config, network, data and workdir.
-    weights: The variables that the search freezes; None: new random ones.
+  Freezes the variables given, or new random ones. `trains`: whether a training
+  follows, whose batch size is checked before the search.
   """
   for budget in job.budgets:  # Refuses before hours of search.
     cutting.check_budget(job, budget)
@@ -35,6 +36,8 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
   if not (folder / 'gates.npz').exists():
+    if trains:
+      job.data.chosen('train', job.config.train.holdout)
     job.note_config()
     _search(job, folder, weights or job.first_weights)
   found = summary(job)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
-from pfs_jax import console, costs, prune, runs, scores, storage
+from pfs_jax import config, console, costs, errors, prune, runs, scores, storage
 from pfs_jax.stages.job import Job
 
 
@@ -58,11 +59,14 @@ def info(job: Job) -> None:
   )
   columns = ['', 'MACs', 'of reference', 'parameters']
   console.table('Totals', columns, _total_rows(job))
-  probe = job.workdir / 'probe.json'
-  if probe.exists():
-    console.say(storage.read_json(probe, scores.Probe)['sentence'])
-  else:
-    console.say('--mode=probe shows which layers are out of proportion.')
+  path = job.workdir / 'probe.json'
+  said = '--mode=probe shows which layers are out of proportion.'
+  if path.exists():
+    found = storage.read_json(path, scores.Probe)
+    with contextlib.suppress(errors.UserError):  # It is of another config.
+      runs.claim_part(path.with_name('probe'), config.identity(job.config))
+      said = found['sentence']
+  console.say(said)
 
 
 def _layer_row(op: costs.Layer, model: costs.CostModel) -> list[str]:
