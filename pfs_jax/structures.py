@@ -94,7 +94,14 @@ class Structure:
     fields = msgspec.structs.asdict(file)
     del fields['schema'], fields['unused']
     counts = fields.pop('counts')
-    return cls(layers=tuple(counts), counts=tuple(counts.values()), **fields)
+    made = cls(layers=tuple(counts), counts=tuple(counts.values()), **fields)
+    try:
+      made.to_json()
+    except (TypeError, RecursionError) as e:
+      raise errors.UserError(
+        f'{where}: a ceiling of budget is no number, or it is nested deeply.'
+      ) from e
+    return made
 
 
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -39,7 +39,7 @@ SEARCH_FIELDS = {
   'data.train_examples=9999': 'config.data.train_examples must be in 0..1500',
   'search.batch_size=1201': 'config.search.batch_size must be in [1, 1200]',
 }
-# {arguments: what the message must say}.
+# {arguments: what the message must say}. None of them searches.
 BAD = {
   **{
     f'{DIGITS} {INFO} --config.{field}': said
@@ -49,7 +49,7 @@ BAD = {
     f'{DIGITS} --mode=search {SMALL} --config.{field}': said
     for field, said in SEARCH_FIELDS.items()
   },
-  # Refused before the search.
+  f'{DIGITS} --mode=run {SMALL} --config.train.structure=keep0.1': 'not exist',
   f'{DIGITS} --mode=run {SMALL} --config.train.batch_size=1501': 'in [1, 1500]',
   f'{DIGITS} {INFO} now': "unexpected argument 'now'",
   f'{DIGITS} {INFO} --fast': "Unknown command line flag 'fast'",

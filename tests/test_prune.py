@@ -247,6 +247,8 @@ DAMAGE = [
   ({'macs': 2**70}, r'<= 9223372036854775807` - at `\$.macs`|- at `\$.macs`'),
   ({'macs': -1}, r'>= 0 - at `\$.macs`'),
   ({'maks': 1}, 'unknown field `maks`'),
+  ({'budget': {'max_macs': 'x'}}, 'of budget is no number'),
+  ({'source': json.loads('{"a":' * 700 + '1' + '}' * 700)}, 'nested deeply'),
 ]
 
 

@@ -126,10 +126,6 @@ def structure_from_list(
 ) -> structures.Structure:
   """The structure with these counts, such as a list of the published code.
 
-  Args:
-    network: The searched network.
-    counts: Channels of its gated layers in forward order.
-
   Raises:
     errors.UserError: As for `groups.Table.counts`.
   """

@@ -267,12 +267,7 @@ def intervals(
 
 
 def examples(images: np.ndarray, titles: Sequence[str]) -> mpl_figure.Figure:
-  """Images in rows of 6, with a title of one or two lines above each.
-
-  Args:
-    images: uint8 [n, H, W, 1 or 3].
-    titles: One for each image.
-  """
+  """uint8 images in rows of 6, a title of one or two lines above each."""
   rows = -(-len(images) // 6)
   drawn, grid = _figure(1.15 * rows, rows, 6)
   for axes in grid.ravel():

@@ -28,7 +28,7 @@ def run(
   """Learns the gates of frozen weights and cuts them to the budgets.
 
   Freezes the variables given, or new random ones. `trains`: whether a training
-  follows, whose batch size is checked before the search.
+  follows, whose batch size and structure are checked before the search.
   """
   for budget in job.budgets:  # Refuses before hours of search.
     cutting.check_budget(job, budget)
@@ -38,6 +38,8 @@ def run(
   if not (folder / 'gates.npz').exists():
     if trains:
       job.data.chosen('train', job.config.train.holdout)
+      if job.config.train.structure not in ('', *(b.name for b in job.budgets)):
+        cutting.read(job)
     job.note_config()
     _search(job, folder, weights or job.first_weights)
   found = summary(job)

@@ -17,11 +17,7 @@ from pfs_jax.studies import plan, products, results, tournament
 
 
 def run(cell: plan.Cell, root: pathlib.Path) -> dict[str, Any]:
-  """Does a cell, or the rest of it, and returns its record.
-
-  Args:
-    cell: The cell.
-    root: The study's workdir; the cell's folder is cells/<hash> in it.
+  """Does a cell, or the rest of it, in cells/<hash>, and returns its record.
 
   Raises:
     products.Busy: If another process is making something that the cell needs.
