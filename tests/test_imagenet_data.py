@@ -142,9 +142,9 @@ def test_classes_are_the_sorted_folders(folder):
 
 
 def test_any_suffix_and_any_name(tmp_path):
-  (tmp_path / 'only').mkdir()
-  for name in ('a.JPEG', 'b.jpg', 'c.PNG', 'Ünï cödé.jpeg'):
-    (tmp_path / 'only' / name).write_bytes(name.encode())
+  for name in ('1/a.JPEG', '1/b.jpg', '2/c.PNG', '2/Ünï cödé.jpeg'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes((tmp_path / name).name.encode())
   listed = listing.scan(tmp_path)
   assert len(listed) == 4
   assert all(
@@ -511,13 +511,13 @@ def test_corrupt_files_are_skipped_and_counted(damaged, capfd):
 
 
 def test_nothing_but_corrupt_files_is_an_error(tmp_path):
-  for split in ('train', 'val'):
-    (tmp_path / split / 'only').mkdir(parents=True)
-    for i in range(24):
-      (tmp_path / split / 'only' / f'{i}.jpg').write_bytes(b'nothing')
+  for part in ('train/a', 'train/b', 'val/a', 'val/b'):
+    (tmp_path / part).mkdir(parents=True)
+    for i in range(12):
+      (tmp_path / part / f'{i}.jpg').write_bytes(b'nothing')
   d = _open(
     tmp_path,
-    data__num_classes=1,
+    data__num_classes=2,
     data__validation_examples=0,
     data__corrupt='skip',
   )
