@@ -129,6 +129,7 @@ def cut(
     ValueError: If the gates do not fit the cost model.
   """
   named = dict(zip(gates, _checked(gates, cost_model), strict=True))
+  budget = with_tilt(budget, cost_model, latency)
   plain = dataclasses.replace(budget, ranking='global')
   ranked = scores.ranked(
     named,
@@ -160,6 +161,37 @@ def cut(
     binding=max(used, key=used.__getitem__) if stopped else '',
     tie_share=_tie_share(vectors, counts),
   )
+
+
+def with_tilt(
+  budget: Budget, cost_model: costs.CostModel, latency: Latency | None = None
+) -> Budget:
+  """The budget, with a number for the ranking `tilt` if it has none.
+
+  It is the weakest tilt, in steps of 0.1 from -4 to 4, with which the cut uses
+  at least 97 % of a ceiling on MACs or milliseconds; if there is none, the one
+  that uses most. So it is 0, uniform width, unless the parameters bind.
+
+  >>> from pfs_jax import models
+  >>> model = models.cost_model('vgg16', 10, 32)
+  >>> budget = Budget(max_macs=10**8, max_params=2 * 10**6, ranking='tilt')
+  >>> with_tilt(budget, model).ranking
+  'tilt-1.3'
+  """
+  if budget.ranking != 'tilt':
+    return budget
+  best, most = budget, -1.0
+  for slope in sorted((i / 10 for i in range(-40, 41)), key=abs):
+    found = dataclasses.replace(budget, ranking=f'tilt{slope:g}')
+    counts = cut(scores.equal(cost_model), cost_model, found, latency).counts
+    ceilings = budget.ceilings(cost_model, latency)
+    ceilings.pop('params', None)
+    used = [cost(counts) / top for cost, top in ceilings.values()]
+    if max(used, default=1.0) > most:
+      best, most = found, max(used, default=1.0)
+    if most >= 0.97:
+      break
+  return best
 
 
 def _blocks(

@@ -13,10 +13,10 @@ from pfs_jax import errors
 _NUMBER = r'-?\d+(\.\d+)?'
 _NAME = re.compile(
   r'(global|layer_mean|uniform|random|survivors)'
-  rf'|(tilt|blend){_NUMBER}|(cost|sensitivity)({_NUMBER})?'
+  rf'|blend{_NUMBER}|(tilt|cost|sensitivity)({_NUMBER})?'
 )
 KNOWN = (
-  'global, layer_mean, uniform, random, survivors, tiltX, blendX, cost[X], '
+  'global, layer_mean, uniform, random, survivors, blendX, tilt[X], cost[X], '
   'sensitivity[X]'
 )
 # What a field with a ranking must be, X being a number.

@@ -268,7 +268,8 @@ def ranked(
   if kind == 'uniform':
     return dict(equal(cost_model))
   if kind == 'tilt':
-    return dict(profile_scores(tilt(cost_model.layers, number), gates))
+    assert given is not None  # `prune.with_tilt` chooses it.
+    return dict(profile_scores(tilt(cost_model.layers, given), gates))
   if kind == 'survivors':
     return dict(profile_scores(survivors(gates), gates))
   if kind == 'blend':

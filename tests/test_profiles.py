@@ -119,6 +119,29 @@ def test_every_ranking_cuts(small):
   assert (np.abs(shares['blend1'] - shares['global']) <= 2 * slack).all()
 
 
+def test_a_tilt_without_number_is_the_weakest_that_uses_the_macs():
+  model = models.cost_model('vgg16', 10, 32, 3, 16)
+  half, ones = model.macs(model.widths) // 2, scores.equal(model)
+  uniform = prune.fit(ones, model, half)
+  for params in (None, uniform.params):  # They do not bind.
+    found = prune.fit(ones, model, half, params, ranking='tilt')
+    assert found.counts == uniform.counts
+  params = uniform.params // 2
+  found = prune.fit(ones, model, half, params, ranking='tilt')
+  _, slope = rankings.parse(found.budget['ranking'])
+  assert slope < 0 and 0.97 * half <= found.macs <= half
+  for i in range(round(-10 * slope)):
+    for name in (f'tilt{i / 10:g}', f'tilt{-i / 10:g}'):
+      weaker = prune.fit(ones, model, half, params, ranking=name)
+      assert weaker.macs < 0.97 * half
+  # No tilt uses the MACs of so few parameters: the one that uses most.
+  few = prune.fit(ones, model, half, params // 20, ranking='tilt')
+  assert few.macs == max(
+    prune.fit(ones, model, half, params // 20, ranking=f'tilt{i / 10:g}').macs
+    for i in range(-40, 41)
+  )
+
+
 def test_the_number_of_cost_is_its_power(small):
   gates = scores.random(small, 0)
   half = scores.over_cost(gates, small, 0.5)
@@ -128,10 +151,10 @@ def test_the_number_of_cost_is_its_power(small):
 
 
 @pytest.mark.parametrize(
-  'name', ['', 'tilt', 'tiltx', 'tiltnan', 'tilt1e999', 'global2', 'mean']
+  'name', ['', 'blend', 'tiltx', 'tiltnan', 'tilt1e999', 'global2', 'mean']
 )
 def test_unknown_rankings_list_the_known(name):
-  with pytest.raises(errors.UserError, match='survivors.*tiltX') as e:
+  with pytest.raises(errors.UserError, match=r'survivors.*tilt\[X\]') as e:
     rankings.parse(name)
   assert repr(name) in str(e.value) and '\n' not in str(e.value)
   assert not rankings.known(name) and rankings.known('tilt-0.4')

@@ -371,7 +371,7 @@ def test_what_is_no_candidate_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
-    ('tournament.candidates', ('widest',), "an arm .*tiltX.*; got 'widest'"),
+    ('tournament.candidates', ('widest',), "an arm .*tilt.X.*; got 'widest'"),
     ('tournament.candidates', ('uniform',), 'must name one besides uniform;'),
     ('budget.keep', (0.0001,), 'cannot be met: the narrowest structure'),
     ('budget.keep', (0.3, 0.5), 'config.budget must name one budget'),

@@ -25,7 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import config, rankings, runs, scores, stages, storage, train
+from pfs_jax import (
+  config,
+  prune,
+  rankings,
+  runs,
+  scores,
+  stages,
+  storage,
+  train,
+)
 from pfs_jax.studies import plan
 
 
@@ -208,6 +217,8 @@ def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
   if arm.scores == 'random':
     return Scored(scores.random(model, cell.seed))
   if arm.scores == 'profile':
+    budget = dataclasses.replace(job.budgets[0], ranking=ranking)
+    ranking = prune.with_tilt(budget, model, job.latency_of(budget)).ranking
     return Scored(scores.ranked(scores.equal(model), model, ranking))
   if arm.scores == 'probe':
     found, where = probed(cell, root)
