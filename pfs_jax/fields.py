@@ -1,9 +1,8 @@
 """The fields of a config, read from the table fields.txt.
 
 The table holds each field's name, its default (that of the paper's CIFAR-10
-runs), its rule and its meaning. docs/config.md is made from it:
-
-  python -m pfs_jax.fields > docs/config.md
+runs), its rule and its meaning. docs/config.md is made from it, by
+benchmarks/config_page.py.
 """
 
 from __future__ import annotations
@@ -65,6 +64,8 @@ class Field:
     >>> BY_NAME['train.epochs'].broken(1e308)
     '<= 1000000'
     """
+    if isinstance(value, list):
+      return f'a tuple of {self.rule}'
     entries = value if isinstance(value, tuple) else (value,)
     try:
       if not self._holds(value) or any(v != v for v in entries):
@@ -100,44 +101,3 @@ def _read(path: pathlib.Path) -> tuple[Field, ...]:
 
 FIELDS = _read(pathlib.Path(__file__).with_name('fields.txt'))
 BY_NAME = {field.name: field for field in FIELDS}
-
-
-def page() -> str:
-  """The text of docs/config.md, with a table for each section."""
-  lines = [_INTRODUCTION]
-  section = None
-  for field in FIELDS:
-    prefix, _, name = field.name.rpartition('.')
-    if prefix != section:
-      section = prefix
-      title = f'config.{prefix}'.removesuffix('.')
-      lines += [f'\n## `{title}`\n', '| field | default | must be | meaning |']
-      lines += ['| --- | --- | --- | --- |']
-    mark = '' if field.result else ' *'
-    lines += [
-      f'| `{name}`{mark} | `{field.default!r}` | `{field.rule}` | {field.doc} |'
-    ]
-  return '\n'.join(lines) + '\n'
-
-
-_INTRODUCTION = """\
-# The fields of a config
-
-<!-- Written by `python -m pfs_jax.fields > docs/config.md`. -->
-
-A config file sets a field (`c.search.epochs = 5.0`), and the command line
-overrides it (`--config.search.epochs=5.0`). Fields that hold several values
-are tuples: `--config.budget.keep=0.3,0.5`. A single number is a tuple of one
-(`--config.budget.keep=0.5`), and `--config.budget.keep="()"` is empty.
-
-A value that breaks its rule is refused before anything starts. Besides the
-rules below, MACs and parameters must be below 2^63, other integers at most
-2^32, and other numbers at most 1,000,000.
-
-A workdir belongs to the values that its results depend on, and a command with
-other values is refused there. No result depends on the fields marked with *.
-"""
-
-
-if __name__ == '__main__':
-  print(page(), end='')

@@ -171,12 +171,6 @@ def with_tilt(
   It is the weakest tilt, in steps of 0.1 from -2 to 2 (a study trained -2), at
   which the cut uses 97 % of a ceiling on MACs or milliseconds; if there is
   none, the one that uses most. So it is uniform width unless parameters bind.
-
-  >>> from pfs_jax import models
-  >>> model = models.cost_model('vgg16', 10, 32)
-  >>> budget = Budget(max_macs=10**8, max_params=2 * 10**6, ranking='tilt')
-  >>> with_tilt(budget, model).ranking
-  'tilt-1.3'
   """
   if budget.ranking != 'tilt':
     return budget

@@ -230,9 +230,10 @@ class Probe(TypedDict):
   sentence: str
 
 
-def probed(found: Probe, damping: float | None = None) -> dict[str, float]:
-  """The width profile of a probe, by default with the damping of its file."""
-  number = found['damping'] if damping is None else damping
+def probed(found: Probe, ranking: str = 'sensitivity') -> dict[str, float]:
+  """The width profile of a probe; without a number, its file's damping."""
+  _, given = rankings.parse(ranking)
+  number = found['damping'] if given is None else given
   return damped(found['mean'], number, found['before'])
 
 

@@ -11,11 +11,13 @@ import sys
 import textwrap
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks import config_page
 from pfs_jax import budgets, config, errors, fields, prune, rankings, runs
 from tests import processes
 
@@ -131,9 +133,9 @@ def test_the_default_is_valid_and_locked():
 
 
 def test_the_page_of_fields_is_that_of_the_table():
-  """Else: python -m pfs_jax.fields > docs/config.md."""
+  """Else: python -m benchmarks.config_page > docs/config.md."""
   text = (processes.ROOT / 'docs' / 'config.md').read_text()
-  assert text == fields.page()
+  assert text == config_page.page()
   assert all(f.doc.endswith('.') for f in fields.FIELDS)
 
 
@@ -142,7 +144,9 @@ def test_fields_that_need_each_other():
   config.validate(_with(data__validation_examples=0))
   config.validate(_with(train__holdout=True))
   config.validate(_with(model__factory='m:f', model__residual=True))
+  lists = json.loads(json.dumps(config.default().to_dict()))
   for c, message in (
+    (ml_collections.ConfigDict(lists), 'model.counts must be a tuple of'),
     (_with(budget__keep=()), 'at least one budget'),
     (_with(model__residual=True), 'residual needs config.model.factory; got T'),
     (_with(model__leave=('a',)), r"leave needs .*factory; got \('a',\)"),

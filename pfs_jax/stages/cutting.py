@@ -65,7 +65,7 @@ def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 def scored(job: Job, budget: prune.Budget, gates: Any) -> tuple[Any, Any]:
   """(scores, source) of a ranking of more than gates; else the gates, {}."""
-  kind, damping = rankings.parse(budget.ranking)
+  kind, _ = rankings.parse(budget.ranking)
   if kind == 'random':
     return scores.random(job.network.cost_model, job.config.seed), {}
   if kind != 'sensitivity':
@@ -80,7 +80,7 @@ def scored(job: Job, budget: prune.Budget, gates: Any) -> tuple[Any, Any]:
   layers = set(job.network.cost_model.layers)
   if not layers == set(found['mean']) == set(found['before']):
     raise errors.UserError(f'{path} is the probe of another network.')
-  ranked = job.widened(scores.probed(found, damping), gates, budget)
+  ranked = job.widened(scores.probed(found, budget.ranking), gates, budget)
   return ranked, {'probe': config.digest(found)}
 
 

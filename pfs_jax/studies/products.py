@@ -25,16 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import (
-  config,
-  prune,
-  rankings,
-  runs,
-  scores,
-  stages,
-  storage,
-  train,
-)
+from pfs_jax import config, prune, runs, scores, stages, storage, train
 from pfs_jax.studies import plan
 
 
@@ -222,11 +213,10 @@ def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
     return Scored(scores.ranked(scores.equal(model), model, ranking))
   if arm.scores == 'probe':
     found, where = probed(cell, root)
-    _, damping = rankings.parse(ranking)
     seconds = found['seconds']
     facts = {'mean': found['mean'], 'slope': found['slope']}
     return Scored(
-      job.widened(scores.probed(found, damping)),
+      job.widened(scores.probed(found, ranking)),
       {'probe_seconds': seconds, 'probe': facts},
       {where.name: seconds},
     )
