@@ -360,23 +360,12 @@ def test_names_tell_conditions_apart():
 
 
 def test_a_budget_holds_all_conditions():
-  c = _with(
-    budget__round_to=8,
-    budget__min_share=0.1,
-    budget__min_channels=3,
-    budget__ranking='cost',
-    budget__power=0.5,
-  )
+  given = {'round_to': 8, 'min_share': 0.1, 'min_channels': 3, 'power': 0.5}
+  given['ranking'] = 'cost'
+  c = _with(**{f'budget__{name}': value for name, value in given.items()})
   (budget,) = _budgets(c, 1000)
-  assert budget == prune.Budget(
-    name='keep0.5-minchannels3-minshare0.1-roundto8-cost0.5',
-    max_macs=500,
-    min_channels=3,
-    min_share=0.1,
-    round_to=8,
-    ranking='cost',
-    power=0.5,
-  )
+  name = 'keep0.5-minchannels3-minshare0.1-roundto8-cost0.5'
+  assert budget == prune.Budget(name=name, max_macs=500, **given)
 
 
 @pytest.mark.parametrize(
