@@ -342,8 +342,7 @@ def test_names_tell_conditions_apart():
     {'budget__keep': (0.1234568,)},
     {'budget__macs': (20_000_000,), 'budget__keep': ()},
     {'budget__params': (20_000_000,), 'budget__keep': ()},
-    {'budget__max_macs': 20_000_000},
-    {'budget__max_macs': 20_000_001},
+    *({'budget__max_macs': 20_000_000 + i} for i in (0, 1)),
     {'budget__max_params': 20_000_000},
     {'budget__min_channels': 2},
     {'budget__min_share': 0.1},
@@ -418,10 +417,8 @@ def test_a_workdir_may_be_older_than_a_field(tmp_path):
 
 
 def test_the_digest_is_the_same_in_every_process():
-  code = """
-    from pfs_jax import config
-    print(config.digest(config.identity(config.default(), 'search')))
-    """
+  code = 'from pfs_jax import config as c\n'
+  code += 'print(c.digest(c.identity(c.default(), "search")))'
   identity = config.identity(config.default(), 'search')
   found = processes.output(code, env={'PYTHONHASHSEED': '1'}, fresh=True)
   assert found == config.digest(identity)
