@@ -157,7 +157,7 @@ def test_folded_gates_act_as_gates(name):
   ones, bare = jax.tree.map(np.ones_like, gates), {'params': params}
   bare['batch_stats'] = stats
   norms = {g.name: g.norms[0] for g in model.table.groups}
-  folded = cells.folded(bare, model.by_layer(gates), norms)
+  folded = cells.folded(bare, model.gated.by_layer(gates), norms)
   found, expected = apply(folded, ones), apply(bare, gates)
   np.testing.assert_allclose(found, expected, rtol=1e-4)
   assert not np.allclose(found, apply(bare, ones), rtol=1e-3)
