@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -81,8 +82,20 @@ def hardware() -> str:
   devices = jax.devices()
   kind = devices[0].device_kind
   if devices[0].platform == 'cpu':
-    kind = f'{platform.machine()} CPU, {os.cpu_count()} cores'
+    kind = f'{_cpu()}, {os.cpu_count()} cores'
   return f'{len(devices)} x {kind}'
+
+
+def _cpu() -> str:
+  """The CPU's name and widest vectors: other ones round otherwise."""
+  text = ''
+  with contextlib.suppress(OSError):
+    text = pathlib.Path('/proc/cpuinfo').read_text()
+  name = re.search(r'model name\s*: (.+)', text)
+  known = ('avx512f', 'avx2', 'avx', 'asimd')
+  vectors = next((v for v in known if f' {v} ' in text), '')
+  kind = name[1] if name else f'{platform.machine()} CPU'
+  return f'{kind} ({vectors})' if vectors else kind
 
 
 def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:

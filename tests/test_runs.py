@@ -387,7 +387,7 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path):
 def test_versions_name_what_a_run_ran_with():
   found = runs.versions()
   assert found['jax'] == jax.__version__
-  assert found['hardware'].startswith('1 x ')
+  assert found['hardware'].startswith('1 x ') and ' cores' in found['hardware']
   assert set(found) > {'commit', 'python', 'flax', 'optax', 'numpy'}
 
 
