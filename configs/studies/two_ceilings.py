@@ -2,9 +2,9 @@
 
 The paper's structures have fewer parameters than uniform width at equal MACs.
 Here both have a ceiling: `full` is 30 % of the MACs and 112,000 parameters,
-`tenth` is 10 % and 27,000. The tilt uses both without a search. `again` compares
-the search with the tilt under the ceilings of `tenth`, with ten fresh seeds.
-RESULTS.md has the plans and what came out.
+`tenth` is 10 % and 27,000. The tilt uses both without a search. `again` is
+`tenth` with ten fresh seeds and without uniform width. RESULTS.md has the plans
+and what came out.
 
 Variants: `full`, `tenth`, `again` and `smoke`.
 
