@@ -64,7 +64,7 @@ class Field:
     >>> BY_NAME['train.epochs'].broken(1e308)
     '<= 1000000'
     """
-    if isinstance(value, list):
+    if isinstance(value, list) and isinstance(self.default, tuple):
       return f'a tuple of {self.rule}'
     entries = value if isinstance(value, tuple) else (value,)
     try:

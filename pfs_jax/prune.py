@@ -169,8 +169,8 @@ def with_tilt(
   """The budget, with a number for the ranking `tilt` if it has none.
 
   It is the weakest tilt, in steps of 0.1 from -2 to 2 (a study trained -2), at
-  which the cut uses 97 % of a ceiling on MACs or milliseconds; if there is
-  none, the one that uses most. So it is uniform width unless parameters bind.
+  which the cut uses 97 % of a ceiling on MACs or milliseconds, or parameters
+  do not bind; if there is none, the one that uses most of such a ceiling.
   """
   if budget.ranking != 'tilt':
     return budget
@@ -179,11 +179,11 @@ def with_tilt(
   best, most = budget, 0.0
   for slope in sorted((i / 10 for i in range(-20, 21)), key=abs):
     found = dataclasses.replace(budget, ranking=f'tilt{slope:g}')
-    counts = cut(scores.equal(cost_model), cost_model, found, latency).counts
-    used = [cost(counts) / top for cost, top in ceilings.values()] or [1.0]
+    made = cut(scores.equal(cost_model), cost_model, found, latency)
+    used = [cost(made.counts) / top for cost, top in ceilings.values()] or [1.0]
     if max(used) > most:
       best, most = found, max(used)
-    if most >= 0.97:
+    if most >= 0.97 or made.binding != 'params':
       break
   return best
 
