@@ -18,7 +18,7 @@ from pfs_jax import costs, errors, fields
 
 # Counts -> milliseconds.
 Latency = Callable[[costs.Counts], float]
-_UNITS = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}
+UNITS = {'macs': 'MACs', 'params': 'parameters', 'latency_ms': 'ms'}
 
 
 class Infeasible(errors.UserError):
@@ -33,7 +33,7 @@ class Infeasible(errors.UserError):
   def __init__(self, quantity: str, floor: float, ceiling: float):
     self.quantity, self.floor, self.ceiling = quantity, floor, ceiling
     super().__init__(
-      f'a budget of {ceiling:,} {_UNITS[quantity]} cannot be met: the '
+      f'a budget of {ceiling:,} {UNITS[quantity]} cannot be met: the '
       f'narrowest structure allowed has {floor:,} (the floor).'
     )
 

@@ -85,12 +85,8 @@ def computed_once(x: jax.Array) -> jax.Array:
   gradient with respect to `x` is computed once, too.
   """
   return lax.platform_dependent(
-    x, cpu=lax.optimization_barrier, default=_unchanged
+    x, cpu=lax.optimization_barrier, default=lambda x: x
   )
-
-
-def _unchanged(x):
-  return x
 
 
 computed_once.defvjp(

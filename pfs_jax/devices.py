@@ -29,11 +29,6 @@ def replicated() -> NamedSharding:
 
 
 def _put(x: Any, spec: PartitionSpec) -> jax.Array:
-  if isinstance(x, jax.Array) and jax.dtypes.issubdtype(
-    x.dtype, jax.dtypes.prng_key
-  ):
-    data = _put(jax.random.key_data(x), spec)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
   x = np.asarray(x)
   sharding = NamedSharding(mesh(), spec)
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])

@@ -139,7 +139,6 @@ class GlobalAvgPool(nn.Module):
 
   macs_per_input = 1
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[N, H, W, C] -> [N, C]."""
     return x.mean(axis=(1, 2))

@@ -234,6 +234,9 @@ def test_rankings_without_gates_need_no_search(tmp_path, capsys):
   uniform = structure(tmp_path, '')
   assert uniform.source == {'budget': 'keep0.5-uniform', 'seed': 0}
   assert np.ptp(np.divide(uniform.counts, (6, 12, 24))) < 0.2
+  few = {**both, 'budget__max_params': uniform.params // 2}
+  stages.execute('prune', job(tmp_path, budget__ranking='uniform', **few))
+  assert 'budget.ranking=tilt uses' in capsys.readouterr().out
   with pytest.raises(errors.UserError, match='run --mode=search in this'):
     stages.execute('prune', job(tmp_path, budget__ranking='layer_mean', **both))
   (tmp_path / 'budget.txt').write_text('keep0.5-tilt9\n')  # A bit is flipped.

@@ -56,9 +56,8 @@ def test_the_api_page_names_all_of_it():
 
 
 def test_all_packages_and_configs_are_in_the_wheel():
-  folders = {
-    p.parent for p in pathlib.Path(pfs_jax.__file__).parent.rglob('*.py')
-  }
+  package = pathlib.Path(pfs_jax.__file__).parent
+  folders = {path.parent for path in package.rglob('*.py')}
   expected = {'.'.join(f.relative_to(ROOT).parts) for f in folders}
   expected |= {'pfs_jax.configs', 'pfs_jax.configs.studies'}
   assert set(PROJECT['tool']['setuptools']['packages']) == expected
@@ -67,9 +66,8 @@ def test_all_packages_and_configs_are_in_the_wheel():
 def test_ranges_hold_the_pinned_versions():
   pins = (ROOT / 'requirements.txt').read_text().splitlines()
   pinned = dict(line.split('==') for line in pins if '==' in line)
-  for wanted in map(
-    requirements.Requirement, REQUIRED + sum(EXTRAS.values(), [])
-  ):
+  every = REQUIRED + sum(EXTRAS.values(), [])
+  for wanted in map(requirements.Requirement, every):
     assert wanted.specifier.contains(pinned[wanted.name])
   for tool in map(requirements.Requirement, EXTRAS['test']):
     assert tool.name not in ' '.join(REQUIRED)
@@ -89,14 +87,10 @@ def test_what_an_extra_lacks_is_one_line(monkeypatch, capsys):
 
 def test_a_config_is_found_by_name():
   folder = command.configs()
-  assert command.located(['x', '--config=digits:smoke', '--mode=run']) == [
-    'x',
-    f'--config={folder}/digits.py:smoke',
-    '--mode=run',
-  ]
-  assert command.located(['x', '--config', 'studies/ratio'])[2] == (
-    f'{folder}/studies/ratio.py'
-  )
+  found = command.located(['x', '--config=digits:smoke', '--mode=run'])
+  assert found == ['x', f'--config={folder}/digits.py:smoke', '--mode=run']
+  found = command.located(['x', '--config', 'studies/ratio'])
+  assert found[2] == f'{folder}/studies/ratio.py'
   for other in ('nope', 'configs/digits.py', '../configs/digits'):
     assert command.located(['x', f'--config={other}'])[1] == f'--config={other}'
 
@@ -113,9 +107,8 @@ def test_the_command_runs_anywhere(tmp_path):
 def test_the_wheel_runs_in_an_empty_folder(tmp_path):
   source, target, empty = (tmp_path / n for n in ('source', 'target', 'empty'))
   for name in ('pfs_jax', 'configs'):
-    shutil.copytree(
-      ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__')
-    )
+    left_out = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT / name, source / name, ignore=left_out)
   for name in ('pyproject.toml', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, source)
   pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps']

@@ -49,18 +49,22 @@ def test_a_profile_is_cut_in_proportion_at_every_budget(small, slope, least):
       assert budget - found.macs < dearest
 
 
-@pytest.mark.parametrize('name,width', [('vgg16', 6), ('resnet20', 5)])
-def test_equal_weights_are_uniform_width_at_every_budget(name, width):
-  """The same counts as equal gates, exact ties between layers included."""
+@pytest.mark.parametrize(
+  'name,width,step', [('vgg16', 6, 1), ('resnet20', 5, 1), ('resnet8', 16, 4)]
+)
+def test_equal_weights_are_uniform_width_at_every_budget(name, width, step):
+  """The same counts as equal gates; so is a tilt if only rounding binds."""
   model = models.cost_model(name, 10, 16, 3, width)
-  ones = dict.fromkeys(model.layers, 1.0)
-  profile = prune.profile_scores(ones, scores.equal(model))
-  floor, top = (
-    model.macs(c) for c in (prune.Budget().least(model), model.widths)
-  )
-  for budget in np.linspace(floor, top, 60).astype(int):
-    uniform = prune.fit(scores.equal(model), model, budget)
-    assert prune.fit(profile, model, budget).counts == uniform.counts
+  equal, ones = scores.equal(model), dict.fromkeys(model.layers, 1.0)
+  profile = prune.profile_scores(ones, equal)
+  ways = [(equal, 'global'), (profile, 'global'), (equal, 'tilt')]
+  floor = model.macs(prune.Budget(round_to=step).least(model))
+  for budget in np.linspace(floor, model.macs(model.widths), 60).astype(int):
+    found = {
+      prune.fit(gates, model, budget, round_to=step, ranking=name).counts
+      for gates, name in ways
+    }
+    assert len(found) == 1
 
 
 def test_channels_of_a_layer_keep_the_order_of_the_gates(small):

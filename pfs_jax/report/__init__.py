@@ -44,9 +44,8 @@ def write(
   if not storage.is_first_process():
     return
   page, folder = (out or workdir) / f'{stem}.html', (out or workdir) / stem
-  for old in folder.glob('*'):  # Pictures of an earlier report.
-    if old.suffix in ('.svg', '.png'):
-      old.unlink()
+  for old in folder.glob('*.svg'):  # Pictures of an earlier report.
+    old.unlink()
   for name, svg in report.pictures.items():
     storage.write_bytes(folder / f'{name}.svg', svg)
   storage.write_text(page, report.html())

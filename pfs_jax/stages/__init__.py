@@ -36,7 +36,9 @@ info = showing.info
 
 def run(job: Job) -> None:
   """Search, prune, train and evaluate."""
-  search(job, trains=True)
+  if not (job.workdir / 'search' / 'gates.npz').exists():
+    training.check(job)
+  search(job)
   train(job)
 
 

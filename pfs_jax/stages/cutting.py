@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pfs_jax import (
+  budgets,
   config,
   console,
   errors,
@@ -37,6 +38,13 @@ def cut(job: Job) -> None:
       console.say(
         f'warning: {structure.tie_share:.0%} of the kept channels of '
         f'{budget.name} were chosen among equal gates, not by the search.'
+      )
+    unused = structure.unused.get('macs', 0) / (budget.max_macs or 1)
+    binds = structure.binding == 'params' and budget.ranking != 'tilt'
+    if binds and unused > 0.1:
+      console.say(
+        f'{budget.name}: the ceiling on parameters leaves {unused:.0%} of the '
+        'MACs unused; config.budget.ranking=tilt uses more of them.'
       )
   if not source:
     job.note_config()
@@ -213,7 +221,7 @@ def _show_latency(job: Job, structure: prune.Structure) -> None:
 def _row(job: Job, name: str, structure: prune.Structure) -> list[str]:
   model = job.network.cost_model
   unused = ', '.join(
-    f'{n:,.4g} ms' if q == 'latency_ms' else f'{n:,} {q}'
+    f'{n:{",.4g" if q == "latency_ms" else ","}} {budgets.UNITS[q]}'
     for q, n in structure.unused.items()
   )
   return [

@@ -117,7 +117,7 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     'damping': c.damping,
     'sentence': found.sentence,
     'seconds': clock.seconds(),
-    'columns': ['layer', 'channels', 'loss', 'error', '', 'weight'],
+    'columns': ['layer', 'channels', 'loss', 'standard error', '', 'weight'],
     'rows': rows,
   }
 

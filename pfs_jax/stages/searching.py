@@ -22,13 +22,10 @@ CHANCE = 0.95
 _DOMINANT = 10.0
 
 
-def run(
-  job: Job, weights: Mapping[str, Any] | None = None, trains: bool = False
-) -> None:
+def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   """Learns the gates of frozen weights and cuts them to the budgets.
 
-  Freezes the variables given, or new random ones. `trains`: whether a training
-  follows, whose batch size and structure are checked before the search.
+  Freezes the variables given, or new random ones.
   """
   for budget in job.budgets:  # Refuses before hours of search.
     cutting.check_budget(job, budget)
@@ -36,10 +33,6 @@ def run(
   folder = job.workdir / 'search'
   runs.claim(folder, config.identity(job.config, 'search'))
   if not (folder / 'gates.npz').exists():
-    if trains:
-      job.data.chosen('train', job.config.train.holdout)
-      if job.config.train.structure not in ('', *(b.name for b in job.budgets)):
-        cutting.read(job)
     job.note_config()
     _search(job, folder, weights or job.first_weights)
   found = summary(job)
@@ -48,7 +41,8 @@ def run(
   if found['lowest_ce'] is not None and not found['left_chance']:
     console.say(
       f'The cross-entropy of the search never left chance: lowest '
-      f'{found["lowest_ce"]:.3f}, chance {found["chance_ce"]:.3f}.'
+      f'{found["lowest_ce"]:.3f}, chance {found["chance_ce"]:.3f}. Its '
+      'classifier is random; config.search.train_classifier=True trains it.'
     )
   cutting.cut(job)
 

@@ -73,6 +73,13 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   showing.show(job, name, structure)
 
 
+def check(job: Job) -> None:
+  """Refuses a training that cannot start, before the search for it."""
+  job.data.chosen('train', job.config.train.holdout)
+  if job.config.train.structure not in ('', *(b.name for b in job.budgets)):
+    cutting.read(job)
+
+
 def _initial_weights(job: Job, path: pathlib.Path, structure: prune.Structure):
   """The narrow network's first weights by `config.train.init`; None: random.
 
