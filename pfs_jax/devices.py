@@ -57,7 +57,7 @@ def check_batch(field: str, batch_size: int) -> None:
 def steps_per_call(asked: int) -> int:
   """Steps compiled into one call: `asked`, or a default if that is 0.
 
-  The default is 1 on CPU, where gradient convolutions are 7 to 20 times slower
+  The default is 1 on CPU, where gradient convolutions are many times slower
   in a loop, and 16 on accelerators, so that they do not wait for the host.
   """
   return asked or (1 if jax.default_backend() == 'cpu' else 16)

@@ -535,7 +535,7 @@ def test_study_without_a_cell_is_refused(tmp_path):
     ((3, 1, 0.5, 1.5), 'better'),
     ((3, -1, -1.5, -0.5), 'worse'),
     ((3, 1, -1, 3), SAME),
-    ((1, 1, None, None), SAME),
+    ((1, 1, None, None), '-'),
   ],
 )
 def test_verdicts(numbers, said):

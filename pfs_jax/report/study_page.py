@@ -145,7 +145,7 @@ def _differences(
     if arm.versus:
       mean, low, high = arm.versus.mean, arm.versus.low, arm.versus.high
       ends = (mean if low is None else low, mean if high is None else high)
-      filled = tables.verdict(arm.versus) != 'indistinguishable'
+      filled = tables.verdict(arm.versus) in ('better', 'worse')
       rows.append(figures.Interval(arm.title, mean, *ends, (), filled))
   if not rows:
     return

@@ -137,10 +137,9 @@ def comparison(
     row = [label, str(total.n), f'{total.mean:{digits}}', sd, '', '', '']
     if versus is not None:
       pairs = '' if versus.n == total.n else f' (n = {versus.n})'
-      limits = '-'
+      said, limits = verdict(versus, measure.sign), '-'
       if versus.low is not None and versus.high is not None:
         limits = f'{versus.low:+{digits}} .. {versus.high:+{digits}}'
-      said = verdict(versus, measure.sign)
       row[4:] = [f'{versus.mean:+{digits}}{pairs}', limits, said]
     share = np.mean([r['macs_share'] for r in group])
     seconds = np.mean([r['seconds'] for r in group])
@@ -152,7 +151,7 @@ def comparison(
 
 
 def verdict(versus: statistics.Difference, sign: int = 1) -> str:
-  """'better', 'worse' or, if the interval contains 0, 'indistinguishable'.
+  """'better', 'worse', or 'indistinguishable' (it holds 0); '-' if no interval.
 
   Args:
     versus: A difference from a baseline.
@@ -161,10 +160,11 @@ def verdict(versus: statistics.Difference, sign: int = 1) -> str:
   >>> verdict(statistics.Difference(3, 1.0, 0.5, 1.5))
   'better'
   """
-  for end, side in ((versus.low, 1), (versus.high, -1)):
-    if end is not None and side * end > 0:
-      return 'better' if side == sign else 'worse'
-  return 'indistinguishable'
+  if versus.low is None or versus.high is None:
+    return '-'
+  if versus.low <= 0 <= versus.high:
+    return 'indistinguishable'
+  return 'better' if sign * versus.mean > 0 else 'worse'
 
 
 # Structures.
