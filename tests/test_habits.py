@@ -357,13 +357,10 @@ def test_leave_call_and_classes_come_from_names(registered):
 def test_from_search_to_export_on_the_command_line(tmp_path, factory):
   """The flax example's ResNet and a residual net of NNX."""
   for mode in ('run', 'export'):
-    processes.output(
-      [
-        *('main.py', '--config=configs/digits.py:smoke', f'--mode={mode}'),
-        *(f'--workdir={tmp_path}', f'--config.model.factory={factory}'),
-        *('--config.budget.keep=0.8', '--config.data.train_examples=428'),
-      ]
-    )
+    line = f"""main.py --config=configs/digits.py:smoke --mode={mode}
+      --workdir={tmp_path} --config.model.factory={factory}
+      --config.budget.keep=0.8 --config.data.train_examples=428"""
+    processes.output(line.split())
   result = json.loads((tmp_path / 'result.json').read_text())
   assert 0.7 < result['macs'] / result['reference_macs'] <= 0.8
   names = {p.name for p in (tmp_path / 'export').iterdir()}

@@ -285,11 +285,8 @@ def train_on(root, workdir):
   state = train.init(Linear(), variables, optax.sgd(0.1))
   plan = train.Plan(10**6, 10, 10**6, 10**6)
   with _open(root, data__workers=2).train_source('train', False) as source:
-    train.loop(
-      *(state, train.step, source, plan),
-      folder=pathlib.Path(workdir),
-      label='train',
-    )
+    where = {'folder': pathlib.Path(workdir), 'label': 'train'}
+    train.loop(state, train.step, source, plan, **where)
 
 
 # In other processes.

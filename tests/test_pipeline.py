@@ -56,8 +56,12 @@ class Files:
 
 def _streamed(n=23, batch_size=5, seed=0, augmentation=AUGMENTED):
   batches = loading.Batches(
-    *(Files(_images(n, channels=3)), np.arange(n), batch_size),
-    *(loading.local_rows(batch_size), 8, (seed, 1)),
+    Files(_images(n, channels=3)),
+    np.arange(n),
+    batch_size,
+    loading.local_rows(batch_size),
+    size=8,
+    key=(seed, 1),
     # Crops on the host where the augmentation crops on the device.
     scale=0.25 if augmentation.padding else 0.0,
     keep=1.0,

@@ -17,6 +17,8 @@ import numpy as np
 from pfs_jax import errors
 
 MAX_BYTES = 1 << 28  # Per unpacked file; the largest archive has 184 MB.
+# What the readers of a damaged archive raise.
+_DAMAGED = (ValueError, KeyError, EOFError, OSError, struct.error)
 
 # {'train': (images, labels), 'test': (images, labels)}.
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -32,10 +34,7 @@ def parse(name: str, files: dict[str, bytes]) -> Splits:
   """
   try:
     splits = _mnist(files) if 'mnist' in name else _cifar(files)
-  except (
-    *(ValueError, KeyError, EOFError, OSError),
-    *(struct.error, tarfile.TarError),
-  ) as e:
+  except (*_DAMAGED, tarfile.TarError) as e:
     raise errors.UserError(
       f'{name}: {", ".join(files)} cannot be unpacked ({e}).'
     ) from e

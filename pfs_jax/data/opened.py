@@ -193,7 +193,9 @@ class Streamed(Opened):
       scale=scale if c.data.augment else 0.0,
     )
     return loading.StreamSource(
-      *(batches, c.data.workers, self._named[0]),
+      batches,
+      c.data.workers,
+      self._named[0],
       key=device_key,
       augmentation=self._augmentation(stage),
     )
@@ -204,7 +206,8 @@ class Streamed(Opened):
     size = -(-min(c.data.eval_batch_size, count) // n) * n
     return loading.StreamEvaluation(
       self._batches(images, chosen, size),
-      *(c.data.workers, self._named[images is self._test]),
+      c.data.workers,
+      self._named[images is self._test],
       augmentation=self._augmentation(),
     )
 

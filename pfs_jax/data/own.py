@@ -177,11 +177,8 @@ def _checked(
   require(len(texts) == classes, f'class_names must be {classes}', len(texts))
   counts = len(labels), len(test_labels)
   spec = specs.described(name, shape[0], texts, counts, _moments(images))
-  return arrays.Dataset(
-    *(images, labels.astype(np.int32)),
-    *(test_images, test_labels.astype(np.int32)),
-    spec,
-  )
+  labels, test_labels = (v.astype(np.int32) for v in (labels, test_labels))
+  return arrays.Dataset(images, labels, test_images, test_labels, spec)
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

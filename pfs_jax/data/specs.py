@@ -107,7 +107,7 @@ _DIGITS = '0123456789'
 _FASHION = (
   'T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, '
   'Ankle boot'
-)
+).split(', ')
 _CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'
 _CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
@@ -131,29 +131,26 @@ _STREAMED: dict[str, Any] = {
   'crop_padding': 0,
   'crop_scale': 0.25,
 }
+_IMAGENET = {**_STREAMED, 'num_classes': 1000}
+_IMAGENET_COUNTS = (1_281_167, 50_000)
+_MNISTS = (60_000, 10_000)  # Counts of MNIST, and of Fashion-MNIST.
 
 # Digits of 8x8 pixels stay readable when shifted by one pixel, and those of
 # 28x28 by two. `shapes` is a streamed set that is small enough for two cores.
 _KNOWN = (
   described('digits', 8, _DIGITS, (1500, 297), _DIGITS_MOMENTS, flip=False),
   described(
-    *('mnist', 28, _DIGITS, (60_000, 10_000), _MNIST_MOMENTS),
-    flip=False,
-    crop_padding=2,
+    'mnist', 28, _DIGITS, _MNISTS, _MNIST_MOMENTS, flip=False, crop_padding=2
   ),
   described(
-    *('fashion_mnist', 28, _FASHION.split(', '), (60_000, 10_000)),
-    _FASHION_MOMENTS,
-    crop_padding=2,
+    'fashion_mnist', 28, _FASHION, _MNISTS, _FASHION_MOMENTS, crop_padding=2
   ),
   described('cifar10', 32, _CIFAR10.split(), (50_000, 10_000), _CIFAR_MOMENTS),
   described(
     'cifar100', 32, _CIFAR100.split(), (50_000, 10_000), _CIFAR_MOMENTS
   ),
   described(
-    *('imagenet2012', 224, (), (1_281_167, 50_000), IMAGENET_MOMENTS),
-    num_classes=1000,
-    **_STREAMED,
+    'imagenet2012', 224, (), _IMAGENET_COUNTS, IMAGENET_MOMENTS, **_IMAGENET
   ),
   described('shapes', 64, _SHAPES, (480, 80), _SHAPES_MOMENTS, **_STREAMED),
 )
