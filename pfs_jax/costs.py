@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import described
+from pfs_jax import described, errors
 
 # Channels of the gated layers, in forward order.
 Counts = Sequence[int] | np.ndarray
@@ -179,7 +179,16 @@ def intercept(
   Args:
     around: (module, path, x, call: x -> y) -> y.
     base: How many components to remove from the start of each path.
+
+  Raises:
+    errors.UserError: Python runs with -O. Flax removes an interceptor inside an
+      `assert`, so each one would stay for ever and change other networks.
   """
+  if not __debug__:
+    raise errors.UserError(
+      'Flax needs the assertions of Python: run it without -O, and unset '
+      'PYTHONOPTIMIZE.'
+    )
   active = set()
 
   def interceptor(next_fun, args, kwargs, context):
