@@ -18,7 +18,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, errors, peers, report, stages, studies
+from pfs_jax import console, devices, errors, peers, report, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
@@ -63,6 +63,7 @@ def main(_: list[str]) -> None:
   """Runs one mode; a name that the file system cannot hold is a UserError."""
   logging.set_verbosity(logging.WARNING)  # JAX logs that it finds no TPU.
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  devices.check()
   try:
     _run(str(MODE.value), CONFIG.value)
   except OSError as e:

@@ -279,6 +279,10 @@ def test_a_coordinator_is_a_host_and_a_port(where):
 
 
 def test_refusals(tmp_path):
+  args = small_run.arguments('info', tmp_path)
+  done = processes.run(args, env={'JAX_PLATFORMS': 'cuda'})
+  assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+  assert 'error: JAX_PLATFORMS=cuda: ' in done.stderr
   with pytest.raises(errors.UserError, match='--process must be in'):
     peers.start('127.0.0.1:1', 2, 2)
   devices.check_batch('train.batch_size', 3)  # One device takes any.
