@@ -536,6 +536,17 @@ def test_a_cell_that_another_workdir_finishes_is_not_run_again(
   assert len(results.read(file)) == len(others) + 1
 
 
+def test_results_that_cannot_be_written_are_found_before_a_cell(
+  tmp_path, instead
+):
+  study, done = config_of('headline'), instead(print)
+  (tmp_path / 'file').touch()
+  study.results_dir = str(tmp_path / 'file' / 'results')
+  with pytest.raises(NotADirectoryError):
+    studies.run(study, tmp_path)
+  assert not done
+
+
 def test_report_only_runs_nothing(tmp_path, capsys):
   study = config_of('headline')
   study.report_only = True
