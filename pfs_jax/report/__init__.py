@@ -46,7 +46,7 @@ def write(
   page, folder = (out or workdir) / f'{stem}.html', (out or workdir) / stem
   for old in folder.glob('*'):  # Pictures of an earlier report.
     if old.suffix in ('.svg', '.png'):
-      old.unlink()
+      old.unlink(missing_ok=True)  # Another report may do the same.
   for name, svg in report.pictures.items():
     storage.write_bytes(folder / f'{name}.svg', svg)
   storage.write_text(page, report.html())
