@@ -87,6 +87,10 @@ class Checkpoints:
 
   def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
     self._folder = folder.absolute() / 'checkpoints'
+    try:
+      str(self._folder).encode()
+    except UnicodeEncodeError as e:  # Orbax could write no checkpoint there.
+      raise errors.UserError(f'{folder} must be a path in UTF-8.') from e
     with _quiet():
       options = ocp.CheckpointManagerOptions(
         read_only=read_only,

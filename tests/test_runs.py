@@ -464,6 +464,8 @@ def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be used'):
     storage.locked(tmp_path / 'file' / 'run').__enter__()
+  with pytest.raises(errors.UserError, match='must be a path in UTF-8'):
+    save(tmp_path / '\udce9', 1)
 
 
 def _write_metrics(folder, resume_step, steps, **scalars):
