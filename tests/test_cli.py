@@ -96,12 +96,6 @@ def test_bad_command_lines(args, said, tmp_path):
   assert not (tmp_path / 'runs').exists()  # The next one starts afresh.
 
 
-def test_python_without_assertions_is_refused():
-  code, env = 'from pfs_jax import costs; costs.record(print)', '1'
-  done = processes.run(code, env={'PYTHONOPTIMIZE': env}, fresh=True)
-  assert 'UserError: Flax needs the assertions of Python' in done.stderr
-
-
 def test_help_is_no_error():
   done = processes.run(['main.py', '--help'])
   assert done.returncode == 0

@@ -185,9 +185,3 @@ def test_flags_fail_in_one_line(error, expected, capsys):
     console.guarded_parser(_raising(error))(['main.py'])
   assert e.value.code == 2
   assert capsys.readouterr().err == f'error: {expected}\n'
-
-
-def test_help_is_no_error():
-  with pytest.raises(SystemExit) as e:
-    console.guarded_parser(_raising(SystemExit(1)))(['main.py', '--help'])
-  assert e.value.code == 0

@@ -136,9 +136,7 @@ def test_any_damaged_file_leads_to_a_good_state(tmp_path, kind):
   assert set(found) == {1, 2}
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(
-  tmp_path, monkeypatch
-):
+def test_a_checkpoint_that_may_not_be_read_is_kept(tmp_path, monkeypatch):
   def refuse(path):
     raise PermissionError(13, 'Permission denied', str(path))
 
@@ -146,6 +144,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(
   monkeypatch.setattr(storage.pathlib.Path, 'read_bytes', refuse)
   with pytest.raises(PermissionError, match='2/default/state.npz'):
     restore(tmp_path)
+  assert kept_steps(tmp_path) == [1, 2]
 
 
 def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
