@@ -179,12 +179,8 @@ def intercept(
   Args:
     around: (module, path, x, call: x -> y) -> y.
     base: How many components to remove from the start of each path.
-
-  Raises:
-    errors.UserError: Python runs with -O. Flax removes an interceptor inside an
-      `assert`, so each one would stay for ever and change other networks.
   """
-  if not __debug__:
+  if not __debug__:  # Flax removes interceptors inside an `assert`.
     raise errors.UserError(
       'Flax needs the assertions of Python: run it without -O, and unset '
       'PYTHONOPTIMIZE.'

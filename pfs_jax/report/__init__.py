@@ -22,12 +22,9 @@ def write(
   workdir: pathlib.Path,
   out: pathlib.Path | None = None,
 ) -> None:
-  """Writes the report of the study or run of a config.
+  """Writes the report of the study or run of a config into `out`.
 
-  Args:
-    c: The config of a run or a study.
-    workdir: The folder of the run or study. It is only read.
-    out: The folder for the report; None: the workdir.
+  The default of `out` is the workdir, which is otherwise only read.
 
   Raises:
     errors.UserError: If the workdir is empty, or belongs to another config.

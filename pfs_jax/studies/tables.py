@@ -154,9 +154,7 @@ def comparison(
 def verdict(versus: statistics.Difference, sign: int = 1) -> str:
   """'better', 'worse' or, if the interval contains 0, 'indistinguishable'.
 
-  Args:
-    versus: A difference from a baseline.
-    sign: 1 if more is better, -1 if less is.
+  `sign` is 1 if more is better, and -1 if less is.
 
   >>> verdict(statistics.Difference(3, 1.0, 0.5, 1.5))
   'better'
