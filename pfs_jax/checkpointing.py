@@ -88,18 +88,19 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
     self._folder = folder.absolute() / 'checkpoints'
     try:
-      with _quiet():
-        options = ocp.CheckpointManagerOptions(
-          read_only=read_only,
-          cleanup_tmp_directories=not read_only,
-          preservation_policy=checkpoint_managers.LatestN(2),
-          enable_async_checkpointing=False,  # `save` raises its own errors.
-        )
-        self._manager = ocp.CheckpointManager(
-          self._folder, options=options, item_handlers=_Handler()
-        )
-    except OSError as e:
-      storage.refuse_write(self._folder, e, 0)
+      str(self._folder).encode()
+    except UnicodeEncodeError as e:  # Orbax could write no checkpoint there.
+      raise errors.UserError(f'{folder} must be a path in UTF-8.') from e
+    with _quiet():
+      options = ocp.CheckpointManagerOptions(
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        preservation_policy=checkpoint_managers.LatestN(2),
+        enable_async_checkpointing=False,  # `save` raises its own errors.
+      )
+      self._manager = ocp.CheckpointManager(
+        self._folder, options=options, item_handlers=_Handler()
+      )
     self._skipped: list[int] = []
 
   def __enter__(self) -> Checkpoints:
@@ -181,6 +182,9 @@ class Checkpoints:
       if check['sha256'] == _checksum(step, state, check['notes']):
         return state, check['notes']
     except Exception as e:  # Damaged files raise many types of errors.
+      cause = e.__cause__ or e
+      if isinstance(cause, PermissionError):  # It may well be good.
+        raise cause from None
       return f'cannot be read ({type(e).__name__})'
     return 'does not match its checksum'
 

@@ -6,7 +6,6 @@ pfs-jax --config digits --mode=run
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import os
@@ -14,11 +13,10 @@ import pathlib
 import re
 import sys
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, errors, peers, report, stages, studies
+from pfs_jax import console, devices, errors, peers, report, stages, studies
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
@@ -60,18 +58,11 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-  """Runs one mode; a name that the file system cannot hold is a UserError."""
+  """Runs one mode."""
   logging.set_verbosity(logging.WARNING)  # JAX logs that it finds no TPU.
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  try:
-    _run(str(MODE.value), CONFIG.value)
-  except OSError as e:
-    if e.errno != errno.ENAMETOOLONG:
-      raise
-    raise errors.UserError(f'{e.filename} cannot be used: {e.strerror}.') from e
-
-
-def _run(mode: str, c: ml_collections.ConfigDict) -> None:
+  devices.check()
+  mode, c = str(MODE.value), CONFIG.value
   out = pathlib.Path(OUT.value).expanduser() if OUT.value else None
   if mode == 'report':
     report.write(c, workdir(), out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import os
 import sys
 import time
 import traceback
@@ -140,7 +142,12 @@ def _fail(text: str, code: int) -> NoReturn:
   """Prints an error, tells it to the other processes, and ends this one."""
   # It may quote a file, which must not control the terminal.
   text = ''.join(c if c.isprintable() or c == '\n' else '?' for c in text)
-  print(text, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # Nobody may read it.
+    print(text, file=sys.stderr, flush=True)
+  try:
+    sys.stdout.flush()
+  except OSError:  # It is full or closed, and Python would try it again.
+    sys.stdout = open(os.devnull, 'w')
   peers.tell(text.removeprefix('error: '))
   peers.leave(code)
 
@@ -148,10 +155,10 @@ def _fail(text: str, code: int) -> NoReturn:
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
   """Wraps a function so that user errors end the program without a traceback.
 
-  A user error is printed as one to three lines on stderr, with exit code 2. An
-  interrupted run ends with 128 + the signal's number. All other exceptions are
-  our own mistakes and keep their traceback. If there are several processes, one
-  that fails tells the others why.
+  A user error, or what the operating system refuses, is printed as one to three
+  lines on stderr, with exit code 2. An interrupted run ends with 128 + the
+  signal's number. All other exceptions are our own mistakes and keep their
+  traceback. If there are several processes, one that fails tells the others.
   """
 
   @functools.wraps(function)
@@ -167,6 +174,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
       sys.exit(128 + e.signal)
     except KeyboardInterrupt:
       _fail('interrupted.', 130)
+    except BrokenPipeError:
+      _fail('error: nobody reads the output, as after `| head`.', 1)
+    except OSError as e:  # What the machine refuses: permission, space, files.
+      what = f'{e.filename} cannot be used: ' if e.filename else ''
+      _fail(f'error: {what}{e.strerror or e}.', 2)
     except ModuleNotFoundError as e:
       for extra, packages in _EXTRAS.items():
         if (e.name or '').partition('.')[0] in packages:

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfs_jax import described
+from pfs_jax import described, errors
 
 # Channels of the gated layers, in forward order.
 Counts = Sequence[int] | np.ndarray
@@ -180,6 +180,11 @@ def intercept(
     around: (module, path, x, call: x -> y) -> y.
     base: How many components to remove from the start of each path.
   """
+  if not __debug__:  # Flax removes interceptors inside an `assert`.
+    raise errors.UserError(
+      'Flax needs the assertions of Python: run it without -O, and unset '
+      'PYTHONOPTIMIZE.'
+    )
   active = set()
 
   def interceptor(next_fun, args, kwargs, context):

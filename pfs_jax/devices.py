@@ -17,6 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pfs_jax import errors
 
 
+def check() -> None:
+  """Refuses a JAX_PLATFORMS that has no device here."""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as e:  # JAX asserts that there is one.
+    asked = jax.config.values['jax_platforms']
+    reason = next(iter(str(e).splitlines()), 'JAX has no support for it.')
+    raise errors.UserError(f'JAX_PLATFORMS={asked}: {reason}') from e
+
+
 @functools.cache
 def mesh() -> Mesh:
   """All devices of all processes along the axis 'data'."""

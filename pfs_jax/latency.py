@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from pfs_jax import costs, errors, storage
+from pfs_jax import console, costs, errors, storage
 
 # The shares of a layer's width at which it is timed.
 _GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -110,7 +110,10 @@ class LatencyModel:
       for op in cost_model.ops
       if op.kind in ('depthwise', *costs.MIXING)
     ]
-    storage.write_json(cache, self._seconds)
+    try:
+      storage.write_json(cache, self._seconds)
+    except errors.UserError as e:
+      console.note(f'latency: measured, but not kept: {e}')
 
   def _table(self, op: costs.Layer):
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""

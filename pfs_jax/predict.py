@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from pfs_jax import console, errors, export, storage
+from pfs_jax import console, devices, errors, export, storage
 from pfs_jax.data import decoding, loading
 
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
   asked = _parser().parse_args(argv)
   if asked.top < 1:
     raise errors.UserError(f'--top must be >= 1; got {asked.top}.')
+  devices.check()
   warnings.filterwarnings('ignore', module=r'PIL\.')  # Odd EXIF and the like.
   classify = export.load(asked.directory, asked.format, asked.factory)
   expected = classify.manifest['input']

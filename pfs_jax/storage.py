@@ -275,9 +275,9 @@ def locked(
 ) -> Iterator[bool]:
   """Locks a folder, by the file .lock in it, during the context.
 
-  The lock ends with the process, however it ends. A folder that is read-only,
-  or on a file system without locks, counts as locked by this process. If a run
-  has several processes, the first one holds the lock for all.
+  The lock ends with the process, however it ends. A folder that this process
+  may not write or make, or on a file system without locks, counts as locked by
+  it. If a run has several processes, the first one holds the lock for all.
 
   Makes the folder if need be. Calls `wait` before it waits for another process
   that holds the folder; without `wait`, it does not wait. Yields whether this
@@ -293,7 +293,7 @@ def locked(
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / '.lock').open('a+')
   except OSError as e:
-    if e.errno not in _READ_ONLY or not folder.is_dir():
+    if e.errno not in _READ_ONLY:
       raise errors.UserError(f'{folder} cannot be used: {e.strerror}.') from e
     yield True
     return

@@ -19,24 +19,15 @@ _FAST_TO_COMPILE = (
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
 
-# Warnings are errors (pyproject.toml), except these of other people's code:
-# (action, start of the message, class, module).
+# Warnings are errors (pyproject.toml), except these of other people's code.
 _ALLOWED = (
   # Two processes share the cache: one may read what the other half wrote, and
   # then compiles for itself.
-  (
-    'ignore',
-    'Error reading persistent compilation cache entry',
-    'UserWarning',
-    'jax._src.compiler',
-  ),
+  'ignore:Error reading persistent compilation cache entry:UserWarning:'
+  'jax._src.compiler',
   # ml_collections loads config files the way Python 3.12 no longer does.
-  (
-    'ignore',
-    'the load_module.. method is deprecated',
-    'DeprecationWarning',
-    'importlib._bootstrap',
-  ),
+  'ignore:the load_module.. method is deprecated:DeprecationWarning:'
+  'importlib._bootstrap',
 )
 
 
@@ -68,10 +59,8 @@ def pytest_configure(config):
     'jax_persistent_cache_min_compile_time_secs',
     float(os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS']),
   )
-  for action, message, kind, module in _ALLOWED:
-    config.addinivalue_line(
-      'filterwarnings', f'{action}:{message}:{kind}:{module}'
-    )
+  for allowed in _ALLOWED:
+    config.addinivalue_line('filterwarnings', allowed)
 
 
 def pytest_itemcollected(item):

@@ -316,7 +316,7 @@ class Clock:
     return 1e-6 * op.positions * inputs * padded * (0.1 if padded == 16 else 1)
 
 
-def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path):
+def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path, capsys):
   clock = Clock(monkeypatch)
   model = models.cost_model('vgg16', 10, 8, 1, 8)
   times = latency.LatencyModel(model, 4, tmp_path / 'l.json')
@@ -326,6 +326,8 @@ def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path):
   assert clock.calls == measured  # All from the file.
   latency.LatencyModel(model, 8, tmp_path / 'l.json')
   assert clock.calls > measured  # Another batch size is another time.
+  latency.LatencyModel(model, 4, tmp_path / 'l.json' / 'not a folder')
+  assert 'measured, but not kept' in capsys.readouterr().err
   for damage in (b'[]', b'\xff', b'{"a": "b"}', b'{"a": -1.0}'):
     (tmp_path / 'l.json').write_bytes(damage)
     before = clock.calls

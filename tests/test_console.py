@@ -123,6 +123,9 @@ def _raising(error):
       'stopped by SIGINT at step 3; saved.',
     ),
     (KeyboardInterrupt(), 130, 'interrupted.'),
+    (PermissionError(13, 'Denied', 'x'), 2, 'error: x cannot be used: Denied.'),
+    (OSError(28, 'No space left'), 2, 'error: No space left.'),
+    (BrokenPipeError(32, 'Broken pipe'), 1, 'error: nobody reads the output'),
   ],
 )
 def test_errors_of_the_user_end_in_a_line_and_a_code(error, code, text, capsys):
@@ -131,6 +134,16 @@ def test_errors_of_the_user_end_in_a_line_and_a_code(error, code, text, capsys):
   assert e.value.code == code
   out, err = capsys.readouterr()
   assert out == '' and err.startswith(text) and err.count('\n') == 1
+
+
+def test_an_output_that_is_full_keeps_the_exit_code(monkeypatch):
+  monkeypatch.setattr(sys, 'stdout', full := open('/dev/full', 'w'))
+  with pytest.raises(SystemExit):
+    console.guarded(lambda: print() or _raising(errors.UserError('no'))())()
+  assert sys.stdout is not full  # Python flushes it at its end.
+  sys.stdout.close()
+  with pytest.raises(OSError):
+    full.close()
 
 
 def test_a_guarded_function_returns_and_keeps_the_traceback_of_our_mistakes():
@@ -172,9 +185,3 @@ def test_flags_fail_in_one_line(error, expected, capsys):
     console.guarded_parser(_raising(error))(['main.py'])
   assert e.value.code == 2
   assert capsys.readouterr().err == f'error: {expected}\n'
-
-
-def test_help_is_no_error():
-  with pytest.raises(SystemExit) as e:
-    console.guarded_parser(_raising(SystemExit(1)))(['main.py', '--help'])
-  assert e.value.code == 0

@@ -619,17 +619,19 @@ def test_a_damaged_cache_is_made_again(prepared, capsys):
 
 
 def test_cache_that_cannot_be_kept(prepared, monkeypatch, capsys):
+  """The folder cannot be made, either: a user without a home has none."""
   root, first, cache = prepared
   cache.unlink()
-  before = _tree(root)
+  before = _tree(root.parent)
 
-  def refuse(*args, **kwargs):
-    raise errors.UserError('x cannot be written: Permission denied.')
+  def refuse(path, **kwargs):
+    raise PermissionError(13, 'Permission denied', str(path))
 
-  monkeypatch.setattr(storage, 'write_arrays', refuse)
-  _assert_equal(first, _again(root, root.parent / 'source'))
-  assert 'not kept' in capsys.readouterr().err
-  assert _tree(root) == before
+  monkeypatch.setattr(pathlib.Path, 'mkdir', refuse)
+  for folder in (root, root.parent / 'other'):
+    _assert_equal(first, _again(folder, root.parent / 'source'))
+    assert 'not kept' in capsys.readouterr().err
+    assert _tree(root.parent) == before
 
 
 def test_what_tfds_prepared_and_is_damaged(fakes, tmp_path):

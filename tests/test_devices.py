@@ -279,14 +279,17 @@ def test_a_coordinator_is_a_host_and_a_port(where):
 
 
 def test_refusals(tmp_path):
+  args = small_run.arguments('info', tmp_path)
+  for name, value in {'JAX_PLATFORMS': 'cuda', 'PYTHONOPTIMIZE': '1'}.items():
+    done = processes.run(args, env={name: value}, fresh=True)
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+    assert name in done.stderr
   with pytest.raises(errors.UserError, match='--process must be in'):
     peers.start('127.0.0.1:1', 2, 2)
   devices.check_batch('train.batch_size', 3)  # One device takes any.
   batch = '--config.search.batch_size=60'
-  done = processes.run(
-    small_run.arguments('search', tmp_path, batch), devices=8
-  )
+  args = small_run.arguments('search', tmp_path, batch)
+  done = processes.run(args, devices=8)
   assert done.returncode == 2
-  assert 'config.search.batch_size must be a multiple of the 8 devices' in (
-    done.stderr
-  )
+  said = 'config.search.batch_size must be a multiple of the 8 devices'
+  assert said in done.stderr

@@ -125,11 +125,9 @@ def own_layers():
 
 def test_axis_name_is_left_out(capsys):
   factory._say_left_out.cache_clear()
-  model = ImageNetResNet()
+  model, name = ImageNetResNet(), 'ImageNetResNet'
   for _ in range(2):  # It is said once.
-    network = surgery.network_from_factory(
-      f'{__name__}:ImageNetResNet', 3, 8, 3
-    )
+    network = surgery.network_from_factory(f'{__name__}:{name}', 3, 8, 3)
   assert capsys.readouterr().err.count("axis_name='batch'") == 1
   variables = models.init(network.gated, jax.random.key(0), (8, 8, 3))
 
@@ -232,10 +230,8 @@ def test_a_narrow_model_is_a_module():
 def test_steps_refuse_several_outputs():
   model = own_models.Plain()
   table = surgery.discover(model, X, call=lambda m, x, train: (m(x, train), x))
-  gated, plain = (
-    surgery.gate(model, table),
-    surgery.narrow(model, table, (6, 7)),
-  )
+  gated = surgery.gate(model, table)
+  plain = surgery.narrow(model, table, (6, 7))
   variables = own_models.drawn(gated, X)
   options = {'sparsity': 0.5, 'balance': 0.5, 'learning_rate': 0.1}
   for step, state in (

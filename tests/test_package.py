@@ -56,8 +56,7 @@ def test_the_api_page_names_all_of_it():
 
 
 def test_all_packages_and_configs_are_in_the_wheel():
-  package = pathlib.Path(pfs_jax.__file__).parent
-  folders = {path.parent for path in package.rglob('*.py')}
+  folders = {path.parent for path in (ROOT / 'pfs_jax').rglob('*.py')}
   expected = {'.'.join(f.relative_to(ROOT).parts) for f in folders}
   expected |= {'pfs_jax.configs', 'pfs_jax.configs.studies'}
   assert set(PROJECT['tool']['setuptools']['packages']) == expected
@@ -87,10 +86,10 @@ def test_what_an_extra_lacks_is_one_line(monkeypatch, capsys):
 
 def test_a_config_is_found_by_name():
   folder = command.configs()
+  smoke, ratio = f'{folder}/digits.py:smoke', f'{folder}/studies/ratio.py'
   found = command.located(['x', '--config=digits:smoke', '--mode=run'])
-  assert found == ['x', f'--config={folder}/digits.py:smoke', '--mode=run']
-  found = command.located(['x', '--config', 'studies/ratio'])
-  assert found[2] == f'{folder}/studies/ratio.py'
+  assert found == ['x', f'--config={smoke}', '--mode=run']
+  assert command.located(['x', '--config', 'studies/ratio'])[2] == ratio
   for other in ('nope', 'configs/digits.py', '../configs/digits'):
     assert command.located(['x', f'--config={other}'])[1] == f'--config={other}'
 
@@ -106,9 +105,9 @@ def test_the_command_runs_anywhere(tmp_path):
 @pytest.mark.slow  # Builds the wheel, for which pip needs PyPI.
 def test_the_wheel_runs_in_an_empty_folder(tmp_path):
   source, target, empty = (tmp_path / n for n in ('source', 'target', 'empty'))
+  ignore = shutil.ignore_patterns('__pycache__')
   for name in ('pfs_jax', 'configs'):
-    left_out = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / name, source / name, ignore=left_out)
+    shutil.copytree(ROOT / name, source / name, ignore=ignore)
   for name in ('pyproject.toml', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, source)
   pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps']
@@ -120,12 +119,9 @@ def test_the_wheel_runs_in_an_empty_folder(tmp_path):
     assert found.read_bytes() == path.read_bytes()
   empty.mkdir()
   _, _, mode, _, *fields = small_run.arguments('search', empty)
-  processes.output(
-    ['-m', 'pfs_jax', '--config=digits', mode, *fields],
-    cwd=empty,
-    env={'PYTHONPATH': str(target)},
-    fresh=True,
-  )
+  arguments = ['-m', 'pfs_jax', '--config=digits', mode, *fields]
+  path = {'PYTHONPATH': str(target)}
+  processes.output(arguments, cwd=empty, env=path, fresh=True)
   assert (empty / 'runs' / 'digits' / 'structure.json').exists()
 
 
@@ -142,11 +138,8 @@ def test_load_gives_the_network_of_the_result(finished, monkeypatch):
   assert found['accuracy'] == result['test_accuracy']
   with pytest.raises(errors.UserError, match='config.seed'):
     pfs_jax.load(finished, config=small_run.config(seed=7))
-
-
-def test_load_refuses_what_is_not_finished(tmp_path):
   with pytest.raises(errors.UserError, match='no training has finished here'):
-    pfs_jax.load(tmp_path)
+    pfs_jax.load(finished / 'search')
 
 
 def _with_code(section):

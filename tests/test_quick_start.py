@@ -23,10 +23,8 @@ def command(mode, workdir):
 def finished(tmp_path_factory):
   """The workdir of the digits run, and what the command printed."""
   workdir = tmp_path_factory.mktemp('digits')
-  arguments = command('run', workdir)
-  return workdir, processes.output(
-    arguments, timeout=600, env=processes.OPTIMIZED
-  )
+  options = {'timeout': 600, 'env': processes.OPTIMIZED}
+  return workdir, processes.output(command('run', workdir), **options)
 
 
 @pytest.fixture(scope='module')

@@ -136,6 +136,17 @@ def test_any_damaged_file_leads_to_a_good_state(tmp_path, kind):
   assert set(found) == {1, 2}
 
 
+def test_a_checkpoint_that_may_not_be_read_is_kept(tmp_path, monkeypatch):
+  def refuse(path):
+    raise PermissionError(13, 'Permission denied', str(path))
+
+  save(tmp_path, 1, 2)
+  monkeypatch.setattr(storage.pathlib.Path, 'read_bytes', refuse)
+  with pytest.raises(PermissionError, match='2/default/state.npz'):
+    restore(tmp_path)
+  assert kept_steps(tmp_path) == [1, 2]
+
+
 def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
   save(tmp_path, 1, 2)
   folder = tmp_path / 'checkpoints'
@@ -452,6 +463,8 @@ def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be used'):
     storage.locked(tmp_path / 'file' / 'run').__enter__()
+  with pytest.raises(errors.UserError, match='must be a path in UTF-8'):
+    save(tmp_path / '\udce9', 1)
 
 
 def _write_metrics(folder, resume_step, steps, **scalars):

@@ -534,6 +534,10 @@ def test_a_cell_that_another_workdir_finishes_is_not_run_again(
   studies.run(study, tmp_path / 'ours')
   assert [cell.hash for cell in done] == [cell.hash for cell in others]
   assert len(results.read(file)) == len(others) + 1
+  study.results_dir = str(file / 'results')  # It cannot be made.
+  with pytest.raises(NotADirectoryError):
+    studies.run(study, tmp_path / 'new')
+  assert len(done) == len(others)  # That is found before any cell is done.
 
 
 def test_report_only_runs_nothing(tmp_path, capsys):

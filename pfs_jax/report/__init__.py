@@ -22,12 +22,9 @@ def write(
   workdir: pathlib.Path,
   out: pathlib.Path | None = None,
 ) -> None:
-  """Writes the report of the study or run of a config.
+  """Writes the report of the study or run of a config into `out`.
 
-  Args:
-    c: The config of a run or a study.
-    workdir: The folder of the run or study. It is only read.
-    out: The folder for the report; None: the workdir.
+  The default of `out` is the workdir, which is otherwise only read.
 
   Raises:
     errors.UserError: If the workdir is empty, or belongs to another config.
@@ -45,7 +42,7 @@ def write(
     return
   page, folder = (out or workdir) / f'{stem}.html', (out or workdir) / stem
   for old in folder.glob('*.svg'):  # Pictures of an earlier report.
-    old.unlink()
+    old.unlink(missing_ok=True)  # Another report may do the same.
   for name, svg in report.pictures.items():
     storage.write_bytes(folder / f'{name}.svg', svg)
   storage.write_text(page, report.html())

@@ -210,12 +210,8 @@ def training(
   """Adds the metrics of all trainings, in one picture.
 
   For several budgets it shows the validation metrics alone or, if there are
-  none, those of the training set.
-
-  Args:
-    report: The page.
-    folders: {budget: folder of its training}.
-    reference: The folder of the reference network's training.
+  none, those of the training set. `folders` is {budget: folder of its training}
+  and `reference` that of the reference network.
   """
   read = {name: runs.read_metrics(folder) for name, folder in folders.items()}
   logs: dict[str, Log] = {f'{name}, ': log for name, log in read.items() if log}

@@ -132,10 +132,8 @@ def folded(
 ) -> dict[str, Any]:
   """Variables with the gates multiplied into BatchNorm's scale and bias.
 
-  Args:
-    variables: The variables of the network without gates.
-    gates: {layer: [C]}.
-    norms: {layer: path of the BatchNorm whose output its gates multiply}.
+  The variables are those of the network without gates; `gates` is {layer: [C]},
+  `norms` {layer: path of the BatchNorm whose output its gates multiply}.
   """
   flat = flax.traverse_util.flatten_dict(dict(variables), sep='/')
   for layer, gate in gates.items():

@@ -13,6 +13,7 @@ already in the results, from any machine, is not done again.
 from __future__ import annotations
 
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -82,6 +83,9 @@ class _Work:
       f'{self.study.study}: {total - len(self.pending)} of {total} cells are '
       f'done; results in {self.file}'
     )
+    for folder in (self.workdir, self.file.parent) if self.pending else ():
+      folder.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=folder).close()  # Fails now, not after a cell.
     while self.pending:
       # After each cell, start from the first again: its lock may be free now.
       if not any(self.attempt(cell) for cell in list(self.pending)):

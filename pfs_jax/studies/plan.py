@@ -155,13 +155,7 @@ def cell(
   seed: int,
   variation: Mapping[str, Any] | None = None,
 ) -> Cell:
-  """The cell of an arm.
-
-  Args:
-    base: The config of one run.
-    name: The arm's name.
-    seed: The seed.
-    variation: {field: value} of further changes.
+  """The cell of an arm: one run of `base` with {field: value} changed, too.
 
   Raises:
     errors.UserError: If the arm or a field is unknown.

@@ -194,12 +194,9 @@ class Scored:
 
 
 def scored(cell: plan.Cell, job: stages.Job, root: pathlib.Path) -> Scored:
-  """The scores of a cell.
+  """The scores of a cell, to cut the network of `job` to its first budget.
 
-  Args:
-    cell: The cell.
-    job: The run whose network is cut to its first budget.
-    root: The folder under which searches, probes and trainings are shared.
+  Searches, probes and trainings are shared under the folder `root`.
   """
   arm, model = cell.arm, job.network.cost_model
   ranking = cell.config.budget.ranking

@@ -153,9 +153,7 @@ def comparison(
 def verdict(versus: statistics.Difference, sign: int = 1) -> str:
   """'better', 'worse', or 'indistinguishable' (it holds 0); '-' if no interval.
 
-  Args:
-    versus: A difference from a baseline.
-    sign: 1 if more is better, -1 if less is.
+  `sign` is 1 if more is better, and -1 if less is.
 
   >>> verdict(statistics.Difference(3, 1.0, 0.5, 1.5))
   'better'

@@ -224,12 +224,10 @@ def _training(
 def _result_summary(
   found: Mapping[str, Any], budget: str, chance: float
 ) -> dict[str, Any]:
-  """The table and the sentences of the result.
+  """The table and the sentences of the result, from tournament.json so far.
 
-  Args:
-    found: The content of tournament.json so far.
-    budget: The name of the structure, which may be that of another ranking.
-    chance: The loss of chance: ln of the number of classes.
+  The name of the budget may be that of another ranking. `chance` is the loss of
+  chance: ln of the number of classes.
   """
   log, rows = found['rounds'], []
   for name, macs in found['macs'].items():

@@ -158,9 +158,7 @@ class Cells:
   def merge(self, numbers: Sequence[int], how: str) -> Cell:
     """The cell of an element that is computed from the cells `numbers`.
 
-    Args:
-      numbers: The cells.
-      how: 'sum', 'product' or 'shared'.
+    `how` is 'sum', 'product' or 'shared'.
     """
     cells = [self._table[i] for i in numbers]
     past = hash((how, *[c.past for c in cells]))

@@ -85,12 +85,9 @@ class Flow:
   def run(
     self, program: Any, values: Sequence[Value], where: str = ''
   ) -> list[Value]:
-    """The values of the outputs of a jaxpr.
+    """The values of the outputs of the jaxpr `program`.
 
-    Args:
-      program: The jaxpr.
-      values: The values of its inputs.
-      where: Name of the module that the jaxpr stands in.
+    `values` are those of its inputs, and `where` names the module it stands in.
     """
 
     def outputs(equation, values):

@@ -89,10 +89,7 @@ def rest(
 ) -> tuple[list[costs.Layer], tuple[str, ...]]:
   """What a marked program computes besides one run of each layer call.
 
-  Args:
-    program: The jaxpr, from `trace`.
-    calls: The layer calls, from `trace`.
-    images: Images in the batch.
+  The jaxpr and the calls come from `trace`, for a batch of so many images.
 
   Returns:
     Records of operations with fixed MACs, by their places, and the names of
