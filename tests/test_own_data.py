@@ -348,7 +348,7 @@ def test_corrupt_images_are_left_out_when_asked(pets, capsys):
   assert 'skipped' in capsys.readouterr().err
   for path in pets.glob('dog/*.png'):
     path.write_bytes(b'')
-  assert (_load(c.data).train_labels == 0).all()
+  assert 'dog can be decoded' in _refusal(c)
 
 
 # What must not be read, or not taken for the same.

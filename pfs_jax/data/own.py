@@ -274,6 +274,8 @@ def _decoded(
       good = batch['weights'] > 0
       pixels[len(labels) : len(labels) + good.sum()] = batch['pixels'][good]
       labels += batch['labels'][good].tolist()
-  if not labels:
-    raise errors.UserError(f'no image in {images.root} can be decoded.')
+  absent = set(range(len(images.classes))).difference(labels)
+  if absent:
+    folder = pathlib.Path(images.root) / images.classes[min(absent)]
+    raise errors.UserError(f'no image in {folder} can be decoded.')
   return pixels[: len(labels)], np.array(labels, np.int32)
