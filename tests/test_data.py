@@ -331,17 +331,17 @@ def test_source_dir_with_a_wrong_file(fakes, tmp_path):
   (source / name).write_bytes(contents[name] + b'x')
   refused('is another file', storage.sha256(contents[name]))
   (source / name).unlink()
-  refused(f'cannot read {name}', 'train-images-idx3-ubyte.gz')  # What else.
+  refused(f'{name} does not exist', 'train-images-idx3-ubyte.gz')  # What else.
+  os.mkfifo(source / name)  # Reading it would wait for ever.
+  refused(f'{name} cannot be read: it is not a file')
 
 
 def test_real_checksums_are_those_of_tfds():
   # Length and sha256 from TFDS 4.9.10's url_checksums/cifar10.txt.
   (cifar10,) = upstream.expected('cifar10')
-  assert cifar10.name == 'cifar-10-binary.tar.gz'
-  assert cifar10.size == 170052171
-  assert cifar10.sha256 == (
-    'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
-  )
+  assert (cifar10.name, cifar10.size) == ('cifar-10-binary.tar.gz', 170052171)
+  sha256 = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+  assert cifar10.sha256 == sha256
   (cifar100,) = upstream.expected('cifar100')
   assert cifar100.name == 'cifar-100-binary.tar.gz'
   for name in ('mnist', 'fashion_mnist'):

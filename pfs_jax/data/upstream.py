@@ -67,11 +67,10 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
   contents = {}
   for file in wanted:
     try:
-      content = (root / file.name).read_bytes()
-    except OSError as e:
+      content = storage.read_regular_file(root / file.name)
+    except errors.UserError as e:
       raise errors.UserError(
-        f'config.data.source_dir must hold the files of {name}; '
-        f'cannot read {file.name} in {root} ({e.strerror}).\n'
+        f'config.data.source_dir must hold the files of {name}; {e}\n'
         f'Expected there: {", ".join(f.name for f in wanted)}.'
       ) from e
     if name == 'fashion_mnist':
