@@ -472,7 +472,7 @@ def of_studies(tmp_path_factory):
   """A folder with the reports of two studies, 'headline' and 'two'."""
   folder = tmp_path_factory.mktemp('studies')
   (folder / 'report-headline').mkdir()
-  (folder / 'report-headline' / 'varied.png').write_text('an earlier one')
+  (folder / 'report-headline' / 'varied.svg').write_text('an earlier one')
   for study in (study_of(), study_of(study='two')):
     write_study(folder, study)
   return folder
