@@ -155,7 +155,7 @@ def cell(
   seed: int,
   variation: Mapping[str, Any] | None = None,
 ) -> Cell:
-  """The cell of an arm: one run of `base` with {field: value} changed, too.
+  """The cell of an arm: `base`, changed by the arm and by {field: value}.
 
   Raises:
     errors.UserError: If the arm or a field is unknown.

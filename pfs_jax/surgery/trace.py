@@ -89,7 +89,7 @@ def rest(
 ) -> tuple[list[costs.Layer], tuple[str, ...]]:
   """What a marked program computes besides one run of each layer call.
 
-  The jaxpr and the calls come from `trace`, for a batch of so many images.
+  `program` and `calls` come from `trace`; `images` is the batch size.
 
   Returns:
     Records of operations with fixed MACs, by their places, and the names of
