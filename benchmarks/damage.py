@@ -173,7 +173,7 @@ KINDS = (*DAMAGES, 'swapped', 'deleted', 'a folder in its place')
 def answer(
   mode: str, c: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> str | errors.UserError:
-  """What a mode prints and writes that carries numbers; or its error."""
+  """The numbers that a mode prints or writes, as text; or its error."""
   shown = io.StringIO()
   page, out = workdir / 'report.html', workdir / 'out'
   try:

@@ -1,4 +1,4 @@
-"""Memory and time on paper for ImageNet: docs/accelerators.md's table.
+"""Estimates of memory and time for ImageNet: the table of docs/accelerators.md.
 
   python -m benchmarks.estimate
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from sklearn import datasets
 
-from pfs_jax import models
+from pfs_jax import gating, models
+from pfs_jax.models import registry
 
 NAMES = ('mobilenet_v1', 'mobilenet_v2')
 # {label: (dtype, BatchNorm's epsilon)}.
@@ -30,7 +31,7 @@ WIDTH, IMAGE_SIZE, BATCH = 8, 32, 64
 
 def build(name, dtype=jnp.float32, gate_site='acting'):
   """The gated network; block outputs are narrow too, where they can be."""
-  multiplier = WIDTH / 32 if models.family(name).multiplier else 1.0
+  multiplier = WIDTH / 32 if name in registry.MULTIPLIED else 1.0
   return models.build(
     name,
     10,
@@ -62,7 +63,9 @@ def variables(name):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _gradients(name, gate_site, epsilon, weights, gates, x, y):
-  module = build(name, x.dtype, gate_site).with_fields(epsilon=epsilon)
+  built = build(name, x.dtype, gate_site)
+  model = built.model.clone(epsilon=epsilon)
+  module = built.clone(source=gating.Source(model, built.source.call))
 
   def loss(gates):
     logits, _ = module.apply(

@@ -2,11 +2,11 @@
 
   python -m benchmarks.input_pipeline
 
-Draws JPEG files of ImageNet's usual sizes (or takes `--source_dir`) and prints:
-images a CPU second of decode + crop + resize to 224 px, with and without the
-JPEG decoder's own halving; images a second of the decoding threads; the share
-of a training step's time that is spent waiting. Numbers are the median of
-`--repeats` interleaved runs, with the range. docs/imagenet.md has the results.
+Draws JPEG files of ImageNet's usual sizes and prints: images a CPU second of
+decode + crop + resize to 224 px, with and without the JPEG decoder's own
+halving; images a second of the decoding threads; the share of a training step's
+time that is spent waiting. Numbers are the median of `--repeats` interleaved
+runs, with the range. docs/imagenet.md has the results.
 """
 
 import argparse
@@ -158,17 +158,15 @@ def waiting(root, steps):
 def main():
   """Runs all."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--source_dir', help='train/<class>/*.JPEG; else drawn')
   parser.add_argument('--batch_size', type=int, default=64)
   parser.add_argument('--workers', type=int, default=2)
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--steps', type=int, default=10)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as work:
-    root = pathlib.Path(args.source_dir or work)
-    if not args.source_dir:
-      make_folder(root / 'train')
-      make_folder(root / 'val')
+    root = pathlib.Path(work)
+    make_folder(root / 'train')
+    make_folder(root / 'val')
     listed = listing.scan(root / 'train')
     print('load average', os.getloadavg()[0], 'on', os.cpu_count(), 'cores')
     decode_rates(listed, args.repeats)

@@ -7,7 +7,7 @@ Two processes for each net and step. The first takes the median time of a step
 on all cores. The second runs on one core, where XLA runs one operation after
 the other, and adds up the times that JAX's profiler notes for each of them; on
 several cores it would note only how long an operation took to be handed out. An
-operation belongs to the first part below that its program text shows it in.
+operation belongs to the first part below whose words its program text holds.
 The table is printed and written to docs/speed.md.
 """
 

@@ -16,7 +16,16 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pfs_jax import console, devices, errors, peers, report, stages, studies
+from pfs_jax import (
+  console,
+  devices,
+  errors,
+  peers,
+  report,
+  stages,
+  storage,
+  studies,
+)
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A config file, with an optional :variant.', lock_config=True
@@ -39,7 +48,7 @@ PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
 def workdir() -> pathlib.Path:
   """The run's folder; by default named after the config and its variant."""
   if WORKDIR.value:
-    return pathlib.Path(WORKDIR.value).expanduser()
+    return storage.expanded(WORKDIR.value)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, *variant = name.split(':')
   return pathlib.Path('runs') / '-'.join([pathlib.Path(path).stem, *variant])
@@ -63,7 +72,7 @@ def main(_: list[str]) -> None:
   peers.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   devices.check()
   mode, c = str(MODE.value), CONFIG.value
-  out = pathlib.Path(OUT.value).expanduser() if OUT.value else None
+  out = storage.expanded(OUT.value) if OUT.value else None
   if mode == 'report':
     report.write(c, workdir(), out)
   elif studies.asked(mode, c):

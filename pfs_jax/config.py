@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import traverse_util
 
 from pfs_jax import errors, fields
 
@@ -50,27 +51,18 @@ def with_variant(
   return c
 
 
-def get(config: ml_collections.ConfigDict, field: str) -> Any:
-  """The value of a dotted field."""
-  for name in field.split('.'):
-    config = config[name]
-  return config
-
-
 def validate(config: ml_collections.ConfigDict) -> None:
   """Raises a UserError with field, rule and value if a rule is broken."""
-  given = [name.removeprefix('config.') for name in flat(config, *config)]
-  for name in [*fields.BY_NAME, *given]:  # A config may replace a section.
-    if name not in given or name not in fields.BY_NAME:
-      known = 'missing' if name in fields.BY_NAME else 'not a field'
-      raise errors.UserError(f'config.{name} is {known}.')
-  for field in fields.FIELDS:
-    value = get(config, field.name)
-    rule = field.broken(value)
+  given = flat(config)
+  known = {f'config.{field.name}': field for field in fields.FIELDS}
+  for name in [*known, *given]:  # A config may replace a section.
+    if name not in given or name not in known:
+      problem = 'missing' if name in known else 'not a field'
+      raise errors.UserError(f'{name} is {problem}.')
+  for name, field in known.items():
+    rule = field.broken(given[name])
     if rule:
-      raise errors.UserError(
-        f'config.{field.name} must be {rule}; got {value!r}.'
-      )
+      raise errors.UserError(f'{name} must be {rule}; got {given[name]!r}.')
   for name in ('residual', 'leave', 'call', 'norm', 'conv'):
     if config.model[name] and not config.model.factory:
       raise errors.UserError(
@@ -90,16 +82,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def flat(config: ml_collections.ConfigDict, *names: str) -> dict[str, Any]:
-  """{'config.a.b': value} of fields and sections, by name."""
-  found = {}
-  for field in names:
-    value = get(config, field)
-    if isinstance(value, ml_collections.ConfigDict):
-      found.update(flat(config, *(f'{field}.{name}' for name in value)))
-    else:
-      found[f'config.{field}'] = value
-  return found
+def flat(config: ml_collections.ConfigDict, *sections: str) -> dict[str, Any]:
+  """{'config.a.b': value} of the fields of some sections, by default of all."""
+  found = traverse_util.flatten_dict(config.to_dict(), sep='.')
+  return {
+    f'config.{name}': value
+    for name, value in found.items()
+    if not sections or name.partition('.')[0] in sections
+  }
 
 
 def identity(

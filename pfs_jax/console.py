@@ -130,8 +130,8 @@ def table(
   for row in rows:
     shown.add_row(*row)
   width = None if sys.stdout.isatty() else 1000
-  console = rich.console.Console(width=width, highlight=False)
-  console.print(title, soft_wrap=True, markup=False)  # Keeps paths whole.
+  console = rich.console.Console(width=width, highlight=False, markup=False)
+  console.print(title, soft_wrap=True)  # Keeps paths whole.
   console.print(shown)
 
 
@@ -186,6 +186,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
           _fail(f'error: {e.name} is not installed: {command}.', 2)
       raise
     except Exception as e:
+      if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
+        reason = str(e).partition('\n')[0]
+        _fail(f'error: the memory does not suffice: {reason}.', 2)
       if not peers.joined():
         raise
       if peers.lost(e):

@@ -61,7 +61,7 @@ class Layer:
   outputs: int  # Channels that come out.
   positions: int  # Output positions for each image.
   groups: int = 1  # Feature groups of a convolution.
-  folded: int = 1  # Inputs in one image: windows, frames, rows.
+  folded: int = 1  # Inputs for each image: windows, frames, rows.
   vectors: int = 0  # Parameter vectors of `outputs` channels, such as a bias.
   output_size: tuple[int, ...] = ()  # Spatial, like the next three.
   input_size: tuple[int, ...] = ()

@@ -38,6 +38,17 @@ def convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
   }
 
 
+def _own_convolution(module: Any, x: Any, y: Any) -> dict[str, Any]:
+  fields = convolution(module, x, y)
+  params = jax.tree.leaves(module.variables.get('params', {}))
+  if fields['kernel'] not in [leaf.shape[:-2] for leaf in params]:
+    raise errors.UserError(
+      f'{type(module).__name__}.kernel_size must have a number for each '
+      f'axis of its kernel [..., inputs, outputs]; got {module.kernel_size}.'
+    )
+  return fields
+
+
 def transposed(module: Any, x: Any, y: Any) -> dict[str, Any]:
   """The fields of a transposed convolution's record."""
   fields = convolution(module, x, y)
@@ -87,7 +98,8 @@ def _vectors(module: nn.Module, channels: int) -> int:
   return sum(leaf.shape == (channels,) for leaf in jax.tree.leaves(params))
 
 
-def _pool(module: nn.Module, x, y) -> dict[str, Any]:
+def pool(module: nn.Module, x, y) -> dict[str, Any]:
+  """The fields of a pooling's record, whose inputs count as MACs."""
   del module, y
   return {'kind': 'pool', 'positions': math.prod(x.shape[1:-1])}
 
@@ -120,7 +132,8 @@ def register_conv(cls: type[nn.Module]) -> None:
 
   Subclasses of `nn.Conv`, and classes that call it, do not need it. The class
   must have the fields `features` (the number of outputs, which narrowing sets)
-  and `kernel_size`, and a kernel [..., inputs, outputs].
+  and `kernel_size` (one number for each axis of space), and a kernel [...,
+  inputs, outputs].
 
   Raises:
     errors.UserError: A field is missing, or as for `register`.
@@ -134,7 +147,7 @@ def register_conv(cls: type[nn.Module]) -> None:
       f'{cls.__name__} must have the fields features and kernel_size to be a '
       f'convolution; it has no {" and no ".join(sorted(missing))}.'
     )
-  register(cls, convolution)
+  register(cls, _own_convolution)
 
 
 def register(
@@ -166,9 +179,4 @@ def rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:
   if isinstance(module, nn.DenseGeneral):
     plain = isinstance(module.features, int) and not module.batch_dims
     return dense if plain and module.axis in (-1, (-1,)) else None
-  return _pool if getattr(type(module), 'macs_per_input', 0) else None
-
-
-def is_pool(module: nn.Module) -> bool:
-  """Whether a module is a pooling whose inputs count as MACs."""
-  return rule(module) is _pool
+  return pool if getattr(type(module), 'macs_per_input', 0) else None

@@ -55,15 +55,6 @@ def split_batch(tree: Any, axis: int = 0) -> Any:
   return jax.tree.map(lambda x: _put(x, spec), tree)
 
 
-def check_batch(field: str, batch_size: int) -> None:
-  """Raises UserError unless the batch divides by the number of devices."""
-  n = jax.device_count()
-  if batch_size % n:
-    raise errors.UserError(
-      f'config.{field} must be a multiple of the {n} devices; got {batch_size}.'
-    )
-
-
 def steps_per_call(asked: int) -> int:
   """Steps compiled into one call: `asked`, or a default if that is 0.
 

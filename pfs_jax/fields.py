@@ -32,6 +32,8 @@ _RULES: dict[str, Callable[[Any], bool]] = {
   'an integer >= 0': lambda v: v >= 0 and v == int(v),
   'in [0, 1]': lambda v: 0 <= v <= 1,
   'in [0, 1)': lambda v: 0 <= v < 1,
+  'in [0, 10]': lambda v: 0 <= v <= 10,
+  'in (0, 10]': lambda v: 0 < v <= 10,
   'in [0, 2**32)': lambda v: 0 <= v < 2**32,
   rankings.RULE: rankings.known,
   'texts': _all_hold(lambda v: isinstance(v, str)),

@@ -103,11 +103,6 @@ class Wrapped(nn.Module):
       )
     return y
 
-  def with_fields(self, **fields: Any) -> Wrapped:
-    """The same changes on a model with other values of its fields."""
-    source = Source(self.model.clone(**fields), self.source.call)
-    return self.clone(source=source)
-
   def unit_gates(self) -> dict[str, Any]:
     """The collection `gates`, all ones; its tree follows the groups' names."""
     return groups.tree(
@@ -160,6 +155,8 @@ class Wrapped(nn.Module):
       y = call(x)
       if path in carriers:
         gate = _gates_of(gates, carriers[path]).astype(y.dtype)  # [C], [N, C]
+        if gate.ndim > 1 and len(gate) < len(y):  # Several rows an image.
+          gate = jnp.repeat(gate, len(y) // len(gate), axis=0)
         between = (1,) * (y.ndim - gate.ndim)
         y = y * gate.reshape(*gate.shape[:-1], *between, gate.shape[-1])
       return y

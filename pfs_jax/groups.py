@@ -393,4 +393,4 @@ def from_marks(
 
 def marks(n: int) -> tuple[int, ...]:
   """`n` distinct widths that no real layer has, to trace a network with."""
-  return tuple(range(10_007, 10_007 + n))
+  return tuple(range(10**8, 10**8 + n))

@@ -119,9 +119,9 @@ class LatencyModel:
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""
     inputs = _timed_widths(op.inputs, op.reads)
     outputs = _timed_widths(op.outputs, op.makes)
-    if op.kind == 'depthwise':  # Inputs and outputs are the same channels.
-      grid = np.array([[self._time(op, n, n)] for n in outputs])
-      inputs, outputs = outputs, outputs[-1:]
+    if op.kind == 'depthwise':  # The inputs say how many outputs there are.
+      outputs = outputs[-1:]
+      grid = np.array([[self._time(op, n, n * op.multiplier)] for n in inputs])
     else:
       grid = np.array([[self._time(op, i, o) for o in outputs] for i in inputs])
     for axis in (0, 1):

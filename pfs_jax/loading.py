@@ -8,9 +8,10 @@ from typing import Any
 
 import ml_collections
 from flax import linen as nn
+from flax import traverse_util
 
 from pfs_jax import config as configs
-from pfs_jax import errors, fields, prune, runs, stages
+from pfs_jax import errors, fields, prune, runs, stages, storage
 
 # Fields that name code, which is imported and called.
 _CODE = tuple(f.name for f in fields.FIELDS if 'package.module' in f.doc)
@@ -41,9 +42,13 @@ def load(
     errors.UserError: If no training has finished there, a file is damaged, or
       the config is that of another run.
   """
-  root = pathlib.Path(workdir).expanduser()
+  root = storage.expanded(workdir)
   path = root / budget / 'result.json'
+  if not path.exists():  # The first budget's files are in the workdir itself.
+    path = root / 'result.json'
   result = runs.read_result(path)
+  if budget not in ('', result['budget']):
+    raise errors.UserError(f'{root}: no training of {budget} has finished.')
   job = stages.Job(config or _config(path, result), root)
   names, counts = tuple(result['counts']), tuple(result['counts'].values())
   structure = prune.Structure(names, counts, result['macs'], result['params'])
@@ -51,8 +56,7 @@ def load(
     raise errors.UserError(
       f'{path}: counts must name the layers of {job.model_name}, in order.'
     )
-  name = budget or result['budget']
-  _, _, module, state = stages.restore(job, name, structure)
+  _, _, module, state = stages.restore(job, result['budget'], structure)
   return module, dict(state.variables)
 
 
@@ -60,20 +64,18 @@ def _config(
   path: pathlib.Path, result: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
   """The config in result.json, checked; one that names code is refused."""
-  c, there = configs.default(), result.get('config', {})
-  for name, plain in configs.flat(c, *c).items():
-    name = name.removeprefix('config.')
+  c = configs.default()  # A field newer than the file stays at its default.
+  there = traverse_util.flatten_dict(result.get('config', {}), sep='.')
+  for name in there.keys() & fields.BY_NAME.keys():
+    value = there[name]
+    value = tuple(value) if isinstance(value, list) else value
     try:
-      value = configs.get(there, name)
-      value = tuple(value) if isinstance(plain, tuple) else value
       c.update_from_flattened_dict({name: value})
-    except KeyError:
-      continue  # A field newer than the file stays at its default.
     except (TypeError, ValueError) as e:
       raise errors.UserError(f'{path}: config.{name} is wrong: {e}') from e
   configs.validate(c)
   for name in _CODE:
-    if configs.get(c, name):
+    if there.get(name):
       raise errors.UserError(
         f'{path} names code of your own (config.{name}): give the config, as '
         'in load(workdir, config=...). No code runs because a file names it.'

@@ -24,7 +24,7 @@ from pfs_jax import devices
 
 BATCHES = 50  # Training batches that the statistics are estimated from.
 _REMAINDER = 0.01  # A run is short if the first values weigh more than this.
-_FROZEN = 1 - 1e-5  # From this momentum on, they count as frozen.
+_FROZEN = 1 - 1e-5  # Statistics with this momentum or more are frozen.
 
 
 @functools.cache

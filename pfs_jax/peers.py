@@ -65,7 +65,7 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
       'num_processes': processes,
       'process_id': process,
     }
-  _fork(process)
+  _fork(f'process {process}' if given else 'this process')
   try:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat())
   except (RuntimeError, ValueError) as e:
@@ -87,7 +87,7 @@ def _grace() -> float:
   return min(2.0, _heartbeat() / 10)
 
 
-def _fork(process: int) -> None:
+def _fork(name: str) -> None:
   """Returns in the child; the parent waits for it and ends with its code."""
   read, write = os.pipe()
   child = os.fork()
@@ -107,21 +107,21 @@ def _fork(process: int) -> None:
     last = collections.deque(pipe, maxlen=200)
   code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   if code < 0:
-    print(f'error: {_reason(process, -code, "".join(last))}', file=sys.stderr)
+    print(f'error: {_reason(name, -code, "".join(last))}', file=sys.stderr)
     code = 1
   sys.stderr.flush()
   os._exit(code)
 
 
-def _reason(process: int, number: int, text: str) -> str:
+def _reason(name: str, number: int, text: str) -> str:
   """One line that says why a signal ended a child."""
   if number == signal.SIGABRT and 'coordination' in text:
     named = re.search(r'heartbeats?\):\s*(\d+)|Task (\d+) heartbeat', text)
     who = next(filter(None, named.groups())) if named else '0'
-    return f'process {who} has died; process {process} ends too. {_CONTINUE}'
-  name = signal.Signals(number).name
+    return f'process {who} has died; {name} ends too. {_CONTINUE}'
+  ended = signal.Signals(number).name
   more = next((t for t in reversed(text.splitlines()) if t.strip()), '')
-  return f'process {process} was ended by {name}. {_CONTINUE} {more}'.strip()
+  return f'{name} was ended by {ended}. {_CONTINUE} {more}'.strip()
 
 
 def _client():

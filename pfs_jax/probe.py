@@ -80,7 +80,7 @@ def dropped(cost_model: costs.CostModel) -> np.ndarray:
   """The number of channels to drop in each layer of the narrow network, [L].
 
   It is a quarter of the channels in the layer where these cost the fewest MACs,
-  and about as many MACs in the others: at least one channel, at most half.
+  and about as many MACs in the others: at most half, but at least one.
   """
   widths = np.array(cost_model.widths)
   spent = scores.channel_costs(cost_model)

@@ -168,9 +168,9 @@ def with_tilt(
 ) -> Budget:
   """The budget, with a number for the ranking `tilt` if it has none.
 
-  It is the weakest tilt, in steps of 0.1 from -2 to 2 (a study trained -2), at
-  which the cut uses 97 % of a ceiling on MACs or milliseconds, or parameters
-  do not bind; if there is none, the one that uses most of such a ceiling.
+  It is the weakest tilt that suffices, of -2 to 2 in steps of 0.1: the cut uses
+  97 % of a ceiling on MACs or milliseconds, or the parameters do not bind. If
+  none suffices, it is the tilt that uses most of such a ceiling.
   """
   if budget.ranking != 'tilt':
     return budget

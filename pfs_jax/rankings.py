@@ -10,7 +10,7 @@ import re
 
 from pfs_jax import errors
 
-_NUMBER = r'-?\d+(\.\d+)?'
+_NUMBER = r'-?\d(\.\d+)?'
 _NAME = re.compile(
   r'(global|layer_mean|uniform|random|survivors)'
   rf'|blend{_NUMBER}|(tilt|cost|sensitivity)({_NUMBER})?'
@@ -19,8 +19,8 @@ KNOWN = (
   'global, layer_mean, uniform, random, survivors, blendX, tilt[X], cost[X], '
   'sensitivity[X]'
 )
-# What a field with a ranking must be, X being a number.
-RULE = f'a ranking ({KNOWN})'
+# What a field with a ranking must be.
+RULE = f'a ranking ({KNOWN}; -10 < X < 10)'
 
 
 def known(name: str) -> bool:

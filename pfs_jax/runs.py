@@ -35,7 +35,7 @@ from pfs_jax import errors, fields, storage
 _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 # What a workdir holds besides work.
 _NOTES = {'.lock', 'data', 'data/identity.json', 'data/checksums.json'}
-_NOTES |= {'checksums.json', 'config.json', 'versions.json'}
+_NOTES |= {'budget.txt', 'checksums.json', 'config.json', 'versions.json'}
 _claimed: list[pathlib.Path] = []  # What `claim` has written.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -87,7 +87,7 @@ def hardware() -> str:
 
 
 def _cpu() -> str:
-  """The CPU's name and widest vectors: other ones round otherwise."""
+  """The CPU's name and its widest vectors: both change the rounding."""
   text = ''
   with contextlib.suppress(OSError):
     text = pathlib.Path('/proc/cpuinfo').read_text()
@@ -132,18 +132,18 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     )
 
 
-def claim_part(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
+def claim_part(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
   """`claim` by some fields alone; a folder without an identity passes."""
   path = folder / 'config.json'
   if path.exists():
-    claim(folder, storage.read_json(path, dict[str, Any]) | dict(fields))
+    claim(folder, storage.read_json(path, dict[str, Any]) | dict(values))
 
 
 def give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
   """Removes what a refused command wrote where it did no work yet.
 
   Else the corrected command would be refused, too. `made`: the folders that the
-  command made, the workdir or none first.
+  command made, from the workdir upwards; empty if the workdir existed.
   """
   with contextlib.suppress(OSError):
     for path in _claimed:
@@ -232,6 +232,7 @@ class MetricsLog:
     with _reporting(self._path):
       self._file.write(json.dumps({'step': step, **scalars}) + '\n')
       self._file.flush()
+      os.fsync(self._file.fileno())
       for name, value in scalars.items():
         self._event(step, summary=scalar(name, value))
       self._events.flush()

@@ -263,19 +263,19 @@ def ranked(
   kind, given = rankings.parse(ranking)
   number = power if given is None else given
   if kind == 'layer_mean':
-    return dict(over_layer_mean(gates))
+    return over_layer_mean(gates)
   if kind == 'cost':
-    return dict(over_cost(gates, cost_model, number))
+    return over_cost(gates, cost_model, number)
   if kind == 'uniform':
-    return dict(equal(cost_model))
+    return equal(cost_model)
   if kind == 'tilt':
     assert given is not None  # `prune.with_tilt` chooses it.
-    return dict(profile_scores(tilt(cost_model.layers, given), gates))
+    return profile_scores(tilt(cost_model.layers, given), gates)
   if kind == 'survivors':
-    return dict(profile_scores(survivors(gates), gates))
+    return profile_scores(survivors(gates), gates)
   if kind == 'blend':
     assert cut is not None
     shares = np.array(cut(gates)) / cost_model.widths
     weights = dict(zip(cost_model.layers, shares**number, strict=True))
-    return dict(profile_scores(weights, gates))
+    return profile_scores(weights, gates)
   return dict(gates)

@@ -22,7 +22,7 @@ that of the regulariser.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
@@ -117,7 +117,7 @@ def init(
     learning_rate: Adam's learning rate.
     key: The key of a model's dropout; None: key 0.
     classifier: Path of the layer in `params` that is trained along with the
-      gates (see `last_dense`); None: all weights stay frozen (the paper).
+      gates; None: all weights stay frozen (the paper).
 
   Raises:
     errors.UserError: There are no weights at `classifier`.
@@ -146,32 +146,6 @@ def init(
     optimizer=tx,
     classifier=classifier,
   )
-
-
-def last_dense(
-  module: nn.Module, variables: Mapping[str, Any], image_shape: Sequence[int]
-) -> str:
-  """The path in `params` of the dense layer that a model calls last.
-
-  `image_shape` is (height, width, channels). A model without a dense layer is a
-  UserError.
-  """
-  found = []
-
-  def note(call, args, kwargs, context):
-    if isinstance(context.module, nn.Dense):
-      found.append('/'.join(context.module.path))
-    return call(*args, **kwargs)
-
-  x = jnp.zeros((1, *image_shape))
-  with nn.intercept_methods(note):
-    jax.eval_shape(functools.partial(module.apply, train=False), variables, x)
-  if not found:
-    raise errors.UserError(
-      'config.search.train_classifier must be False for a model without a '
-      'dense layer, or config.search.classifier must name a layer.'
-    )
-  return found[-1]
 
 
 def mean_gate(gates: Any) -> jax.Array:

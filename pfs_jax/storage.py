@@ -102,6 +102,11 @@ def refuse_write(path: pathlib.Path, e: OSError, size: int) -> NoReturn:
   raise errors.UserError(f'{path} cannot be written: {reason}.') from e
 
 
+def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
+  """The path with its ~ as a home folder; unchanged where there is no such."""
+  return pathlib.Path(os.path.expanduser(path))
+
+
 def write_text(path: pathlib.Path, text: str, *, sealed: bool = False) -> None:
   """Writes a text file; see `write_bytes`."""
   write_bytes(path, text.encode(), sealed=sealed)
@@ -154,7 +159,7 @@ def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
 
 
 def read_regular_file(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
-  """`read_bytes` of a file that is not ours, without a look at checksums."""
+  """The bytes of a regular file, whether or not its checksum is right."""
   try:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -275,9 +280,9 @@ def locked(
 ) -> Iterator[bool]:
   """Locks a folder, by the file .lock in it, during the context.
 
-  The lock ends with the process, however it ends. A folder that this process
-  may not write or make, or on a file system without locks, counts as locked by
-  it. If a run has several processes, the first one holds the lock for all.
+  The lock ends with the process, however it ends. A folder counts as locked by
+  this process if it may not write or make the folder, or if the file system has
+  no locks. If a run has several processes, the first one holds it for all.
 
   Makes the folder if need be. Calls `wait` before it waits for another process
   that holds the folder; without `wait`, it does not wait. Yields whether this

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 import types
@@ -234,6 +235,16 @@ def test_rankings_without_gates_need_no_search(tmp_path, capsys):
   uniform = structure(tmp_path, '')
   assert uniform.source == {'budget': 'keep0.5-uniform', 'seed': 0}
   assert np.ptp(np.divide(uniform.counts, (6, 12, 24))) < 0.2
+  early = job(tmp_path / 'new', budget__ranking='random', **both)
+  late = job(tmp_path / 'new', budget__ranking='uniform', **both)
+  for one in (early, late):  # Both began when the workdir was new.
+    stages.execute('prune', one)
+  found = structure(tmp_path / 'new', '')
+  assert found.source['budget'] == 'keep0.5-random'
+  drawn = scores.random(early.network.cost_model, 0)
+  kept = storage.read_json(tmp_path / 'new' / 'kept.json')
+  for layer, n in zip(found.layers, found.counts, strict=True):
+    assert kept[layer] == sorted(np.argsort(-drawn[layer])[:n])
   few = {**both, 'budget__max_params': uniform.params // 2}
   stages.execute('prune', job(tmp_path, budget__ranking='uniform', **few))
   assert 'budget.ranking=tilt uses' in capsys.readouterr().out
@@ -252,6 +263,9 @@ def test_an_unreachable_budget_says_what_is_reachable(searched):
   assert len(text.splitlines()) <= 3
   for part in ('(the floor)', 'of the reference network', 'multiples of 2'):
     assert part in text
+  share = float(re.search(r'MACs, (0\.\d+) of the ref', text)[1])
+  unreachable['budget__keep'] = (share,)
+  stages.execute('prune', job(searched, **unreachable))
 
 
 @pytest.mark.parametrize('init', ['inherit', 'rewind'])
@@ -380,6 +394,15 @@ def test_latency_counts_each_call_positions_and_groups(monkeypatch, tmp_path):
   model = costs.CostModel((), (), calls)
   times = latency.LatencyModel(model, 1, tmp_path / 'l.json')
   assert times(()) == times.layers(())['a'] == pytest.approx(2 * 32e-3)
+  ends = {'reads': ((0, 1),), 'makes': ((0, 2),)}
+  doubled = dataclasses.replace(grouped, kind='depthwise', outputs=8, **ends)
+  model = costs.CostModel(('a',), (4,), [doubled])
+  timed = []
+  monkeypatch.setattr(
+    latency, '_time_layer', lambda _, *n: timed.append(n[:2]) or 1.0
+  )
+  latency.LatencyModel(model, 1, tmp_path / 'l.json')
+  assert timed == [(n, 2 * n) for n in (1, 2, 3, 4)]
 
 
 def test_latency_on_this_device(searched, capsys, tmp_path, monkeypatch):
@@ -431,6 +454,8 @@ def test_an_edited_structure_is_kept(searched, tmp_path, capsys):
   stages.execute('search', job(folder))
   assert structure(folder).counts == counts
   assert f'{path} was edited and is kept' in capsys.readouterr().out
+  kept = storage.read_json(folder / 'kept.json')
+  assert [len(indices) for indices in kept.values()] == list(counts)
   # Costs that do not fit are refused, not kept and not overwritten.
   path.write_text(dataclasses.replace(edited, macs=1).to_json())
   with pytest.raises(errors.UserError, match='the file says 1 and'):

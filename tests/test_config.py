@@ -47,10 +47,15 @@ ENDS = {
   '>= 1': ([1], [0, -(2**40)]),
   '>= 2': ([2], [1, 0]),
   '>= -1': ([-1], [-2]),
-  rankings.RULE: (['cost', 'cost0.5', 'tilt-0.4'], ['', 'blend', 'mean']),
+  rankings.RULE: (
+    ['cost', 'cost9.9', 'tilt-0.4'],
+    ['', 'blend', 'mean', 'tilt10', 'cost1e3'],
+  ),
   'texts': ([(), ('a', 'b')], [(1,), ('a', 2.0)]),
   'an integer >= 0': ([0, 2**63 - 1], [-1]),
   'in [0, 1]': ([0.0, 1.0], [-1e-9, 1.1, INF, NAN]),
+  'in [0, 10]': ([0.0, 10.0], [-1e-9, 10.1, INF, NAN]),
+  'in (0, 10]': ([1e-9, 10.0], [0.0, 10.1, INF, NAN]),
   'in [0, 1)': ([0.0, 0.99], [-1e-9, 1.0, INF, NAN]),
   'in [0, 2**32)': ([0, 2**32 - 1], [-1, 2**32]),
   'numbers > 0': ([(), (1e-9, 3)], [(0.0,), (1.0, -1.0), (NAN,), ('x',)]),
@@ -128,8 +133,7 @@ def test_the_default_is_valid_and_locked():
   config.validate(c)
   assert c.is_locked
   defaults = {f'config.{f.name}': f.default for f in fields.FIELDS}
-  assert config.flat(c, *c) == defaults
-  assert {f'config.{f}': config.get(c, f) for f in fields.BY_NAME} == defaults
+  assert config.flat(c) == defaults
 
 
 def test_the_page_of_fields_is_that_of_the_table():
@@ -396,9 +400,8 @@ def test_identity_is_every_field_that_changes_the_result(stage):
   c = config.default()
   before = config.digest(config.identity(c, stage))
   own = ('seed', 'dtype', 'model', 'data', stage)
-  for field in fields.BY_NAME:
-    other = config.default()
-    value = _changed(config.get(c, field))
+  for field, entry in fields.BY_NAME.items():
+    other, value = config.default(), _changed(entry.default)
     other.update_from_flattened_dict({field: value})
     changes = config.digest(config.identity(other, stage)) != before
     counts = field.split('.')[0] in own and field not in NOT_IDENTITY

@@ -86,10 +86,10 @@ def test_a_download_says_megabytes_now_and_then(clock, capsys):
 
 
 def test_a_table_holds_all_cells_in_a_pipe(capsys):
-  cells = [['stem', '1,234'], [99 * 'x', '56']]
+  cells = [['stem[/b]', '1,234'], [99 * 'x', '56']]
   console.table('Title', ['layer', 'MACs'], cells)
   out = capsys.readouterr().out
-  for text in ('Title', 'layer', 'MACs', 'stem', '1,234', 99 * 'x'):
+  for text in ('Title', 'layer', 'MACs', 'stem[/b]', '1,234', 99 * 'x'):
     assert text in out
   assert '\x1b' not in out  # No colours where they would be noise.
   rows = [line for line in out.splitlines() if '1,234' in line or '56' in line]
@@ -125,6 +125,8 @@ def _raising(error):
     (KeyboardInterrupt(), 130, 'interrupted.'),
     (PermissionError(13, 'Denied', 'x'), 2, 'error: x cannot be used: Denied.'),
     (OSError(28, 'No space left'), 2, 'error: No space left.'),
+    (MemoryError('No 9 GiB'), 2, 'error: the memory does not suffice: No 9'),
+    (RuntimeError('RESOURCE_EXHAUSTED: 1\n2'), 2, 'error: the memory does not'),
     (BrokenPipeError(32, 'Broken pipe'), 1, 'error: nobody reads the output'),
   ],
 )

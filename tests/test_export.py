@@ -432,12 +432,14 @@ def test_bad_arguments(network, tmp_path):
   unnamed = dataclasses.replace(good['structure'], model={})
   nan = jax.tree.map(lambda x: x * np.nan, good['variables'])
   two = types.SimpleNamespace(apply=lambda variables, x: (x, x[:, 0]))
+  fixed = types.SimpleNamespace(apply=lambda _, x: np.eye(len(x), 10) * x.sum())
   formats = 'must be some of stablehlo, safetensors, onnx'
   for name, value, message in (
     ('formats', ('tflite',), formats),
     ('formats', (), formats),
     ('spec', spec_of(8, 1, 7), r'logits \[N, 7\]; got \(2, 10\)'),
     ('module', two, 'got several outputs for 2'),
+    ('module', fixed, 'the model as stablehlo cannot be used'),
     ('structure', unnamed, 'model.name is missing'),
     ('factory', 'nowhere:f', "factory given is 'nowhere:f'"),
     ('variables', nan, 'not finite'),

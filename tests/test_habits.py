@@ -110,7 +110,8 @@ class OwnConv(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    shape = (*self.kernel_size, x.shape[-1], self.features)
+    size = np.broadcast_to(self.kernel_size, 2)
+    shape = (*size, x.shape[-1], self.features)
     kernel = self.param('w', nn.initializers.lecun_normal(), shape)
     return jax.lax.conv_general_dilated(
       x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -177,6 +178,9 @@ def test_registered_classes_are_layers(registered):
   narrow = surgery.narrow(own_layers(), table, (2, 3), verify=True, x=X)
   shapes = jax.eval_shape(narrow.init, jax.random.key(0), X)['params']
   assert table.cost_model().params((2, 3)) == own_models.size(shapes)
+  scalar = functools.partial(OwnConv, kernel_size=3)
+  with pytest.raises(errors.UserError, match='a number for each axis'):
+    surgery.discover(own_models.Plain(conv=scalar), X)
   with pytest.raises(errors.UserError, match='no features and no kernel'):
     surgery.register_conv(OwnNorm)
   for register in (surgery.register_conv, surgery.register_norm):
@@ -275,6 +279,11 @@ def with_call():
   return own_models.Plain(), call_it
 
 
+def scalar(num_classes):
+  del num_classes
+  return own_models.Plain(), lambda m, x, train: m(x, train).sum()
+
+
 def broken(num_classes, depth):
   del num_classes, depth
 
@@ -308,8 +317,8 @@ def test_a_factory_gives_a_network_for_the_stages():
     ('tests.own_models:nobody', "has no attribute 'nobody'"),
     ('tests.own_models:CASES', 'is not callable'),
     (f'{__name__}:broken', 'needs depth'),
-    ('collections:OrderedDict', 'not of flax.linen.Module'),
-    ('math:gamma', 'returned float, not a Linen module'),
+    ('collections:OrderedDict', 'of no Flax module'),
+    ('math:gamma', 'returned float, no Flax module'),
     (
       f'{__name__}:late_error',
       r'ConcretizationTypeError.*test_habits.py:\d+ in __call__',
@@ -319,6 +328,7 @@ def test_a_factory_gives_a_network_for_the_stages():
       f'{__name__}:early_error',
       r'ValueError: early \(.*test_habits.py:\d+ in early_error',
     ),
+    (f'{__name__}:scalar', r'logits \[N, 10\].* got shape \(\)'),
     # A model with three classes, which takes no dtype.
     ('tests.own_models:Setup', r'\[N, 10\].* shape \(1, 3\)'),
     ('tests.own_models:Setup bfloat16', 'config.dtype must be float32'),

@@ -510,7 +510,7 @@ def test_corrupt_files_are_skipped_and_counted(damaged, capfd):
 def test_nothing_but_corrupt_files_is_an_error(tmp_path):
   for part in ('train/a', 'train/b', 'val/a', 'val/b'):
     (tmp_path / part).mkdir(parents=True)
-    for i in range(12):
+    for i in range(12 if 'train' in part else 2):
       (tmp_path / part / f'{i}.jpg').write_bytes(b'nothing')
   d = _open(
     tmp_path,
@@ -520,6 +520,8 @@ def test_nothing_but_corrupt_files_is_an_error(tmp_path):
   )
   with pytest.raises(errors.UserError, match='24 images cannot be decoded'):
     _batches(d.train_source('train', False), [0])
+  with pytest.raises(errors.UserError, match='no image of an evaluation can'):
+    list(d.test())
 
 
 # Colour.

@@ -136,10 +136,17 @@ def test_load_gives_the_network_of_the_result(finished, monkeypatch):
   test = data.open_set(small_run.config(), finished).test()
   found = train.evaluate(module, variables, test)
   assert found['accuracy'] == result['test_accuracy']
+  assert pfs_jax.load(finished, result['budget'])[0] == module
+  with pytest.raises(errors.UserError, match='no training of keep0.9 has'):
+    pfs_jax.load(finished, 'keep0.9')
   with pytest.raises(errors.UserError, match='config.seed'):
     pfs_jax.load(finished, config=small_run.config(seed=7))
   with pytest.raises(errors.UserError, match='no training has finished here'):
     pfs_jax.load(finished / 'search')
+  shutil.rmtree(finished / 'train')
+  with pytest.raises(errors.UserError, match='is missing'):
+    pfs_jax.load(finished)
+  assert not (finished / 'train').exists()
 
 
 def _with_code(section):

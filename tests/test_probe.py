@@ -10,6 +10,7 @@ import pytest
 from pfs_jax import costs, scores, surgery, train
 from pfs_jax import probe as probe_lib
 from pfs_jax.data import pipeline
+from tests import own_models
 
 LAYERS = ('first', 'useless', 'last')
 
@@ -141,6 +142,16 @@ def test_channel_dropout_is_off_in_evaluation_and_keeps_the_mean(toy):
   noisy, _ = dropout.apply(variables, x, rngs=rngs, **training)
   still, _ = module.apply(gated, x, **training)
   assert not np.allclose(noisy, still)
+
+
+def test_channel_dropout_follows_images_that_are_folded():
+  x = np.ones((2, 8, 8, 3), np.float32)
+  model = own_models.Folded()
+  dropout = probe_lib.ChannelDropout(surgery.network(model, x).gated, 0.25)
+  variables, rngs = own_models.drawn(model, x), {'dropout': jax.random.key(1)}
+  mutable = ['batch_stats']
+  logits, _ = dropout.apply(variables, x, True, rngs=rngs, mutable=mutable)
+  assert logits.shape == (2, 3)
 
 
 def test_what_a_finding_says():

@@ -348,6 +348,10 @@ def test_a_search_alone_and_a_search_under_way(tmp_path):
   report.write(tiny(), tmp_path)
   outline = check_page(tmp_path, SEARCH_PICTURES[1:])
   assert 'The search is at step 30. No structure is cut yet.' in outline.text
+  (tmp_path / 'search').rename(tmp_path / 'train')
+  report.write(tiny(), tmp_path)
+  outline = check_page(tmp_path, SEARCH_PICTURES[1:])
+  assert 'A training is under way. No structure is cut yet.' in outline.text
 
 
 def test_structure_from_elsewhere_is_enough(tmp_path):
@@ -499,6 +503,7 @@ def test_report_of_a_study(of_studies):
 def test_cells_that_are_in_no_results_file_count(tmp_path):
   study = study_of()
   for record in list(cell_records(study))[:-1]:
+    record['arm'] = 'as another study calls it'
     folder = tmp_path / 'cells' / record['config_hash']
     storage.write_json(folder / 'cell.json', record)
   report.write(study, tmp_path)

@@ -1,5 +1,7 @@
 """The search step: frozen weights, regulariser, scale freedom, selection."""
 
+import types
+
 import flax
 import flax.linen as nn
 import jax
@@ -7,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from pfs_jax import errors, models, search, train
+from pfs_jax import config, errors, models, search, stages, surgery, train
+from tests import own_models, test_nnx
 
 
 def state_of(name='resnet8', width=4, gates=None, **settings):
@@ -97,31 +101,30 @@ def test_no_gradient_of_a_weight_is_computed():
   assert 0.3 < ratio <= 0.70, ratio
 
 
-class Head(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(3, name='last')(nn.relu(nn.Dense(4, name='first')(x)))
-
-
-class Nested(nn.Module):
-  """A convolution, and dense layers in a submodule."""
-
-  dense: bool = True
+class Headless(nn.Module):
+  """Its last layer is a convolution."""
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = nn.Conv(3, (3, 3), name='conv')(x).mean((1, 2))
-    return Head(name='head')(x) if self.dense else x
+    x = nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x))
+    return nn.Conv(3, (1, 1))(nn.relu(x)).mean((1, 2))
 
 
 def test_the_last_dense_layer_is_found():
-  def last_dense(module):
-    variables = jax.eval_shape(module.init, jax.random.key(0), batch()[0])
-    return search.last_dense(module, variables, (8, 8, 3))
+  def classifier(model):
+    c, x = config.default(), batch()[0]
+    c.search.train_classifier = True
+    job = types.SimpleNamespace(config=c, network=surgery.network(model, x))
+    path = stages.searching.classifier(job)
+    variables = job.network.gated.init(jax.random.key(0), x)
+    settings = {'sparsity': 0.5, 'balance': 0.5, 'learning_rate': 0.01}
+    search.init(job.network.gated, variables, classifier=path, **settings)
+    return path
 
-  assert last_dense(Nested()) == 'head/last'
+  assert classifier(own_models.MnistCnn()) == 'Dense_1'
+  assert classifier(test_nnx.Residual(rngs=nnx.Rngs(0))) == 'Dense_0'
   with pytest.raises(errors.UserError, match='without a dense layer'):
-    last_dense(Nested(dense=False))
+    classifier(Headless())
   with pytest.raises(errors.UserError, match="'head'. The last ones: .*conv2/"):
     state_of(classifier='head')
 

@@ -8,8 +8,8 @@
 the same way; `--config.report_only=True` prints the tables alone, and the
 variant `smoke` (headline.py:smoke) runs the code on digits in half a minute.
 
-`fashion` is what the committed results were made with. It names its values
-itself where configs/fashion.py may change, so that results stay comparable.
+`fashion` is what the committed results were made with. It sets every value that
+may change in configs/fashion.py, so that results stay comparable.
 """
 
 from configs import fashion as fashion_config
@@ -86,7 +86,7 @@ def digits():
   return c
 
 
-def study(variant, name, *, smoke=None, base=None, known=None, **fields):
+def study(variant, name, *, smoke, base=None, known=('full',), **fields):
   """The study, or its smoke variant: digits, and the fields of `smoke`.
 
   Args:
@@ -98,8 +98,6 @@ def study(variant, name, *, smoke=None, base=None, known=None, **fields):
     **fields: Of `studies.default`.
   """
   if variant == 'smoke':
-    fields, base = {**fields, **(smoke or {})}, digits()
-    return studies.default(name, fields.pop('base', base), **fields)
+    return studies.default(name, digits(), **{**fields, **smoke})
   c = studies.default(name, base or fashion(), **fields)
-  names = [*(known or ['full']), 'smoke']
-  return config.with_variant(c, variant, dict.fromkeys(names, {}))
+  return config.with_variant(c, variant, dict.fromkeys([*known, 'smoke'], {}))

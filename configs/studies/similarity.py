@@ -3,8 +3,8 @@
 No training of narrow networks: correlation of the share kept of each layer
 between seeds, for searches from weights trained 0 (random) to 8 epochs, and the
 overlap (Jaccard index) of the kept channels against that of chance. The other
-rankings of the same gates tell what is the layers' and what the channels';
-`random` is the control.
+rankings of the same gates show what is due to the layers and what to the
+channels; `random` is the control.
 
 configs/studies/common.py has the command.
 """

@@ -28,7 +28,7 @@ from pfs_jax.data import decoding, listing, pipeline, records
 
 _PIECE = 16  # Images that a thread decodes at a time.
 _AHEAD = 4  # Batches that are decoded before they are asked for.
-_TRIES = 100  # Images that are tried before a corrupt one is an error.
+_TRIES = 100  # So many corrupt images in a row are an error.
 ARRAYS = ('pixels', 'labels', 'weights')
 
 Images = listing.Folder | records.Records
@@ -296,3 +296,5 @@ class StreamEvaluation:
     if jax.process_count() > 1:
       skipped = multihost_utils.process_allgather(np.int32(skipped)).sum()
     self.size = len(batches.chosen) - int(skipped)
+    if not self.size:
+      raise errors.UserError('no image of an evaluation can be decoded.')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 import pathlib
 from typing import Any
@@ -37,6 +38,12 @@ class Opened(abc.ABC):
   _held_out: np.ndarray  # bool [N], of the training images.
   _train: Any
   _test: Any
+
+  def under(self, c: ml_collections.ConfigDict) -> Opened:
+    """The same images under the same config with another seed."""
+    other = copy.copy(self)
+    other._config = c
+    return other
 
   def chosen(self, stage: str, hold_out: bool) -> np.ndarray:
     """Indices of a stage's images; refuses a batch that is larger than these.
@@ -91,6 +98,13 @@ class Arrays(Opened):
   def __init__(
     self, c: ml_collections.ConfigDict, facts: specs.Spec, workdir: pathlib.Path
   ):
+    for field in ('crop_scale', 'colour_jitter', 'lighting'):
+      for stage in ('search', 'train'):
+        if c[stage][field]:
+          raise errors.UserError(
+            f'config.{stage}.{field} must be 0 for {facts.name}, which is '
+            f'not streamed; got {c[stage][field]:g}.'
+          )
     fields = c.data
     if specs.is_own(fields):
       found = own.load(fields, workdir)
@@ -102,13 +116,6 @@ class Arrays(Opened):
         download=fields.download,
         train_examples=fields.train_examples,
       )
-    for field in ('crop_scale', 'colour_jitter', 'lighting'):
-      for stage in ('search', 'train'):
-        if c[stage][field]:
-          raise errors.UserError(
-            f'config.{stage}.{field} must be 0 for {facts.name}, which is '
-            f'not streamed; got {c[stage][field]:g}.'
-          )
     self.spec, self._config = found.spec, c
     self._train = found.train_images, found.train_labels
     self._test = found.test_images, found.test_labels
@@ -217,7 +224,7 @@ def _splits(
 ) -> tuple[loading.Images, loading.Images]:
   """The training and test images of a config."""
   if c.data.source_dir:
-    root = pathlib.Path(c.data.source_dir).expanduser()
+    root = storage.expanded(c.data.source_dir)
   elif spec.name == 'shapes':
     root = shapes.make_folder(workdir / 'shapes', spec)
   else:

@@ -81,7 +81,7 @@ def _array_dataset(fields: Any) -> arrays.Dataset:
   sizes = fields.image_size, fields.num_classes
   if fields.factory:
     return _from_factory(fields.factory, *sizes)
-  path = pathlib.Path(fields.source_dir).expanduser()
+  path = storage.expanded(fields.source_dir)
   changed = path.stat().st_mtime_ns if path.is_file() else 0
   return _from_npz(path, changed, *sizes)
 
@@ -110,7 +110,7 @@ def _from_npz(path: pathlib.Path, changed: int, *sizes: int) -> arrays.Dataset:
   try:
     with zipfile.ZipFile(path) as file:
       size = sum(member.file_size for member in file.infolist())
-  except (OSError, zipfile.BadZipFile) as e:
+  except Exception as e:  # zipfile raises many types of errors.
     raise errors.UserError(
       f'{where} must be a .npz file ({loading.reason(e)}).'
     ) from e
@@ -203,7 +203,7 @@ def _listed(fields: Any) -> tuple[specs.Spec, listing.Folder, listing.Folder]:
       'config.data.source_dir must be a folder of class folders for '
       'config.data.name=folder; got nothing.'
     )
-  train, test = _splits(pathlib.Path(fields.source_dir).expanduser())
+  train, test = _splits(storage.expanded(fields.source_dir))
   size, classes = fields.image_size or _first_size(train), train.classes
   if fields.num_classes not in (0, len(classes)):
     raise errors.UserError(

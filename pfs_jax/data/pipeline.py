@@ -136,7 +136,11 @@ def keys_of_steps(key: jax.Array, step: int, k: int) -> tuple[jax.Array, Any]:
 
 def check_batch(field: str, batch_size: int, images: int) -> None:
   """Refuses a batch that is too large or does not split over the devices."""
-  devices.check_batch(field, batch_size)
+  n = jax.device_count()
+  if batch_size % n:
+    raise errors.UserError(
+      f'config.{field} must be a multiple of the {n} devices; got {batch_size}.'
+    )
   if not 1 <= batch_size <= images:
     raise errors.UserError(
       f'config.{field} must be in [1, {images}], the number of training '

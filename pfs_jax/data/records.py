@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pfs_jax import errors
+from pfs_jax import errors, storage
 
 _CHUNK = 1000  # Records asked of TFDS at a time.
 
@@ -28,7 +28,7 @@ def directory(data_dir: str) -> pathlib.Path:
       f'config.data.data_dir must be a local directory; got {data_dir}.'
     )
   default = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(data_dir or default).expanduser()
+  return storage.expanded(data_dir or default)
 
 
 def find(name: str, root: pathlib.Path) -> Any:
@@ -109,5 +109,6 @@ class Records:
 
   def names_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
     """File names (bytes [N]) and labels (int32 [N]); reads every record."""
-    _, labels, names = zip(*self, strict=True)
+    pairs = [(label, name) for _, label, name in self]  # Without the images.
+    labels, names = zip(*pairs, strict=True)
     return np.array(names), np.array(labels, np.int32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import pathlib
 import threading
 import urllib.error
 import urllib.request
@@ -62,7 +61,7 @@ def from_folder(name: str, folder: str) -> dict[str, bytes]:
   Raises:
     errors.UserError: A file is missing, unreadable, or not the one expected.
   """
-  root = pathlib.Path(folder).expanduser()
+  root = storage.expanded(folder)
   wanted = expected(name)
   contents = {}
   for file in wanted:

@@ -56,7 +56,7 @@ def save(
   Args:
     directory: The folder to make; its parent is made too.
     module: Anything with `apply(variables, images) -> logits [N, classes]`;
-      images are normalised float32 [N, H, W, C]. Must take any N.
+      images are normalised float32 [N, H, W, C]. It must take any N.
     variables: Its collections, in evaluation mode.
     structure: Its counts, MACs and parameters.
     spec: Image size, channels, normalisation and class names.
@@ -75,7 +75,7 @@ def save(
     errors.UserError: A format or operator is unknown, `directory` holds
       something else, or the logits differ. Then nothing is written.
   """
-  target = pathlib.Path(os.path.abspath(os.path.expanduser(directory)))
+  target = pathlib.Path(os.path.abspath(storage.expanded(directory)))
   _check_formats(formats)
   _check_target(target, structure, overwrite)
   shape = (spec.image_size, spec.image_size, spec.channels)
@@ -90,7 +90,8 @@ def save(
     storage.write_text(folder / manifest.CARD, card)
     facts = manifest.facts(structure, spec)
     for name in formats:
-      FORMATS[name].write(folder, module, variables, shape, facts)
+      with _blamed(f'the model as {name}'):
+        FORMATS[name].write(folder, module, variables, shape, facts)
     made = manifest.of(folder, structure, spec, formats)
     storage.write_json(folder / manifest.FILE, made)
     arrays = _read_back(folder, batches, factory)
@@ -278,7 +279,7 @@ def load(
     errors.UserError: The folder holds no export, the format is missing, or a
       file was changed or belongs to another structure.
   """
-  folder = pathlib.Path(directory).expanduser()
+  folder = storage.expanded(directory)
   found = manifest.read(folder)
   there = [name for name in FORMATS if name in found['formats']]
   format = format or next(iter(there), None)
@@ -313,10 +314,10 @@ def load(
 
 @contextlib.contextmanager
 def _blamed(file: str) -> Iterator[None]:
-  """Turns any exception of a library about a file into an error of one line."""
+  """Turns an exception about a file or a model into an error of one line."""
   try:
     yield
-  except errors.UserError:
+  except (errors.UserError, OSError):
     raise
   except Exception as e:  # Every library has its own types.
     reason = next(iter(str(e).strip().splitlines()), '') or type(e).__name__

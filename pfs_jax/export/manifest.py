@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from pfs_jax import data, errors, runs, storage, tables
+from pfs_jax.data import decoding
 from pfs_jax.export import onnx, stablehlo, weights
 from pfs_jax.structures import Structure
 
@@ -27,8 +28,6 @@ FORMATS: dict[str, Any] = {
 # The largest difference allowed of a logit, over the largest logit.
 TOLERANCES = {'stablehlo': 1e-5, 'safetensors': 1e-5, 'onnx': 1e-4}
 BATCH_SIZES = (1, 5)  # Batches of random images for the comparison.
-# The centre crop of the evaluation on streamed data sets (`data.decoding`).
-_CROP = 224 / 256
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**13)]  # An image fits in memory.
 _Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
@@ -100,7 +99,7 @@ def of(
       'range': [0.0, 1.0],
       'mean': list(spec.mean),
       'std': list(spec.std),
-      'centre_crop': 1.0 if spec.in_memory else _CROP,
+      'centre_crop': 1.0 if spec.in_memory else decoding.EVALUATION_CROP,
     },
     'output': {'shape': ['N', spec.num_classes], 'meaning': 'logits'},
     'data': spec.name,
@@ -153,7 +152,7 @@ def version(package: str) -> str:
 
 def read(directory: str | os.PathLike[str]) -> Manifest:
   """Reads manifest.json of an export; raises UserError if there is none."""
-  path = pathlib.Path(directory).expanduser() / FILE
+  path = storage.expanded(directory) / FILE
   schema = storage.read_json(path, dict[str, Any]).get('schema')
   if schema != SCHEMA:
     raise errors.UserError(

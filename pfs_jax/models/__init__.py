@@ -15,7 +15,6 @@ structure_from_list = networks.structure_from_list
 GATE_SITES = registry.GATE_SITES
 build = registry.build
 cost_model = registry.cost_model
-family = registry.family
 gate_sizes = registry.gate_sizes
 gates_by_layer = registry.gates_by_layer
 init = registry.init

@@ -33,8 +33,8 @@ import jax
 
 from pfs_jax import cpu, layers
 
-NAMES = ('mobilenet_v1', 'mobilenet_v2')
 DEFAULT_WIDTH = 32
+WIDTHS = dict.fromkeys(('mobilenet_v1', 'mobilenet_v2'), DEFAULT_WIDTH)
 
 # V1: (width over the base width, stride) of each block.
 V1_BLOCKS = (

@@ -86,7 +86,7 @@ def network(
     counts: Channels of the gated layers of the reference network, which then is
       also the searched one; () means those of the base width.
   """
-  base_width = base_width or registry.family(name).default_width
+  base_width = base_width or registry.default_width(name)
   width = width or base_width
   if counts and (width != base_width or multiplier != 1.0):
     raise errors.UserError(

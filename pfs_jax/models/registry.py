@@ -25,36 +25,14 @@ import jax.numpy as jnp
 from pfs_jax import costs, cpu, errors, gating, groups, layers
 from pfs_jax.models import mobilenet, resnet, vgg
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """The entry of a model name in the registry.
-
-  Attributes:
-    build: (width, multiplier, num_classes=, counts=, dtype=) -> module.
-    gate_sizes: width -> {layer name: channels}, forward order.
-    default_width: The base width that `None` stands for.
-    multiplier: Whether block outputs can be widened too.
-  """
-
-  build: Callable[..., nn.Module]
-  gate_sizes: Callable[[int], dict[str, int]]
-  default_width: int
-  multiplier: bool = False
-
-
-REGISTRY = {
-  name: Family(
-    functools.partial(module.build, name),
-    functools.partial(module.gate_sizes, name),
-    resnet.BOTTLENECK_WIDTH
-    if name in resnet.BOTTLENECKS
-    else module.DEFAULT_WIDTH,
-    multiplier=name in ('mobilenet_v2', *resnet.BOTTLENECKS),
-  )
-  for module in (resnet, vgg, mobilenet)
-  for name in module.NAMES
+# {name: the module of its family}. A module has WIDTHS, {name: the base width
+# that None stands for}, gate_sizes(name, width), and build(name, width,
+# multiplier, num_classes=, counts=, dtype=).
+_FAMILIES: dict[str, Any] = {
+  name: module for module in (resnet, vgg, mobilenet) for name in module.WIDTHS
 }
+# Networks whose block outputs can be widened by a multiplier.
+MULTIPLIED = ('mobilenet_v2', *resnet.BOTTLENECKS)
 
 # Where a group's gates stand: at its last BatchNorm before the layer that mixes
 # its channels ('acting'), or at the BatchNorm of the layer that makes them
@@ -62,19 +40,24 @@ REGISTRY = {
 GATE_SITES = ('acting', 'published')
 
 
-def family(name: str) -> Family:
-  """The registry's entry; UserError with the known names for any other."""
-  if name not in REGISTRY:
+def _family(name: str) -> Any:
+  """The module of a name's family; UserError with the known names."""
+  if name not in _FAMILIES:
     raise errors.UserError(
-      f'config.model.name must be one of {", ".join(REGISTRY)}; got {name!r}.'
+      f'config.model.name must be one of {", ".join(_FAMILIES)}; got {name!r}.'
     )
-  return REGISTRY[name]
+  return _FAMILIES[name]
+
+
+def default_width(name: str) -> int:
+  """The base width of a network if none is given."""
+  return _family(name).WIDTHS[name]
 
 
 def gate_sizes(name: str, width: int | None = None) -> dict[str, int]:
   """{layer name: channels} of the gated layers, in forward order."""
-  entry = family(name)
-  return entry.gate_sizes(entry.default_width if width is None else width)
+  width = default_width(name) if width is None else width
+  return _family(name).gate_sizes(name, width)
 
 
 def build(
@@ -98,8 +81,8 @@ def build(
     gated: Whether gated layers have a [C] vector in the collection `gates`,
       which multiplies the output of their BatchNorm (`gating.gate`).
     multiplier: Widens block outputs, in the families that allow it.
-    dtype: Dtype of the computation. Parameters, gates and statistics are
-      float32, or float64 with dtype float64 (under `jax_enable_x64`).
+    dtype: Dtype of the computation. Parameters and gates are float32, or
+      float64 with dtype float64 (under `jax_enable_x64`).
     gate_site: Where the MobileNets' gates stand: 'acting', behind the depthwise
       convolution, or 'published', in front of it, where the next BatchNorm
       cancels them. It has no effect on the other families, or on the names of
@@ -109,11 +92,10 @@ def build(
     errors.UserError: Unknown name or gate site, wrong number of counts, counts
       below 1, or a multiplier for a family without one.
   """
-  entry = family(name)
-  width = entry.default_width if width is None else width
+  width = default_width(name) if width is None else width
   if width < 1:
     raise errors.UserError(f'config.model.width must be >= 1; got {width}.')
-  if multiplier != 1.0 and not entry.multiplier:
+  if multiplier != 1.0 and name not in MULTIPLIED:
     raise errors.UserError(
       f'config.model.multiplier must be 1.0 for {name}; got {multiplier}.'
     )
@@ -122,16 +104,15 @@ def build(
       f'config.model.gate_site must be one of {", ".join(GATE_SITES)}; '
       f'got {gate_site!r}.'
     )
-  sizes = entry.gate_sizes(width)
+  sizes = gate_sizes(name, width)
   counts = tuple(map(int, sizes.values() if counts is None else counts))
   if len(counts) != len(sizes) or min(counts) < 1:
     raise errors.UserError(
       f'counts of {name} must be {len(sizes)} integers >= 1, one for each '
       f'gated layer; got {len(counts)}, the least {min(counts, default=None)}.'
     )
-  module = entry.build(
-    width, multiplier, num_classes=num_classes, counts=counts, dtype=dtype
-  )
+  fields = {'num_classes': num_classes, 'counts': counts, 'dtype': dtype}
+  module = _family(name).build(name, width, multiplier, **fields)
   if not gated:
     return module
   # The BatchNorms that carry the gates are the same for all sizes.

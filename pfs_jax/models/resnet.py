@@ -28,8 +28,7 @@ DEPTHS = {
   'resnet50': (3, 4, 6, 3),
 }
 BOTTLENECKS = ('resnet50',)
-NAMES = tuple(DEPTHS)
-DEFAULT_WIDTH, BOTTLENECK_WIDTH = 16, 64
+WIDTHS = {name: 64 if name in BOTTLENECKS else 16 for name in DEPTHS}
 # ResNet-50's stem and the block outputs of its first stage, which double from
 # stage to stage. They do not follow the base width.
 STEM, OUTPUT = 64, 256
@@ -96,7 +95,7 @@ class ResNet(layers.Classifier):
   """
 
   depths: tuple[int, ...] = ()
-  stem: int = DEFAULT_WIDTH
+  stem: int = 16
   outputs: tuple[int, ...] = ()
   bottleneck: bool = False
 

@@ -20,8 +20,7 @@ from pfs_jax import layers
 
 # Convolutions in each of the five stages.
 DEPTHS = {'vgg16': (2, 2, 3, 3, 3), 'vgg19': (2, 2, 4, 4, 4)}
-NAMES = tuple(DEPTHS)
-DEFAULT_WIDTH = 64
+WIDTHS = dict.fromkeys(DEPTHS, 64)
 
 
 def gate_sizes(name: str, width: int) -> dict[str, int]:

@@ -170,9 +170,9 @@ def gates(report: Page, job: Job) -> None:
   report.section('Gates')
   report.figure(
     'gates',
-    'How many gates, in %, lie at 0, in each fifth between, and at 1: at '
-    'evaluations of the search, the first at the top; then those that the '
-    'search chose, of the channels that the first budget keeps and drops.',
+    'How many gates, in %, are 0, in each fifth between, or 1. The first rows '
+    'are evaluations of the search, in order. The last two are the chosen '
+    'gates of the channels that the first budget keeps, and of the others.',
     figures.heat(list(found), bins, np.stack(shares), 'gate'),
     Table('Gates in %', ['gates', 'number', 'mean', *bins], rows),
   )

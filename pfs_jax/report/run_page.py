@@ -119,7 +119,7 @@ def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
       known = {'test_accuracy': accuracy, 'test_examples': n}
     ms = r.get('latency', {}).get('reference_ms')
     known['latency'] = {} if ms is None else {'narrow_ms': ms}
-  widths = dict(zip(model.layers, model.widths, strict=True))
+  widths = network.table.sizes
   counts, description = widths, network.description
   if 'name' in description and 'counts' not in description:
     sizes = (description['name'], description['base_width'])
@@ -146,8 +146,10 @@ def _title(job: Job, cuts: Sequence[Cut]) -> str:
 
 def _before_cuts(job: Job) -> tuple[str, str]:
   """How far a run without a structure has come: for the title, in words."""
-  if (job.workdir / 'probe.json').exists() and not _searched(job):
-    return 'probed', 'A probe was made, and no search'
+  if not _searched(job):
+    if (job.workdir / 'probe.json').exists():
+      return 'probed', 'A probe was made, and no search'
+    return 'training under way', 'A training is under way'
   steps = [r['step'] for r in runs.read_metrics(job.workdir / 'search')]
   at = f'at step {steps[-1]}' if steps else 'at its start'
   return 'search under way', f'The search is {at}'
@@ -295,9 +297,6 @@ def _mistakes(report: Page, job: Job, cut: Cut) -> None:
     return
   found = storage.read_arrays(path)
   names = cut.result.get('class_names') or []
-  if not len(found['labels']):
-    report.paragraph('All images that were tried are classified correctly.')
-    return
   pairs = [
     [names[k] if k < len(names) else str(k) for k in pair]
     for pair in zip(found['labels'], found['predicted'], strict=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from pfs_jax import console, errors, storage
+from pfs_jax import console, errors
 from pfs_jax.report import figures
 from pfs_jax.report.page import Page
 from pfs_jax.studies import plan, results, statistics, tables
@@ -60,7 +60,12 @@ def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
   Raises:
     errors.UserError: If no cell is finished.
   """
-  records, total = _records(study, workdir)
+  records, total = results.mine(study, workdir), len(plan.cells(study))
+  if not records:
+    raise errors.UserError(
+      f'{results.path(study, workdir)} and {workdir} hold no finished cell of '
+      f'{study.study}: run --mode=study first.'
+    )
   groups = tables.grouped(records)
   compared = tables.differences(study, groups)
   arms = [
@@ -68,7 +73,7 @@ def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
     for i, (k, g) in enumerate(groups.items(), 1)
   ]
   trained = [arm for arm in arms if arm.values]
-  name = study.base.model.name or study.base.model.factory
+  name = study.base.model.name
   report = Page(f'Study {study.study}: {name} on {study.base.data.name}')
   count = f'{len(records)} of {total} cells are finished'
   if len(records) < total:
@@ -90,24 +95,6 @@ def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
   _similarity(report, arms)
   _details(report, study, records)
   return report
-
-
-def _records(
-  study: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> tuple[list[tables.Record], int]:
-  """(finished records in the study's order, number of all cells)."""
-  cells = plan.cells(study)
-  there = {r['config_hash']: r for r in results.mine(study, workdir)}
-  for cell in cells:  # Some may be in no results file yet.
-    path = workdir / 'cells' / cell.hash / 'cell.json'
-    if cell.hash not in there and path.exists():
-      there[cell.hash] = {**storage.read_json(path), 'label': cell.label}
-  if not there:
-    raise errors.UserError(
-      f'{results.path(study, workdir)} and {workdir} hold no finished cell of '
-      f'{study.study}: run --mode=study first.'
-    )
-  return [there[c.hash] for c in cells if c.hash in there], len(cells)
 
 
 def _numbered(table: Table, arms: Sequence[Arm]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,8 @@ def cut(job: Job) -> None:
   for budget in job.budgets:
     check_budget(job, budget)
     ranked, by = scored(job, budget, gates)
-    structure = write(job, budget, job.cut(ranked, budget), gates, source | by)
+    structure = job.cut(ranked, budget)
+    structure = write(job, budget, structure, ranked, source | by)
     rows.append(_row(job, budget.name, structure))
     if budget.max_latency_ms is not None:
       _show_latency(job, structure)
@@ -55,7 +57,7 @@ def cut(job: Job) -> None:
 
 
 def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
-  """(gates, their source) of the search; equal gates if no budget needs it."""
+  """(gates, their source) of the search; equal gates, {} if none is needed."""
   path, model = job.workdir / 'search' / 'gates.npz', job.network.cost_model
   if not path.exists():
     if any(rankings.needs_search(budget.ranking) for budget in job.budgets):
@@ -72,7 +74,7 @@ def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 
 def scored(job: Job, budget: prune.Budget, gates: Any) -> tuple[Any, Any]:
-  """(scores, source) of a ranking of more than gates; else the gates, {}."""
+  """(scores, source) of a ranking of more than gates; else (gates, {})."""
   kind, _ = rankings.parse(budget.ranking)
   if kind == 'random':
     return scores.random(job.network.cost_model, job.config.seed), {}
@@ -101,9 +103,9 @@ def write(
 ) -> prune.Structure:
   """Writes a structure and the channels that it keeps.
 
-  It was cut by the `ranked` scores, which come from `source`, besides the
-  budget and the seed. Returns it, or the structure in the file if a user has
-  edited its counts: an edited file is kept.
+  `ranked` are the scores by which it was cut. `source` says where they come
+  from; the budget and the seed are added. Returns the structure, or the one in
+  the file if a user has edited its counts: an edited file is kept.
   """
   structure = dataclasses.replace(
     structure,
@@ -113,12 +115,14 @@ def write(
   job.note_budget(budget.name)
   path = job.folder(budget.name) / 'structure.json'
   edited = _edited(job, path, structure)
-  if edited is not None:
+  if edited is None:
+    known = {'structure.counts': list(structure.counts)}
+    known |= config.identity(job.config)
+    runs.claim_part(path.with_name('train'), known)
+    storage.write_text(path, structure.to_json() + '\n')
+  else:
     console.say(f'{path} was edited and is kept; remove it to cut again.')
-    return edited
-  known = {'structure.counts': list(structure.counts)}
-  runs.claim_part(path.with_name('train'), known | config.identity(job.config))
-  storage.write_text(path, structure.to_json() + '\n')
+    structure = edited
   kept = prune.kept(ranked, structure).items()
   lists = {layer: indices.tolist() for layer, indices in kept}
   storage.write_json(path.with_name('kept.json'), lists, sealed=True)
@@ -167,7 +171,7 @@ def _alternatives(
   job: Job, budget: prune.Budget, e: prune.Infeasible
 ) -> Iterator[str]:
   """What can be met instead: another budget, multiple or searched width."""
-  share = e.floor / job.network.reference_macs
+  share = math.ceil(1000 * e.floor / job.network.reference_macs) / 1000
   yield {
     'macs': f'a budget of {e.floor:,} MACs, {share:.3f} of the reference '
     'network',
@@ -183,10 +187,9 @@ def _alternatives(
   c = job.network.description
   if 'name' not in c or 'counts' in c:
     return
-  names = ('name', 'num_classes', 'image_size', 'channels')
+  given = [c[k] for k in ('name', 'num_classes', 'image_size', 'channels')]
   for eighths in range(7, 0, -1):
     width = max(1, c['width'] * eighths // 8)
-    given = [c[name] for name in names]
     if _fits(budget, models.cost_model(*given, width, c['multiplier'])):
       yield f'a search at base width {width} (config.model.width)'
       return

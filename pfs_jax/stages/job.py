@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -48,9 +49,7 @@ class Job:
     config.validate(c)
     self.config, self.workdir = c, workdir
     self._reseeded: dict[int, Job] = {0: self}
-    # The budget whose files are in the workdir itself; None in a new one.
-    first = workdir / 'budget.txt'
-    self._first = storage.read_text(first).strip() if first.exists() else None
+    self._first = self._noted()
     self.spec = data.configured(c.data)
     batch = max(c.search.batch_size, c.train.batch_size)
     if batch * self.spec.image_size**2 >= _LARGE_BATCH:
@@ -112,11 +111,16 @@ class Job:
     return {k: v for k, v in self.first_weights.items() if k != 'gates'}
 
   def reseeded(self, i: int) -> Job:
-    """The same run with its i-th other seed; the run itself for i = 0."""
+    """The same run with its i-th other seed; the run itself for i = 0.
+
+    All share the network and the images.
+    """
     if i not in self._reseeded:
       c = self.config.copy_and_resolve_references()
       c.seed = config.other_seed(c.seed, i)
-      self._reseeded[i] = Job(c, self.workdir)
+      self._reseeded[i] = other = copy.copy(self)
+      other.config, other.data = c, self.data.under(c)
+      other.__dict__.pop('first_weights', None)
     return self._reseeded[i]
 
   def plan(self, total_steps: int, evaluate_steps: int) -> train.Plan:
@@ -134,11 +138,11 @@ class Job:
   @functools.cached_property
   def latency_model(self) -> latency.LatencyModel:
     """Milliseconds of a batch on this device, measured at first use."""
-    cache = os.environ.get('XDG_CACHE_HOME', '~/.cache')
+    cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return latency.LatencyModel(
       self.network.cost_model,
       self.config.budget.latency_batch,
-      pathlib.Path(cache).expanduser() / 'pfs_jax' / 'latency.json',
+      storage.expanded(cache) / 'pfs_jax' / 'latency.json',
       config.DTYPES[self.config.dtype],
     )
 
@@ -156,7 +160,7 @@ class Job:
   def cut_plain(
     self, ranked: Mapping[str, Any], budget: prune.Budget | None = None
   ) -> prune.Structure:
-    """`cut` of ranked scores; the budget is the first one by default."""
+    """`cut` by ranked scores, to a budget or by default to the first one."""
     plain = dataclasses.replace(budget or self.budgets[0], ranking='global')
     return self.cut(ranked, plain)
 
@@ -193,8 +197,14 @@ class Job:
     at_top = self._first in (None, budget)
     return self.workdir if at_top else self.workdir / budget
 
+  def _noted(self) -> str | None:
+    """The budget whose files are in the workdir itself; None in a new one."""
+    path = self.workdir / 'budget.txt'
+    return storage.read_text(path).strip() if path.exists() else None
+
   def note_budget(self, budget: str) -> None:
     """Gives the workdir itself to a budget, unless another one has it."""
+    self._first = self._noted()  # Another process may have been first.
     if self._first is None:
       self._first = budget
       path = self.workdir / 'budget.txt'

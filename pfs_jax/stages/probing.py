@@ -66,7 +66,7 @@ def cost(job: Job) -> float:
     raise errors.UserError(f'{field} must be >= 1 for a probe; got 0.')
   batch_size, epochs = job.config.train.batch_size, job.config.train.epochs
   epoch, every = (
-    job.data.train_source('train', hold_out=out).steps_per_epoch * batch_size
+    len(job.data.chosen('train', out)) // batch_size * batch_size
     for out in (True, False)
   )
   batch = min(job.config.data.eval_batch_size, job.data.validation().size)

@@ -58,7 +58,7 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
     balance=c.search.balance,
     learning_rate=c.search.learning_rate,
     key=config.key(c.seed, 'search dropout'),
-    classifier=_classifier(job),
+    classifier=classifier(job),
   )
   own = bool(c.model.factory)
   refreshed = norms.refresher(c.train.statistics, own, state, source)
@@ -100,14 +100,18 @@ def _search(job: Job, folder: pathlib.Path, weights) -> None:
   runs.barrier('gates')
 
 
-def _classifier(job: Job) -> str | None:
+def classifier(job: Job) -> str | None:
   """Path of the layer that is trained along with the gates, or None."""
   c = job.config.search
   if not c.train_classifier:
     return None
-  return c.classifier or search.last_dense(
-    job.network.gated, job.first_weights, job.image_shape
-  )
+  dense = [x.path for x in job.network.table.calls if x.kind == 'dense']
+  if not (c.classifier or dense):
+    raise errors.UserError(
+      'config.search.train_classifier must be False for a model without a '
+      'dense layer, or config.search.classifier must name a layer.'
+    )
+  return c.classifier or dense[-1]
 
 
 # Checks and summaries of its losses and its gates.

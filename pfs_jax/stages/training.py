@@ -305,7 +305,7 @@ def restore(
   folder = job.folder(name) / 'train'
   path = job.folder(name) / 'result.json'
   step = runs.read_result(path)['steps']
-  runs.claim(folder, _identity(job, structure))
+  runs.claim_part(folder, _identity(job, structure))
   module = job.network.narrow(structure.counts)
   shapes = jax.eval_shape(lambda: _initial_state(job, module, 1, 'train'))
   state = jax.tree.map(

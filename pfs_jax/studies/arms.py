@@ -31,9 +31,9 @@ class Arm:
     pretrain_epochs: Epochs for which the weights are trained before the search;
       inf, or any number above config.train.epochs, stands for that number.
     penalty: Weight of the L1 norm of the BatchNorm scales in network slimming.
-    training: 'scratch' (new random weights), 'inherit' (the kept channels'
-      weights where they were scored), 'rewind' (the same channels' first
-      random values), or 'none' (only the structure).
+    training: 'scratch' (new random weights), 'inherit' (the weights that the
+      kept channels had when they were scored), 'rewind' (their first random
+      weights), or 'none' (only the structure).
     overrides: Fields of the config, such as the ranking.
   """
 

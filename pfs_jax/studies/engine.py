@@ -54,7 +54,7 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     runs.commit()  # Caches the commit of the imported code.
     # Compiled programs are kept on disk: each structure has its own.
     if jax.config.values['jax_compilation_cache_dir'] is None:
-      folder = study.compilation_cache or str((workdir / 'compiled').absolute())
+      folder = str((workdir / 'compiled').absolute())
       jax.config.update('jax_compilation_cache_dir', folder)
     _Work(study, workdir, planned).run()
   tables.show(study, workdir)
@@ -91,7 +91,8 @@ class _Work:
       if not any(self.attempt(cell) for cell in list(self.pending)):
         time.sleep(_POLL_SECONDS)  # Other processes do the rest.
     if self.failed:
-      raise errors.UserError('\n'.join(self.failed[:3]))
+      lines = (text.partition('\n')[0] for text in self.failed[:3])
+      raise errors.UserError('\n'.join(lines))
 
   def record(self, cell: plan.Cell) -> Mapping[str, Any] | None:
     """The record of a finished cell, from its folder or a results file."""
@@ -111,7 +112,7 @@ class _Work:
       results.merge(self.file, record, self.order)
 
   def attempt(self, cell: plan.Cell) -> bool:
-    """Does a cell unless another process does; returns if it is settled."""
+    """Does a cell unless another process does it; returns if it is settled."""
     with storage.locked(self.workdir / 'cells' / cell.hash) as held:
       if not held:
         return False
@@ -124,7 +125,7 @@ class _Work:
           self.done += 1
       except products.Busy:
         return False
-      except errors.UserError as e:
+      except (errors.UserError, OSError) as e:
         self.pending.remove(cell)
         self.failed.append(f'{cell.label}, seed {cell.seed}: {e}')
         console.say(f'failed: {self.failed[-1]}')

@@ -63,7 +63,6 @@ def default(
       'baseline': baseline,
       'results_dir': '',  # Where <study>.json is kept; '': in the workdir.
       'report_only': False,  # Print the tables of what there is, run nothing.
-      'compilation_cache': '',  # '': compiled/ in the workdir.
     }
   ).lock()
 
@@ -105,7 +104,7 @@ class Cell:
       sections += ['train', 'probe']
     if arm.scores == 'tournament':
       sections += ['search', 'tournament']
-    fields = changed(self.config, *sections) | differing(self.config, 'budget')
+    fields = changed(self.config, *sections, 'budget')
     if arm.pretrain_epochs or arm.scores in _WIDE:
       wide = changed(self.wide, 'train')
       fields |= {k.replace('config.', 'wide.'): v for k, v in wide.items()}
@@ -134,18 +133,11 @@ class Cell:
     return ', '.join([self.name, *varied])
 
 
-def differing(c: ml_collections.ConfigDict, *fields: str) -> dict[str, Any]:
-  """{field: value} of the fields and sections that are not the default."""
-  plain = config.flat(config.default(), *fields)
-  found = config.flat(c, *fields)
-  return {k: v for k, v in found.items() if v != plain[k]}
-
-
 def changed(c: ml_collections.ConfigDict, *sections: str) -> dict[str, Any]:
-  """The fields of `config.identity` of these sections that are not default."""
-  known = config.identity(c, *sections)
-  fields = differing(c, 'seed', 'dtype', 'model', 'data', *sections)
-  fields = {k: v for k, v in fields.items() if k in known}
+  """The seed, and the fields of `config.identity` that are not the default."""
+  plain = config.identity(config.default(), *sections)
+  found = config.identity(c, *sections)
+  fields = {k: v for k, v in found.items() if v != plain[k]}
   return {'config.seed': c.seed, **fields}
 
 
@@ -180,7 +172,14 @@ def cell(
   c.update_from_flattened_dict(dict(arm.overrides))
   if arm.scores == 'full':  # This is always the reference network.
     c.update_from_flattened_dict(
-      {'model.width': 0, 'model.multiplier': 1.0, 'budget.keep': (1.0,)}
+      {
+        'model.width': 0,
+        'model.multiplier': 1.0,
+        'budget.keep': (1.0,),
+        'budget.max_macs': 0,
+        'budget.max_params': 0,
+        'budget.round_to': 1,
+      }
     )
   epochs = min(pretrained, wide.train.epochs) if arm.searches else 0
   if epochs != int(epochs) and epochs != wide.train.epochs:
@@ -220,7 +219,7 @@ def _check(study: ml_collections.ConfigDict) -> None:
     bool(study.field) == bool(study['values']),
     'field and config.values must be given together.',
   )
-  known = ['', _PRETRAINED, *config.flat(study.base, *study.base)]
+  known = ['', _PRETRAINED, *config.flat(study.base)]
   require(
     study.field in known or f'config.{study.field}' in known,
     f'field must be a field of config.base or {_PRETRAINED}; '

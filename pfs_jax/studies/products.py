@@ -42,9 +42,9 @@ def folder(
 
 
 def make(
-  done: pathlib.Path, where: pathlib.Path, make_: Callable[[], object]
+  done: pathlib.Path, where: pathlib.Path, work: Callable[[], object]
 ) -> None:
-  """Makes the file `done` by `make_()`, unless it exists.
+  """Makes the file `done` by `work()`, unless it exists.
 
   Raises:
     Busy: If another process holds the folder `where`.
@@ -55,7 +55,7 @@ def make(
     if not held:
       raise Busy(where.name)
     if not done.exists():  # Another process may have finished it.
-      make_()
+      work()
 
 
 def forget_programs() -> None:
@@ -159,8 +159,7 @@ def searched(
 
 def probed(cell: plan.Cell, root: pathlib.Path) -> tuple[Any, pathlib.Path]:
   """(content of probe.json, folder) of the probe of a cell's budget."""
-  fields = plan.changed(cell.wide, 'train', 'probe')
-  fields |= plan.differing(cell.wide, 'budget')
+  fields = plan.changed(cell.wide, 'train', 'probe', 'budget')
   where = folder(root, 'probe', fields)
   path = where / 'probe/probe.json'
   make(

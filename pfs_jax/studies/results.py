@@ -3,13 +3,12 @@
 results/<study>.json is a list of records, one a line, each with the fields
 
   study arm variation seed config_hash commit model macs reference_macs
-  macs_share params counts test_accuracy seconds hardware
+  macs_share params counts widths test_accuracy seconds hardware
 
 (test_accuracy 0..1 of the last epoch, null if only the structure was asked for;
 seconds of the training, without those of search and wide training). Further
-fields explain a result: test_loss, fields, train_epochs, search_epochs,
-sparsity, tie_share, gate_means {layer: mean gate} and kept {layer: bits as
-hexadecimal, channel 0 the lowest}.
+fields, which `cells.run` writes, explain a result: test_loss, search_seconds,
+tie_share, kept {layer: bits as hexadecimal, channel 0 the lowest} and others.
 """
 
 from __future__ import annotations
@@ -49,6 +48,8 @@ class _Fields(TypedDict):
   params: int
   counts: dict[str, int]
   widths: list[int]
+  commit: str
+  hardware: str
   test_accuracy: float | None
   seconds: float
 
@@ -96,10 +97,17 @@ def known(
 def mine(
   study: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> list[dict[str, Any]]:
-  """The records of the study's cells, in their order."""
+  """The records of the study's finished cells, in their order."""
   there = {r['config_hash']: r for r in read(path(study, workdir))}
-  planned = [cell for cell in plan.cells(study) if cell.hash in there]
-  return [{**there[cell.hash], 'label': cell.label} for cell in planned]
+  found = []
+  for cell in plan.cells(study):
+    file = workdir / 'cells' / cell.hash / 'cell.json'
+    if cell.hash not in there and file.exists():  # In no results file yet.
+      there[cell.hash] = storage.read_json(file)
+    if cell.hash in there:
+      names = {'arm': cell.name, 'variation': dict(cell.variation)}
+      found.append({**there[cell.hash], **names, 'label': cell.label})
+  return found
 
 
 def bits(indices: Iterable[int]) -> str:

@@ -117,8 +117,8 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     errors.UserError: If the config does not allow a tournament.
   """
   c = job.config
-  fields = plan.changed(c, 'search', 'train', 'probe', 'tournament')
-  fields |= plan.differing(c, 'budget')
+  sections = ('search', 'train', 'probe', 'tournament', 'budget')
+  fields = plan.changed(c, *sections)
   folder = products.folder(root, 'tournament', fields)
   path = folder / 'tournament.json'
   if path.exists():
@@ -216,6 +216,7 @@ def _training(
     last = runs.read_metrics(folder)[-1]
     found = {'loss': last['validation_loss'], 'seconds': last['seconds']}
     storage.write_json(path, {'name': folder.name, **found}, sealed=True)
+    runs.barrier('loss')
 
   products.make(path, folder, train)
   return storage.read_json(path)
@@ -313,9 +314,9 @@ def _is_candidate(name: str) -> bool:
 
 def _share(job: stages.Job, epochs: float) -> float:
   """Epochs without the held-out images, as a share of a whole training."""
+  size = job.config.train.batch_size
   held_out, every = (
-    job.data.train_source('train', hold_out=out).steps_per_epoch
-    for out in (True, False)
+    len(job.data.chosen('train', out)) // size for out in (True, False)
   )
   return epochs * held_out / (job.config.train.epochs * every)
 

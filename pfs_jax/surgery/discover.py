@@ -388,7 +388,7 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
     number = int(random.integers(1, (len(roots) + 1) // 2, endpoint=True))
     dropped = [roots[0], *random.permutation(roots[1:])[: number - 1]]
     kept &= ~np.isin(found.unit_of, found.unit_of[dropped])
-  # A single channel belongs to all channels that it is combined with.
+  # A layer with one output makes channel 0, which is no channel (`Flow._mix`).
   emitted = {p: c[kept[c]] * (len(c) > 1) for p, c in flow.outputs.items()}
   features = {p: len(c) for p, c in emitted.items()}
   narrow = gating.narrowed(source, flow.layers, features)

@@ -118,7 +118,7 @@ def network_from_factory(
     if isinstance(model, tuple) and len(model) == 2:
       model, how = model[0], how or model[1]
     if not isinstance(model, nn.Module | nnx.Module):
-      raise _error(spec, f'returned {type(model).__name__}, not a Linen module')
+      raise _error(spec, f'returned {type(model).__name__}, no Flax module')
     made = network(
       model,
       x,
@@ -136,8 +136,9 @@ def network_from_factory(
     )
     # A label without a logit would only be noticed as a loss of NaN.
     shapes = _output_shapes(made.reference, x)
-  shape = next((s for s in shapes if s != (1, num_classes)), ())
-  if shape != ():
+  wanted = (1, num_classes)
+  shape = next((s for s in shapes if s != wanted), wanted)
+  if shape != wanted:
     raise _error(
       spec,
       f'the model must return logits [N, {num_classes}], one for each class; '
@@ -173,7 +174,7 @@ def _model_from(
   make: Any = factory
   if isinstance(make, type):
     if not issubclass(make, nn.Module | nnx.Module):
-      raise _error(spec, 'is a class, but not of flax.linen.Module')
+      raise _error(spec, 'is a class, but of no Flax module')
     if issubclass(make, nnx.Module):
       make = make.__init__  # NNX's metaclass hides the arguments of a class.
   parameters = dict(inspect.signature(make).parameters)

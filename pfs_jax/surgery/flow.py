@@ -59,8 +59,8 @@ class Flow:
       reads.
     pasts: {path: `past` of each channel that the layer reads, call by call}.
     unseen: {path: reason} of layers that the walk could not look into.
-    unbatched: {path: what it reads that the images or the weights can change,
-      as in `Cell.channel`} of convolutions over inputs without a batch axis.
+    unbatched: {path: `Cell.channel` of all that it reads, without constants} of
+      convolutions that were called without a batch axis.
   """
 
   def __init__(

@@ -54,7 +54,7 @@ def trace(
   calls = []
 
   def around(module, path, x, call):
-    looked_into = described.is_pool(module)
+    looked_into = described.rule(module) is described.pool
     mark = PEEK if looked_into else ENTER
     axis = getattr(module, 'axis_name', None) or ''  # `gating` removes it.
     y = call(_mark(mark + path, lambda x: x, x))
