@@ -1,12 +1,18 @@
-"""A run that was killed and continued is bit-equal to one left alone."""
+"""A run that was killed and continued is bit-equal to one left alone.
 
+A finished run is only read, and damage to it is refused.
+"""
+
+import pathlib
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from benchmarks import damage
 from pfs_jax import errors, runs, stages, storage
 from pfs_jax.models import registry
 from tests import processes, small_run
@@ -126,3 +132,45 @@ def test_a_second_process_is_refused(finished):
   with storage.locked(finished):
     with pytest.raises(errors.UserError, match='in use by another process'):
       execute('run', finished)
+
+
+# (a mode without a program to compile, a file that it reads, a damage).
+DAMAGED = [
+  ('run', 'result.json', 'a number changed'),
+  ('run', 'search/gates.npz', 'a bit flipped'),
+  ('run', 'search/metrics.jsonl', 'truncated'),
+  ('run', 'structure.json', 'a value nested'),
+  ('train', 'result.json', 'a field dropped'),
+  ('train', 'structure.json', 'a value of another type'),
+  ('train', 'checksums.json', 'deleted'),
+  ('train', 'train/config.json', 'a number changed'),
+  ('prune', 'search/gates.npz', 'overwritten with zeros'),
+  ('prune', 'search/config.json', 'swapped'),
+  ('prune', 'search/checksums.json', 'a folder in its place'),
+  ('prune', 'kept.json', 'a number changed'),
+  ('info', 'budget.txt', 'a bit flipped'),
+  ('info', 'checksums.json', 'a value of another type'),
+]
+
+
+@pytest.fixture(scope='module')
+def answers():
+  return {}
+
+
+@pytest.mark.parametrize('mode, file, kind', DAMAGED)
+def test_damage_gives_the_same_numbers_or_a_refusal(
+  finished_run, answers, tmp_path, mode, file, kind
+):
+  c = small_run.config()
+  if mode not in answers:
+    whole = shutil.copytree(finished_run, tmp_path / 'whole')
+    answers[mode] = damage.answer(mode, c, whole)
+    assert not isinstance(answers[mode], errors.UserError)
+  given = (mode, finished_run, tmp_path / 'w', c, answers[mode])
+  found = damage.check(*given, pathlib.Path(file), kind, seed='0')
+  assert found != 'not done'
+
+
+def test_all_kinds_of_damage_are_tried():
+  assert {kind for _, _, kind in DAMAGED} == set(damage.KINDS)
