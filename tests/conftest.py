@@ -81,11 +81,15 @@ def shallow_mobilenets(monkeypatch):
   """MobileNets of their first four blocks, which compile quickly."""
   from pfs_jax.models import mobilenet, registry
 
-  registry._marked_calls.cache_clear()
+  def forget():
+    registry._marked_calls.cache_clear()
+    registry.cost_model.cache_clear()
+
+  forget()
   for blocks in ('V1_BLOCKS', 'V2_BLOCKS'):
     monkeypatch.setattr(mobilenet, blocks, getattr(mobilenet, blocks)[:4])
   yield
-  registry._marked_calls.cache_clear()
+  forget()
 
 
 @pytest.fixture(scope='session')

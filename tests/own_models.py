@@ -29,6 +29,8 @@ def drawn(module, *args):
       value = random.uniform(0.5, 1.5, shape)
     else:
       deviation = np.sqrt(2 / np.prod(shape[:-1])) if len(shape) > 1 else 0.3
+      if len(shape) > 1 and shape[-2] == 1:  # On small maps one tap acts.
+        deviation = 1.0
       value = random.normal(0, deviation, shape)
     return value.astype(leaf.dtype)
 
