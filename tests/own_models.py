@@ -435,8 +435,11 @@ CASES = {
     Residual(True), {**_BLOCKS, 'a/Conv_1': 4, 'b/Conv_1': 5}, _STREAM
   ),
   'together': Case(
-    Residual(),
-    {'Conv_0+a/Conv_1': 6, 'b/Conv_1+b/proj': 8, **_BLOCKS},
+    Residual(True),
+    {
+      **{'Conv_0+a/Conv_2': 6, 'b/Conv_2+b/proj': 8, **_BLOCKS},
+      **{'a/Conv_1': 4, 'b/Conv_1': 5},
+    },
     options={'residual': True},
   ),
   'preact': Case(
