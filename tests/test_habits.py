@@ -184,19 +184,6 @@ def test_registered_classes_are_layers(registered):
       register(nn.relu)
 
 
-def test_what_cannot_be_counted_is_named():
-  class Solving(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      x = nn.Conv(4, (3, 3))(x).mean((1, 2))
-      x = jnp.fft.fft(x).real
-      return nn.Dense(3)(x)
-
-  table = surgery.discover(Solving(), X)
-  assert table.uncounted == ('fft in Solving',)
-  assert 'MACs not counted' in str(table)
-
-
 def test_a_narrow_model_is_a_module():
   model = own_models.MnistCnn()
   table = surgery.discover(model, X)

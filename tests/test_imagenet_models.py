@@ -149,41 +149,6 @@ def test_scale_of_mobilenet_v1s_gates_is_free(gate_sites):
   assert max(scales) < 1e-9 and len(scales) == 4
 
 
-def test_scale_of_resnet50s_gates_is_free():
-  """Then scaling the gates of a layer, each layer differently, does nothing."""
-  module = models.build('resnet50', 10, 4, gated=True, multiplier=1 / 16)
-  module = module.with_fields(epsilon=1e-12)
-  rng = np.random.default_rng(0)
-
-  def drawn(path, leaf):
-    if path[-1].key == 'kernel':
-      value = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-    else:
-      value = np.full(leaf.shape, path[-1].key in ('scale', 'var'))
-    return value.astype(np.float32)
-
-  variables = jax.tree_util.tree_map_with_path(drawn, shapes(module))
-  gates = jax.tree.map(
-    lambda g: rng.uniform(0.3, 1.0, g.shape).astype(np.float32),
-    module.unit_gates(),
-  )
-  scaled = jax.tree.map(lambda g: g * np.float32(rng.uniform(0.2, 1)), gates)
-  uneven = jax.tree.map(
-    lambda g: g * (1 + 0.1 * (np.arange(len(g)) == 0)), gates
-  )
-
-  @jax.jit
-  def logits(gates, x):
-    return module.apply(
-      {**variables, 'gates': gates}, x, train=True, mutable=['batch_stats']
-    )[0]
-
-  x = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
-  first, second, third = (logits(g, x) for g in (gates, scaled, uneven))
-  np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
-  assert np.abs(first - third).max() > 0.05
-
-
 # Configs.
 
 

@@ -43,20 +43,6 @@ def test_macs_and_parameters_are_the_published_ones(golden, rows):
     assert [model.macs(full), model.params(full)] == published, row
 
 
-def test_macs_of_a_network_by_hand():
-  """ResNet-20 at base width 1 on 4x4x1 images, two classes, summed by hand."""
-  counts = (1, 1, 1, 2, 2, 2, 4, 4, 4)
-  # Stem; three blocks a stage at 4x4, 2x2, 1x1; shortcuts; pool; linear.
-  macs = 9 * 16
-  macs += 6 * 9 * 16 * 1
-  macs += 9 * 4 * (1 * 2 + 2 * 2) + 4 * 9 * 4 * 4 + 1 * 2 * 4
-  macs += 9 * 1 * (2 * 4 + 4 * 4) + 4 * 9 * 16 + 2 * 4
-  macs += 4 + 4 * 2
-  model = models.cost_model('resnet20', 2, 4, 1, 1)
-  assert model.widths == counts
-  assert model.macs(counts) == macs
-
-
 @pytest.mark.parametrize('name, size, channels, multiplier', CASES)
 def test_cost_model_is_the_narrow_networks_own_count(
   name, size, channels, multiplier, shallow_mobilenets

@@ -203,6 +203,7 @@ def test_what_cannot_be_counted_is_said_in_every_mode(tmp_path, capsys):
   job = stages.Job(c, tmp_path)
   stages.info(job)
   assert 'fft in Others' in capsys.readouterr().out
+  assert 'MACs not counted\nfft in Others' in str(job.network.table)
   with pytest.raises(errors.UserError, match='uncounted must be True .* fft'):
     stages.search(job)
   c.budget.uncounted = True

@@ -259,13 +259,6 @@ def test_the_border_is_raw_zero():
   np.testing.assert_allclose(found, [-2.0, 2.0], rtol=1e-6)
 
 
-def test_evaluation_is_not_augmented():
-  images = _images(4)
-  np.testing.assert_array_equal(
-    AUGMENTED.test(jnp.asarray(images)), PLAIN.test(jnp.asarray(images))
-  )
-
-
 # Several steps a call.
 
 

@@ -304,7 +304,7 @@ def test_the_exam_counts_as_the_evaluation_does_and_keeps_mistakes():
   assert set(exam.mistakes['predicted']) == {1}
 
 
-@pytest.mark.parametrize('n, batch_size', [(23, 8), (24, 8), (5, 8), (23, 1)])
+@pytest.mark.parametrize('n, batch_size', [(23, 8), (5, 8)])
 def test_evaluation_counts_every_image_once(n, batch_size):
   state = trained_state()
   loss, accuracy = expected_evaluation(state, n)
@@ -376,7 +376,7 @@ def latest(folder):
     return found and found[:2]
 
 
-@pytest.mark.parametrize('steps_per_call', [1, 3, 16])
+@pytest.mark.parametrize('steps_per_call', [1, 2])
 def test_records_evaluations_and_checkpoints_come_when_due(
   tmp_path, steps_per_call
 ):
