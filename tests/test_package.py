@@ -100,6 +100,10 @@ def test_the_command_runs_anywhere(tmp_path):
   out = processes.output(arguments, cwd=tmp_path, env=path)
   assert 'resnet20' in out and 'floor' in out
   assert not list(tmp_path.iterdir())
+  arguments[-1] = '--mode=train'  # Its workdir has a name of its own.
+  done = processes.run(arguments, cwd=tmp_path, env=path)
+  assert done.returncode == 2
+  assert 'runs/digits-smoke/structure.json does not exist' in done.stderr
 
 
 @pytest.mark.slow  # Builds the wheel, for which pip needs PyPI.
