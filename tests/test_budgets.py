@@ -238,15 +238,16 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   """The narrow network starts with the kept channels of the wide one."""
   for name in ('structure.json', 'kept.json'):
     shutil.copy(searched / name, tmp_path / name)
-  one = job(tmp_path, train__init=init)
-  first, given = one.first_weights['params'], {}
+  fields = {'train__scratch': 'B', 'train__wide_epochs': 3.0}
+  one = job(tmp_path, train__init=init, **fields)
+  first, given, lengths = one.first_weights['params'], {}, {}
   trained = {
     'params': jax.tree.map(lambda leaf: np.asarray(leaf) + 1, first),
     'batch_stats': one.first_weights['batch_stats'],
   }
 
   def fit(job, module, folder, label, epochs, weights):
-    given[label] = weights['params']
+    given[label], lengths[label] = weights['params'], epochs
     if label == 'train':
       raise KeyboardInterrupt  # The test has seen enough.
     return types.SimpleNamespace(variables=trained)
@@ -260,6 +261,10 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
     np.testing.assert_array_equal(kernel, first['stem']['conv']['kernel'])
     wide = trained['params']
   assert set(given) == {'train', *(['wide'] if init == 'inherit' else [])}
+  # As much compute as the reference network needs for 2 epochs.
+  share = structure(tmp_path).macs / one.network.reference_macs
+  assert lengths['train'] == pytest.approx(2 / share)
+  assert lengths.get('wide', 3) == 3
   kept = json.loads((tmp_path / 'kept.json').read_text())['stage1_block0/conv1']
   ours, block = given['train']['stage1_block0'], wide['stage1_block0']
   for layer, at in (('conv1', np.s_[..., kept]), ('conv2', np.s_[:, :, kept])):
@@ -267,6 +272,19 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
       ours[layer]['conv']['kernel'],
       np.asarray(block[layer]['conv']['kernel'])[at],
     )
+
+
+@pytest.mark.parametrize('holdout', [False, True])
+def test_what_is_held_out_is_evaluated(tmp_path, monkeypatch, holdout):
+  one, given = job(tmp_path, train__holdout=holdout), {}
+
+  def loop(state, step, source, plan, evaluate, **_):
+    given.update(evaluate(state, 1), images=len(source.resident[0]))
+
+  monkeypatch.setattr(stages.training.train, 'loop', loop)
+  stages.fit(one, one.network.reference, tmp_path, 'train', 1.0)
+  assert given['images'] == (1200 if holdout else 1500)
+  assert ('validation_accuracy' in given) == holdout
 
 
 def test_kept_of_another_structure_is_refused(searched, tmp_path):

@@ -74,18 +74,8 @@ def kept_steps(folder):
   return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
 
 
-def test_restore_gives_the_same_type_and_bytes(tmp_path):
+def test_the_two_newest_are_kept_with_their_types_and_bytes(tmp_path):
   assert restore(tmp_path) is None
-  save(tmp_path, 7)
-  step, state = restore(tmp_path)
-  assert step == 7
-  assert isinstance(state, State) and state.label == 'static'
-  assert_equal_states(state, make_state(7))
-  for leaf in jax.tree.leaves(state):
-    assert leaf.sharding == devices.replicated()
-
-
-def test_the_two_newest_are_kept(tmp_path):
   for last in (1, 2, 3, 4, 10):
     save(tmp_path, last)
     assert kept_steps(tmp_path)[-1] == last
@@ -94,6 +84,10 @@ def test_the_two_newest_are_kept(tmp_path):
   with checkpointing.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(10, make_state(11))  # A saved step is not written again.
   assert_restored(tmp_path, 10)
+  state = restore(tmp_path)[1]
+  assert isinstance(state, State) and state.label == 'static'
+  for leaf in jax.tree.leaves(state):
+    assert leaf.sharding == devices.replicated()
 
 
 def _flip(content):
@@ -209,18 +203,14 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 
 def check_on_eight_devices(folder):
   assert jax.device_count() == 8
-  found = restore(folder)
-  if found is None:
-    save(folder, 1)
-    return
-  step, state = found
-  assert step == 2
-  assert_equal_states(state, make_state(2))
-  for leaf in jax.tree.leaves(state):
+  assert_restored(folder, 1)
+  for leaf in jax.tree.leaves(restore(folder)[1]):
     assert len(leaf.sharding.device_set) == 8
+  save(folder, 2)
 
 
 def test_checkpoints_move_between_device_counts(tmp_path):
+  save(tmp_path, 1)
   code = f"""
     import pathlib
     from tests import test_runs
@@ -228,10 +218,8 @@ def test_checkpoints_move_between_device_counts(tmp_path):
     """
   processes.output(code, devices=8)
   assert jax.device_count() == 1
-  assert_restored(tmp_path, 1)
+  assert_restored(tmp_path, 2)
   jax.jit(lambda s: s.params['bias'] + 1)(restore(tmp_path)[1])  # It is here.
-  save(tmp_path, 2)
-  processes.output(code, devices=8)
 
 
 def test_checksum_sees_every_leaf_and_their_order():
@@ -358,6 +346,22 @@ def test_what_is_there_already_is_not_written(tmp_path, monkeypatch):
   storage.write_arrays(path, {'a': np.arange(3.0)}, sealed=True)
   with pytest.raises(AssertionError):
     storage.write_arrays(path, {'a': np.arange(4.0)}, sealed=True)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch):
+  def full(_):
+    raise OSError(28, 'No space left on device')
+
+  path = tmp_path / 'x.json'
+  storage.write_json(path, 'old')
+  monkeypatch.setattr(storage.os, 'fsync', full)
+  said = (
+    r'x\.json cannot be written: No space left on device: [\d,]+ bytes are f'
+  )
+  with pytest.raises(errors.UserError, match=said):
+    storage.write_json(path, 'new')
+  assert [p.name for p in tmp_path.iterdir()] == ['x.json']
+  assert storage.read_json(path) == 'old'
 
 
 ARRAYS = {'a': np.ones(2), 'b': np.ones(3)}
