@@ -29,7 +29,7 @@ from pfs_jax import (
   runs,
   scores,
 )
-from tests import processes
+from tests import processes, small_run
 
 PACKAGE = pathlib.Path(config.__file__).parent
 FILES = sorted(p.stem for p in (processes.ROOT / 'configs').glob('*.py'))
@@ -38,9 +38,7 @@ NAN, INF = math.nan, math.inf
 
 def _with(**given):
   c = config.default()
-  c.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in given.items()}
-  )
+  c.update_from_flattened_dict(small_run.dotted(given))
   return c
 
 

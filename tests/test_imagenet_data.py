@@ -23,7 +23,7 @@ from pfs_jax.data import (
   shapes,
   specs,
 )
-from tests import processes, test_data, test_devices
+from tests import processes, small_run, test_data, test_devices
 
 CLASSES, TRAIN, VAL, SIZE = 5, 40, 9, 32
 SHAPES = [(40, 40), (64, 48), (48, 64), (100, 70), (9, 200)]
@@ -94,9 +94,7 @@ def _config(root, **fields):
   c.data.eval_batch_size = 16
   c.data.workers = 0
   c.search.batch_size = c.train.batch_size = 24
-  c.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()}
-  )
+  c.update_from_flattened_dict(small_run.dotted(fields))
   config.validate(c)
   return c
 

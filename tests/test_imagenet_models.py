@@ -133,7 +133,8 @@ def test_scale_of_mobilenet_v1s_gates_is_free(gate_sites):
 # Configs.
 
 
-@pytest.mark.parametrize('name', NAMES)
+# Not by their names, for which conftest.py would mark them as slow.
+@pytest.mark.parametrize('name', NAMES, ids=range(len(NAMES)))
 def test_configs_hold_the_papers_recipe(name):
   module = importlib.import_module(f'configs.{name}')
   c = module.get_config()

@@ -9,6 +9,7 @@ import io
 import itertools
 import threading
 import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -169,14 +170,19 @@ def test_processes_decode_their_rows_only():
         np.testing.assert_array_equal(found[name], expected[name][rows])
 
 
-def test_waits_are_counted():
+def test_waits_are_counted(monkeypatch):
+  """Those for the threads, and not the time between two batches."""
+  read, allowed = Files.read, threading.Event()
+  monkeypatch.setattr(Files, 'read', lambda *a: allowed.wait(60) and read(*a))
   with _streamed() as source:
+    threading.Timer(0.3, allowed.set).start()
     source.batch(0)
     waited = source.seconds_waited
-    assert 0 < waited < 10
-    time.sleep(0.2)  # Time for what is ahead.
+    assert 0.05 < waited < 60
+    futures.wait(source._ahead[1])
+    time.sleep(0.2)
     source.batch(1)
-    assert 0 < source.seconds_waited - waited < 0.1
+    assert 0 < source.seconds_waited - waited < 0.2
     source.batch(9)
     assert list(source._ahead) == [10, 11, 12]  # What a jump leaves is gone.
 
