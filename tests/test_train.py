@@ -570,11 +570,12 @@ def sums(folder):
   return [float(np.abs(v).sum()) for v in leaves] + list(found.values())
 
 
-def test_eight_devices_train_as_one_does(tmp_path):
+def test_eight_devices_evaluate_and_train_as_one_does(tmp_path):
   shown = processes.output(
     f"""
     import pathlib
-    from tests import test_train
+    from tests import test_pipeline, test_train
+    test_pipeline.check_on_eight_devices()
     print(*test_train.sums(pathlib.Path({str(tmp_path / 'eight')!r})))
     """,
     devices=8,
