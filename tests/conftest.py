@@ -79,17 +79,15 @@ def golden():
 @pytest.fixture
 def shallow_mobilenets(monkeypatch):
   """MobileNets of their first four blocks, which compile quickly."""
+  from pfs_jax import models
   from pfs_jax.models import mobilenet, registry
 
-  def forget():
-    registry._marked_calls.cache_clear()
-    registry.cost_model.cache_clear()
-
-  forget()
   for blocks in ('V1_BLOCKS', 'V2_BLOCKS'):
     monkeypatch.setattr(mobilenet, blocks, getattr(mobilenet, blocks)[:4])
-  yield
-  forget()
+  # Without the caches, which stay as they are.
+  traced, cost_model = registry._marked_calls, registry.cost_model
+  monkeypatch.setattr(registry, '_marked_calls', traced.__wrapped__)
+  monkeypatch.setattr(models, 'cost_model', cost_model.__wrapped__)
 
 
 @pytest.fixture(scope='session')
