@@ -44,7 +44,7 @@ def pytest_configure(config):
     sys.pycache_prefix = str(folder / 'bytecode')
   # In the environment, so that processes that tests start share the cache.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
-  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
   flags = os.environ.get('XLA_FLAGS', '')
   if _FAST_TO_COMPILE not in flags:
     os.environ['XLA_FLAGS'] = f'{flags} {_FAST_TO_COMPILE}'.strip()
