@@ -44,7 +44,7 @@ def pytest_configure(config):
     sys.pycache_prefix = str(folder / 'bytecode')
   # In the environment, so that processes that tests start share the cache.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
-  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
   flags = os.environ.get('XLA_FLAGS', '')
   if _FAST_TO_COMPILE not in flags:
     os.environ['XLA_FLAGS'] = f'{flags} {_FAST_TO_COMPILE}'.strip()
@@ -79,13 +79,15 @@ def golden():
 @pytest.fixture
 def shallow_mobilenets(monkeypatch):
   """MobileNets of their first four blocks, which compile quickly."""
+  from pfs_jax import models
   from pfs_jax.models import mobilenet, registry
 
-  registry._marked_calls.cache_clear()
   for blocks in ('V1_BLOCKS', 'V2_BLOCKS'):
     monkeypatch.setattr(mobilenet, blocks, getattr(mobilenet, blocks)[:4])
-  yield
-  registry._marked_calls.cache_clear()
+  # Without the caches, which stay as they are.
+  traced, cost_model = registry._marked_calls, registry.cost_model
+  monkeypatch.setattr(registry, '_marked_calls', traced.__wrapped__)
+  monkeypatch.setattr(models, 'cost_model', cost_model.__wrapped__)
 
 
 @pytest.fixture(scope='session')

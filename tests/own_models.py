@@ -29,6 +29,8 @@ def drawn(module, *args):
       value = random.uniform(0.5, 1.5, shape)
     else:
       deviation = np.sqrt(2 / np.prod(shape[:-1])) if len(shape) > 1 else 0.3
+      if len(shape) > 1 and shape[-2] == 1:  # On small maps one tap acts.
+        deviation = 1.0
       value = random.normal(0, deviation, shape)
     return value.astype(leaf.dtype)
 
@@ -433,8 +435,11 @@ CASES = {
     Residual(True), {**_BLOCKS, 'a/Conv_1': 4, 'b/Conv_1': 5}, _STREAM
   ),
   'together': Case(
-    Residual(),
-    {'Conv_0+a/Conv_1': 6, 'b/Conv_1+b/proj': 8, **_BLOCKS},
+    Residual(True),
+    {
+      **{'Conv_0+a/Conv_2': 6, 'b/Conv_2+b/proj': 8, **_BLOCKS},
+      **{'a/Conv_1': 4, 'b/Conv_1': 5},
+    },
     options={'residual': True},
   ),
   'preact': Case(

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -117,6 +118,13 @@ class Started:
   def output(self) -> str:
     """What it has printed so far."""
     return self._files[0].read_text()
+
+  def wait_for(self, condition: Callable[[], object]) -> None:
+    """Waits until a condition holds; the process must come so far."""
+    deadline = time.monotonic() + 200
+    while not condition():
+      assert self.poll() is None and time.monotonic() < deadline
+      time.sleep(0.005)
 
   def send_signal(self, number: int) -> None:
     """Sends a signal to the process, which must still run."""

@@ -21,11 +21,15 @@ FIELDS = {
 }
 
 
+def dotted(fields: dict) -> dict:
+  """Fields with `__` for the dot, as in train__epochs=1, with the dot."""
+  return {name.replace('__', '.'): value for name, value in fields.items()}
+
+
 def config(**more) -> ml_collections.ConfigDict:
-  """Its config; more fields with `__` for the dot, as in train__epochs=1."""
+  """Its config, with more fields as `dotted` takes them."""
   c = digits.get_config()
-  changes = {name.replace('__', '.'): value for name, value in more.items()}
-  c.update_from_flattened_dict({**FIELDS, **changes})
+  c.update_from_flattened_dict({**FIELDS, **dotted(more)})
   return c
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import time
 import types
 
 import jax
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 
 from pfs_jax import (
-  budgets,
-  config,
   costs,
   errors,
   latency,
@@ -23,7 +20,7 @@ from pfs_jax import (
   stages,
   storage,
 )
-from tests import processes, small_run
+from tests import small_run, test_prune
 
 FAMILIES = {
   'resnet20': (8, 16),
@@ -90,39 +87,21 @@ def test_raising_a_ceiling(name, round_to, other_share, quantity):
   assert reached == sorted(reached)
 
 
-def test_rounding_against_brute_force():
-  """On a small net: prefix of blocks by mean gate, then the rest that fits."""
+def test_rounding_is_the_cut_of_blocks():
+  """Each layer's best two channels, and so on, by their mean gate."""
   model = models.cost_model('resnet20', 4, 8, 1, 4)
   for seed in range(5):
     gates = scores.random(model, seed)
-    budget = int(0.6 * model.macs(model.widths))
-    found = prune.fit(gates, model, budget, round_to=2)
-    blocks = []  # (mean gate, layer), each layer's best two channels first.
-    for i, g in enumerate(gates.values()):
-      pairs = np.sort(g)[::-1].reshape(-1, 2)
-      blocks += [(-pair.mean(), i) for pair in pairs]
-    order = [i for _, i in sorted(blocks)]
-
-    def counts_of(prefix, order=order):
-      taken = np.bincount(order[:prefix], minlength=9) * 2
-      return np.maximum(taken, 2)
-
-    best = max(
-      k for k in range(len(order) + 1) if model.macs(counts_of(k)) <= budget
+    most = int(0.6 * model.macs(model.widths))
+    blocks = {
+      layer: np.sort(gate)[::-1].reshape(-1, 2).mean(1)
+      for layer, gate in gates.items()
+    }
+    expected = test_prune.oracle(
+      blocks, model, most, 0, 1, lambda counts: (model.macs(2 * counts), 0)
     )
-    counts, stuck = counts_of(best), set()
-    seen = np.bincount(order[:best], minlength=9)
-    for i in order[best:]:
-      seen[i] += 1
-      wider = counts.copy()
-      wider[i] += 2
-      if i in stuck or 2 * seen[i] <= counts[i]:
-        continue
-      if model.macs(wider) <= budget:
-        counts = wider
-      else:
-        stuck.add(i)
-    assert found.counts == tuple(counts)
+    found = prune.fit(gates, model, most, round_to=2).counts
+    assert found == tuple(2 * n for n in expected)
 
 
 @pytest.fixture(scope='module')
@@ -273,15 +252,16 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   """The narrow network starts with the kept channels of the wide one."""
   for name in ('structure.json', 'kept.json'):
     shutil.copy(searched / name, tmp_path / name)
-  one = job(tmp_path, train__init=init)
-  first, given = one.first_weights['params'], {}
+  fields = {'train__scratch': 'B', 'train__wide_epochs': 3.0}
+  one = job(tmp_path, train__init=init, **fields)
+  first, given, lengths = one.first_weights['params'], {}, {}
   trained = {
     'params': jax.tree.map(lambda leaf: np.asarray(leaf) + 1, first),
     'batch_stats': one.first_weights['batch_stats'],
   }
 
   def fit(job, module, folder, label, epochs, weights):
-    given[label] = weights['params']
+    given[label], lengths[label] = weights['params'], epochs
     if label == 'train':
       raise KeyboardInterrupt  # The test has seen enough.
     return types.SimpleNamespace(variables=trained)
@@ -295,6 +275,10 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
     np.testing.assert_array_equal(kernel, first['stem']['conv']['kernel'])
     wide = trained['params']
   assert set(given) == {'train', *(['wide'] if init == 'inherit' else [])}
+  # As much compute as the reference network needs for 2 epochs.
+  share = structure(tmp_path).macs / one.network.reference_macs
+  assert lengths['train'] == pytest.approx(2 / share)
+  assert lengths.get('wide', 3) == 3
   kept = json.loads((tmp_path / 'kept.json').read_text())['stage1_block0/conv1']
   ours, block = given['train']['stage1_block0'], wide['stage1_block0']
   for layer, at in (('conv1', np.s_[..., kept]), ('conv2', np.s_[:, :, kept])):
@@ -302,6 +286,19 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
       ours[layer]['conv']['kernel'],
       np.asarray(block[layer]['conv']['kernel'])[at],
     )
+
+
+@pytest.mark.parametrize('holdout', [False, True])
+def test_what_is_held_out_is_evaluated(tmp_path, monkeypatch, holdout):
+  one, given = job(tmp_path, train__holdout=holdout), {}
+
+  def loop(state, step, source, plan, evaluate, **_):
+    given.update(evaluate(state, 1), images=len(source.resident[0]))
+
+  monkeypatch.setattr(stages.training.train, 'loop', loop)
+  stages.fit(one, one.network.reference, tmp_path, 'train', 1.0)
+  assert given['images'] == (1200 if holdout else 1500)
+  assert ('validation_accuracy' in given) == holdout
 
 
 def test_kept_of_another_structure_is_refused(searched, tmp_path):
@@ -431,16 +428,6 @@ def test_padding_use():
   assert shares['classifier'] == pytest.approx(50 / (8 * 16))
 
 
-@pytest.mark.parametrize('name', ['vgg19', 'mobilenet_v1'])
-def test_fit_takes_less_than_a_second(name):
-  """At the default width, where there are the most channels."""
-  model = models.cost_model(name, 10, 32, 3)
-  gates = tied_gates(model, 0)
-  start = time.process_time()
-  prune.fit(gates, model, model.macs(model.widths) // 2)
-  assert time.process_time() - start < 1
-
-
 def test_an_edited_structure_is_kept(searched, tmp_path, capsys):
   folder = shutil.copytree(searched, tmp_path / 'w')
   path = folder / 'structure.json'
@@ -463,29 +450,3 @@ def test_an_edited_structure_is_kept(searched, tmp_path, capsys):
   path.unlink()
   stages.execute('prune', job(folder))
   assert structure(folder).counts == fresh.counts
-
-
-def test_budgets_of_a_config():
-  c = config.default()
-  c.budget.keep, c.budget.latency_ms = (0.5,), (2.5,)
-  c.budget.latency_batch = 4
-  first, second = budgets.from_section(c.budget, 1001)
-  assert (first.name, first.max_macs) == ('keep0.5-latencybatch4', 500)
-  assert second.max_latency_ms == 2.5 and second.max_macs is None
-
-
-def test_cuts_are_the_same_in_another_process(searched):
-  """Also with another order of sets: a new interpreter, another hash seed."""
-  path = searched / 'search' / 'gates.npz'
-  code = f"""
-    import numpy as np
-    from pfs_jax import models, prune
-    model = models.cost_model('resnet8', 10, 8, 1, 6)
-    gates = dict(np.load({str(path)!r}))
-    gates = {{name: gates[name] for name in model.layers}}
-    macs = {job(searched).budgets[0].max_macs}
-    print(*prune.fit(gates, model, macs).counts)
-  """
-  env = {'PYTHONHASHSEED': '3'}
-  counts = processes.output(code, env=env, fresh=True).split()
-  assert tuple(map(int, counts)) == structure(searched).counts

@@ -18,8 +18,18 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import config_page
-from pfs_jax import budgets, config, errors, fields, prune, rankings, runs
-from tests import processes
+from pfs_jax import (
+  budgets,
+  config,
+  errors,
+  fields,
+  models,
+  prune,
+  rankings,
+  runs,
+  scores,
+)
+from tests import processes, small_run
 
 PACKAGE = pathlib.Path(config.__file__).parent
 FILES = sorted(p.stem for p in (processes.ROOT / 'configs').glob('*.py'))
@@ -28,9 +38,7 @@ NAN, INF = math.nan, math.inf
 
 def _with(**given):
   c = config.default()
-  c.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in given.items()}
-  )
+  c.update_from_flattened_dict(small_run.dotted(given))
   return c
 
 
@@ -311,6 +319,10 @@ def test_a_share_allows_the_floor_of_the_exact_product():
 
 def test_one_budget_an_entry_in_order():
   c = _with(budget__keep=(0.5, 0.25), budget__macs=(7,), budget__params=(9, 8))
+  timed = _with(budget__latency_ms=(2.5,), budget__latency_batch=4)
+  *_, last = _budgets(timed, 1001)
+  assert last.name.endswith('-latencybatch4') and last.max_macs is None
+  assert last.max_latency_ms == 2.5
   found = [(b.name, b.max_macs, b.max_params) for b in _budgets(c, 1000)]
   assert found == [
     ('keep0.5', 500, None),
@@ -418,12 +430,23 @@ def test_a_workdir_may_be_older_than_a_field(tmp_path):
     runs.claim(tmp_path, {**identity, 'config.train.decay_at': (0.9,)})
 
 
-def test_the_digest_is_the_same_in_every_process():
-  code = 'from pfs_jax import config as c\n'
-  code += 'print(c.digest(c.identity(c.default(), "search")))'
+def test_digests_and_cuts_are_the_same_in_every_process():
+  """Also with another order of sets: a new interpreter, another hash seed."""
+  code = """
+    from pfs_jax import config, models, prune, scores
+    print(config.digest(config.identity(config.default(), 'search')))
+    model = models.cost_model('resnet8', 10, 8, 1, 6)
+    half = model.macs(model.widths) // 2
+    print(*prune.fit(scores.random(model, 0), model, half).counts)
+    """
+  env = {'PYTHONHASHSEED': '1'}
+  found, counts = processes.output(code, env=env, fresh=True).splitlines()
   identity = config.identity(config.default(), 'search')
-  found = processes.output(code, env={'PYTHONHASHSEED': '1'}, fresh=True)
   assert found == config.digest(identity)
+  model = models.cost_model('resnet8', 10, 8, 1, 6)
+  half = model.macs(model.widths) // 2
+  expected = prune.fit(scores.random(model, 0), model, half).counts
+  assert tuple(map(int, counts.split())) == expected
   assert found == config.digest(json.loads(json.dumps(identity)))
 
 

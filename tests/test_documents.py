@@ -40,11 +40,12 @@ def test_the_names_in_a_document_exist(page):
     return [n for n in set(re.findall(pattern, text)) if not exists(n)]
 
   files = {p.name for p in ROOT.rglob('*.py') if '.venv' not in p.parts}
+  files |= {'fields.txt', 'budget.txt'}  # The second one is in a workdir.
   field = r'\bconfig\.(?!py|json|md)([a-z_]+(?:\.[a-z_]+)?)'
   assert not missing(r'--mode=(\w+)', command.MODES.__contains__)
   assert not missing(field, is_field)
   assert not missing(r'python -m ((?:pfs_jax|benchmarks)[\w.]*)', is_module)
-  assert not missing(r'`(?:[\w/]+/)?(\w+\.py)`', files.__contains__)
+  assert not missing(r'`(?:[\w/]+/)?(\w+\.(?:py|txt))`', files.__contains__)
   link = r'\]\((?!http|#)([^)#]+)'
   assert not missing(link, lambda path: (page.parent / path).exists())
 

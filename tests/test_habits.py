@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,20 @@ import optax
 import pytest
 from flax.training import train_state
 
-from pfs_jax import costs, described, errors, models, search, surgery, train
-from pfs_jax.surgery import factory
-from tests import own_models, processes
+from configs import digits
+from pfs_jax import (
+  costs,
+  described,
+  errors,
+  models,
+  search,
+  stages,
+  surgery,
+  train,
+)
+from pfs_jax.export import bundle
+from pfs_jax.surgery import factory as factories
+from tests import own_models, test_export
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 LABELS = np.array([0, 1])
@@ -125,7 +137,7 @@ def own_layers():
 
 
 def test_axis_name_is_left_out(capsys):
-  factory._say_left_out.cache_clear()
+  factories._say_left_out.cache_clear()
   model, name = ImageNetResNet(), 'ImageNetResNet'
   for _ in range(2):  # It is said once.
     network = surgery.network_from_factory(f'{__name__}:{name}', 3, 8, 3)
@@ -186,19 +198,6 @@ def test_registered_classes_are_layers(registered):
   for register in (surgery.register_conv, surgery.register_norm):
     with pytest.raises(errors.UserError, match='a class of flax.linen'):
       register(nn.relu)
-
-
-def test_what_cannot_be_counted_is_named():
-  class Solving(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      x = nn.Conv(4, (3, 3))(x).mean((1, 2))
-      x = jnp.fft.fft(x).real
-      return nn.Dense(3)(x)
-
-  table = surgery.discover(Solving(), X)
-  assert table.uncounted == ('fft in Solving',)
-  assert 'MACs not counted' in str(table)
 
 
 def test_a_narrow_model_is_a_module():
@@ -360,13 +359,15 @@ def test_leave_call_and_classes_come_from_names(registered):
 @pytest.mark.parametrize(
   'factory', [f'{__name__}:resnet', 'tests.test_nnx:on_digits']
 )
-def test_from_search_to_export_on_the_command_line(tmp_path, factory):
+def test_from_search_to_export(tmp_path, monkeypatch, factory):
   """The flax example's ResNet and a residual net of NNX."""
+  here = types.SimpleNamespace(run=test_export.here)  # No fresh process.
+  monkeypatch.setattr(bundle, 'subprocess', here)
+  c = digits.get_config('smoke')
+  c.model.factory, c.budget.keep = factory, (0.8,)
+  c.data.train_examples = 428
   for mode in ('run', 'export'):
-    line = f"""main.py --config=configs/digits.py:smoke --mode={mode}
-      --workdir={tmp_path} --config.model.factory={factory}
-      --config.budget.keep=0.8 --config.data.train_examples=428"""
-    processes.output(line.split())
+    stages.execute(mode, stages.Job(c, tmp_path))
   result = json.loads((tmp_path / 'result.json').read_text())
   assert 0.7 < result['macs'] / result['reference_macs'] <= 0.8
   names = {p.name for p in (tmp_path / 'export').iterdir()}

@@ -6,18 +6,14 @@ import io
 import os
 import pathlib
 import shutil
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import linen as nn
 from PIL import Image
 
-from pfs_jax import config, console, data, devices, errors, train
+from pfs_jax import config, data, devices, errors
 from pfs_jax.data import (
   colour,
   decoding,
@@ -27,7 +23,7 @@ from pfs_jax.data import (
   shapes,
   specs,
 )
-from tests import processes, test_data, test_devices
+from tests import processes, small_run, test_data, test_devices
 
 CLASSES, TRAIN, VAL, SIZE = 5, 40, 9, 32
 SHAPES = [(40, 40), (64, 48), (48, 64), (100, 70), (9, 200)]
@@ -98,9 +94,7 @@ def _config(root, **fields):
   c.data.eval_batch_size = 16
   c.data.workers = 0
   c.search.batch_size = c.train.batch_size = 24
-  c.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()}
-  )
+  c.update_from_flattened_dict(small_run.dotted(fields))
   config.validate(c)
   return c
 
@@ -272,27 +266,10 @@ def print_batches(root):
   print([found, test.size])
 
 
-class Linear(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    return nn.Dense(CLASSES)(x.mean((1, 2)))
-
-
-@console.guarded
-def train_on(root, workdir):
-  """Trains until it is interrupted."""
-  variables = Linear().init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-  state = train.init(Linear(), variables, optax.sgd(0.1))
-  plan = train.Plan(10**6, 10, 10**6, 10**6)
-  with _open(root, data__workers=2).train_source('train', False) as source:
-    where = {'folder': pathlib.Path(workdir), 'label': 'train'}
-    train.loop(state, train.step, source, plan, **where)
-
-
-# In other processes.
-CALLED = 'import sys; from tests import test_imagenet_data as t; '
-PRINT_BATCHES = CALLED + 't.print_batches(sys.argv[-1])'
-TRAIN_ON = CALLED + 't.train_on(*sys.argv[-2:])'
+PRINT_BATCHES = (
+  'import sys; from tests import test_imagenet_data as t; '
+  't.print_batches(sys.argv[-1])'
+)
 
 
 @pytest.mark.slow  # Three processes.
@@ -305,18 +282,6 @@ def test_two_processes_make_the_batches_of_one(folder, tmp_path):
   assert [d.returncode for d in two] == [0, 0], two
   assert [test_devices.printed(d) for d in two] == [one] * 2
   assert one.endswith(f', {CLASSES * VAL - 1}]')
-
-
-@pytest.mark.slow  # Two processes.
-def test_a_corrupt_image_on_one_process_ends_all(folder, tmp_path):
-  root = tmp_path / 'one_corrupt'
-  shutil.copytree(folder, root)
-  (root / 'train/n03/n03_0.JPEG').write_bytes(b'no image')
-  done = test_devices.joined(TRAIN_ON, root, tmp_path / 'work')
-  assert sorted(d.returncode for d in done) == [1, 2], done
-  for d in done:
-    assert 'n03_0.JPEG cannot be decoded' in d.stderr
-    assert 'Traceback' not in d.stderr
 
 
 # Evaluation.
@@ -593,23 +558,6 @@ def test_augmentation_follows_the_config(folder):
   )
   assert plain.draw.augmentation == normalised
   assert (full.batches.scale, plain.batches.scale) == (0.25, 0)
-
-
-# Interruption.
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_training_with_its_threads(folder, tmp_path):
-  process = processes.start(['-c', TRAIN_ON, folder, tmp_path])
-  deadline = time.monotonic() + 60
-  while 'train 10/' not in process.output():
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
-  done = process.finish(60)
-  assert done.returncode == 130, done
-  assert 'saved. The same command continues.' in done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1
 
 
 # TFDS.

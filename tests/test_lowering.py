@@ -9,7 +9,7 @@ from pfs_jax import models, search, train
 
 # name -> (base width, multiplier of block outputs, side of the images).
 FAMILIES = {
-  'resnet20': (4, 1.0, 8),
+  'resnet8': (4, 1.0, 8),
   'vgg16': (4, 1.0, 8),
   'mobilenet_v1': (4, 1.0, 32),
   'mobilenet_v2': (8, 0.25, 32),
@@ -51,24 +51,29 @@ def convolutions(program, platform):
 
 
 @pytest.mark.parametrize(
-  'name, step, dtype',
+  'name, step, dtype, count',
   [
-    # Each family in one step, each step in both dtypes.
-    ('resnet20', 'search', F32),
-    ('vgg16', 'train', BF16),
-    ('vgg16', 'search', BF16),
-    ('mobilenet_v1', 'eval', BF16),
-    ('mobilenet_v2', 'train', F32),
-    ('resnet50', 'eval', F32),
+    # Each family in one step, each step in both dtypes. The convolutions, and
+    # their gradients: of the kernels, and of inputs that depend on what learns.
+    ('resnet8', 'search', F32, 9 + 7),
+    ('vgg16', 'train', BF16, 13 + 13 + 12),
+    ('vgg16', 'search', BF16, 13 + 12),
+    ('mobilenet_v1', 'eval', BF16, 9),
+    ('mobilenet_v2', 'train', F32, 13 + 13 + 12),
+    ('resnet50', 'eval', F32, 53),
   ],
 )
-def test_steps_lower_for_accelerators(name, step, dtype):
+def test_steps_lower_for_accelerators(
+  name, step, dtype, count, shallow_mobilenets
+):
   program = traced(name, step, dtype)
   element = {'float32': 'xf32>', 'bfloat16': 'xbf16>'}[jnp.dtype(dtype).name]
   for platform in PLATFORMS:
     lines = convolutions(program, platform)
-    assert len(lines) >= 13, 'a convolution is not lowered as one'
+    assert len(lines) == count, 'a convolution is not lowered as one'
     assert all(element in line.rpartition('->')[2] for line in lines)
+    if name == 'mobilenet_v1':  # Depthwise is grouped.
+      assert sum('feature_group_count = 1 :' not in s for s in lines) == 4
   out = program.out_info
   # Parameters, gates, statistics, moments, metrics and logits are float32.
   assert dtypes(out) - {'int32', 'uint32'} == {'float32'}  # Steps and keys.
@@ -76,13 +81,3 @@ def test_steps_lower_for_accelerators(name, step, dtype):
     assert dtypes(out[0].gates) == dtypes(out[0].params) == {'float32'}
   if step != 'eval':
     assert dtypes(out[0].batch_stats) == {'float32'}
-
-
-def test_depthwise_is_a_grouped_convolution_on_accelerators():
-  program, blocks = traced('mobilenet_v1', 'eval', F32), 13
-
-  def grouped(platform):
-    lines = convolutions(program, platform)
-    return sum('feature_group_count = 1 :' not in line for line in lines)
-
-  assert [grouped(p) for p in (*PLATFORMS, 'cpu')] == [blocks, blocks, 0]

@@ -114,7 +114,7 @@ def test_estimates_are_the_statistics_of_all_images(name, digits):
   np.testing.assert_allclose(stats['var'], y.var((0, 1, 2)), rtol=1e-3)
 
 
-@pytest.mark.parametrize('momentum', [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize('momentum', [0.9, 0.999])
 def test_no_layer_has_to_say_its_momentum(momentum, digits):
   _, source, _ = digits
   state = _state(Habit(momentum=momentum))

@@ -100,6 +100,10 @@ def test_the_command_runs_anywhere(tmp_path):
   out = processes.output(arguments, cwd=tmp_path, env=path)
   assert 'resnet20' in out and 'floor' in out
   assert not list(tmp_path.iterdir())
+  arguments[-1] = '--mode=train'  # Its workdir has a name of its own.
+  done = processes.run(arguments, cwd=tmp_path, env=path)
+  assert done.returncode == 2
+  assert 'runs/digits-smoke/structure.json does not exist' in done.stderr
 
 
 @pytest.mark.slow  # Builds the wheel, for which pip needs PyPI.
@@ -210,6 +214,7 @@ def test_what_cannot_be_counted_is_said_in_every_mode(tmp_path, capsys):
   job = stages.Job(c, tmp_path)
   stages.info(job)
   assert 'fft in Others' in capsys.readouterr().out
+  assert 'MACs not counted\nfft in Others' in str(job.network.table)
   with pytest.raises(errors.UserError, match='uncounted must be True .* fft'):
     stages.search(job)
   c.budget.uncounted = True

@@ -38,7 +38,7 @@ def test_a_profile_is_cut_in_proportion_at_every_budget(small, slope, least):
   dearest = int(scores.channel_costs(small).max())
   narrower = thresholded(weights, small, floor)
   top = small.macs(small.widths)
-  for budget in range(small.macs(floor), top + 1, max(1, top // 200)):
+  for budget in range(small.macs(floor), top + 1, max(1, top // 40)):
     found = prune.fit(profile, small, budget, min_channels=least)
     expected = [counts for macs, counts in narrower if macs <= budget][-1]
     # The prefix of the ranking may end among channels of one threshold, and

@@ -1,6 +1,7 @@
 """The report: what it says, its pictures, and the page in a real browser."""
 
 import base64
+import copy
 import html
 import html.parser
 import importlib
@@ -312,14 +313,15 @@ def test_a_probe_alone(tmp_path):
     ('tournament', 'layers', ['a'], 'is not of the 13 layers here'),
   ],
 )
-def test_a_choice_is_checked(tmp_path, name, field, value, message):
-  job = searched(tmp_path)
+def test_a_choice_is_checked(of_run, tmp_path, name, field, value, message):
+  job = copy.copy(of_run[0])
+  job.workdir = tmp_path
   choices(job, name)
   path = tmp_path / f'{name}.json'
   found = storage.read_json(path)
   storage.write_json(path, {**found, field: value})
   with pytest.raises(errors.UserError, match=message) as refused:
-    report.write(job.config, tmp_path)
+    getattr(run_logs, name)(page.Page('a run'), job)
   assert str(path) in str(refused.value)
 
 
@@ -477,27 +479,28 @@ def of_studies(tmp_path_factory):
   folder = tmp_path_factory.mktemp('studies')
   (folder / 'report-headline').mkdir()
   (folder / 'report-headline' / 'varied.svg').write_text('an earlier one')
-  for study in (study_of(), study_of(study='two')):
+  varied = {'field': 'budget.keep', 'values': (0.4, 0.5)}
+  two = study_of(study='two', arms=('searched', 'uniform'), **varied)
+  for study in (study_of(), two):
     write_study(folder, study)
   return folder
 
 
 def test_report_of_a_study(of_studies):
-  for name in ('headline', 'two'):
-    outline = check_page(of_studies, STUDY_PICTURES, f'report-{name}')
-    assert f'Study {name}' in outline.text
-    assert '12 of 12 cells are finished. The table compares' in outline.text
-    text = (of_studies / f'report-{name}.html').read_text()
-    assert cells_of(text, 'test-accuracy-in')[1:] == [
-      ['1. searched', *SEARCHED, '50.0%', '60'],
-      ['2. uniform', '3', '81.00', '1.00', '', '', '', '50.0%', '60'],
-      ['3. random', *RANDOM, '50.0%', '60'],
-      ['4. full', *FULL, '100.0%', '60'],
-    ]
-    assert '1 x abacus' in outline.text and 'abc123' in outline.text
-    alts = [image['alt'] for image in outline.images]
-    assert '1. searched: n 3, mean 83.00, sd 1.73' in alts[0]
-    assert 'uniform' not in alts[-1]  # Its shares differ by rounding alone.
+  outline = check_page(of_studies, STUDY_PICTURES, 'report-headline')
+  assert 'Study headline' in outline.text
+  assert '12 of 12 cells are finished. The table compares' in outline.text
+  text = (of_studies / 'report-headline.html').read_text()
+  assert cells_of(text, 'test-accuracy-in')[1:] == [
+    ['1. searched', *SEARCHED, '50.0%', '60'],
+    ['2. uniform', '3', '81.00', '1.00', '', '', '', '50.0%', '60'],
+    ['3. random', *RANDOM, '50.0%', '60'],
+    ['4. full', *FULL, '100.0%', '60'],
+  ]
+  assert '1 x abacus' in outline.text and 'abc123' in outline.text
+  alts = [image['alt'] for image in outline.images]
+  assert '1. searched: n 3, mean 83.00, sd 1.73' in alts[0]
+  assert 'uniform' not in alts[-1]  # Its shares differ by rounding alone.
 
 
 def test_cells_that_are_in_no_results_file_count(tmp_path):
@@ -519,11 +522,10 @@ def test_report_of_a_study_of_structures_alone(tmp_path):
   assert 'How alike are the structures?' in outline.text
 
 
-def test_study_over_a_field(tmp_path):
-  varied = {'field': 'budget.keep', 'values': (0.4, 0.5)}
-  write_study(tmp_path, study_of(arms=('searched', 'uniform'), **varied))
+def test_study_over_a_field(of_studies):
   names = ['accuracy', 'differences', 'varied', 'shares', 'similarity']
-  outline = check_page(tmp_path, names, 'report-headline')
+  outline = check_page(of_studies, names, 'report-two')
+  assert 'Study two' in outline.text
   assert 'Test accuracy over budget.keep' in outline.text
 
 

@@ -1,13 +1,18 @@
-"""A run that was killed and continued is bit-equal to one left alone."""
+"""A run that was killed and continued is bit-equal to one left alone.
 
+A finished run is only read, and damage to it is refused.
+"""
+
+import pathlib
 import random
+import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 
-from pfs_jax import errors, runs, stages, storage
+from benchmarks import damage, faults
+from pfs_jax import errors, loading, runs, stages, storage
 from pfs_jax.models import registry
 from tests import processes, small_run
 
@@ -24,34 +29,14 @@ def run(mode, workdir):
 def stop_at(mode, workdir, stage, step, number):
   """Starts a mode and sends a signal once a step is logged; its end."""
   process = processes.start(small_run.arguments(mode, workdir))
-  deadline = time.monotonic() + 120
-  while process.poll() is None and time.monotonic() < deadline:
+
+  def logged():
     records = runs.read_metrics(workdir / stage)
-    if records and records[-1]['step'] >= step:
-      process.send_signal(number)
-      break
-    time.sleep(0.005)
+    return records and records[-1]['step'] >= step
+
+  process.wait_for(logged)
+  process.send_signal(number)
   return process.finish(60)
-
-
-def metrics(folder):
-  """The metrics log without its times."""
-  records = runs.read_metrics(folder)
-  return [{k: v for k, v in r.items() if k != 'seconds'} for r in records]
-
-
-def outcome(workdir):
-  """Everything that must be equal to the last bit."""
-  arrays = storage.read_arrays(workdir / 'search' / 'gates.npz')
-  checkpoints = (workdir / 'train' / 'checkpoints').iterdir()
-  last = max(checkpoints, key=lambda path: int(path.name))
-  return {
-    'gates': {k: v.tobytes() for k, v in arrays.items()},
-    'structure': (workdir / 'structure.json').read_text(),
-    'accuracy': storage.read_json(workdir / 'result.json')['test_accuracy'],
-    'weights': (last / 'default' / 'check.json').read_text(),
-    'metrics': [metrics(workdir / stage) for stage in ('search', 'train')],
-  }
 
 
 @pytest.mark.slow
@@ -62,16 +47,15 @@ def test_sigkill_at_random_points(finished_run, tmp_path):
     done = stop_at('run', workdir, stage, step, signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, f'{stage} ended before {step}'
   run('run', workdir)
-  assert outcome(workdir) == outcome(finished_run)
+  faults.same(workdir, finished_run)
+  again, once = (w / 'structure.json' for w in (workdir, finished_run))
+  assert again.read_text() == once.read_text()
 
 
-@pytest.mark.parametrize(
-  'number',
-  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-)
-def test_a_signal_saves_and_leaves(finished_run, tmp_path, number):
-  done = stop_at('search', tmp_path, 'search', 7, number)
-  assert done.returncode == 128 + number
+def test_ctrl_c_saves_and_leaves(finished_run, tmp_path):
+  """SIGTERM does so in test_devices.py."""
+  done = stop_at('search', tmp_path, 'search', 7, signal.SIGINT)
+  assert done.returncode == 128 + signal.SIGINT
   assert 'saved. The same command continues.' in done.stderr
   assert 'Traceback' not in done.stderr and done.stderr.count('\n') == 1
   run('search', tmp_path)
@@ -80,13 +64,32 @@ def test_a_signal_saves_and_leaves(finished_run, tmp_path, number):
     np.testing.assert_array_equal(found, expected, strict=True)
 
 
-def test_a_finished_run_prints_its_table(finished, capsys):
-  before = {p: p.stat().st_mtime for p in finished.rglob('*.npz')}
-  execute('run', finished)
-  out = capsys.readouterr().out
-  assert 'test accuracy' in out and 'steps/s' not in out
-  assert {p: p.stat().st_mtime for p in finished.rglob('*.npz')} == before
-  assert '(keep0.5)' in out
+def test_a_finished_run_is_only_read(finished, capsys, monkeypatch):
+  """By some modes even while another process is at work there."""
+  monkeypatch.delattr(registry, '_compiled_init')  # Drawing weights takes long.
+
+  def written():
+    files = (p for p in finished.rglob('*') if p.is_file())
+    return {p: p.stat().st_mtime_ns for p in files if p.name != '.lock'}
+
+  def shown(mode):
+    execute(mode, finished)
+    return capsys.readouterr().out
+
+  before = written()
+  for mode in ('run', 'train'):
+    out = shown(mode)
+    assert 'test accuracy' in out and 'steps/s' not in out
+    assert '(keep0.5)' in out
+  with storage.locked(finished):
+    for mode in ('run', 'search', 'prune', 'train'):
+      with pytest.raises(errors.UserError, match='in use by another process'):
+        execute(mode, finished)
+    result = storage.read_json(finished / 'result.json')
+    correct = round(result['test_accuracy'] * 297)
+    assert f'({correct} of 297 images)' in shown('eval')
+    assert 'floor' in shown('info')
+  assert written() == before
 
 
 def test_the_table_names_the_winner_of_a_tournament(finished, capsys):
@@ -98,12 +101,21 @@ def test_the_table_names_the_winner_of_a_tournament(finished, capsys):
   assert "(keep0.5, the widths of 'tilt1' by a" in capsys.readouterr().out
 
 
-def test_eval_restores(finished, capsys, monkeypatch):
-  monkeypatch.delattr(registry, '_compiled_init')  # Drawing weights takes long.
-  result = storage.read_json(finished / 'result.json')
-  correct = round(result['test_accuracy'] * 297)
-  execute('eval', finished)
-  assert f'({correct} of 297 images)' in capsys.readouterr().out
+def test_no_older_state_stands_for_a_damaged_last_one(finished, monkeypatch):
+  """What needs the last one says how to repair it."""
+  monkeypatch.delattr(registry, '_compiled_init')
+  last = max((finished / 'train/checkpoints').iterdir(), key=lambda p: p.name)
+  path = last / 'default' / 'state.npz'
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  for use in (
+    lambda: execute('eval', finished),
+    lambda: execute('export', finished),
+    lambda: loading.load(finished),
+  ):
+    with pytest.raises(errors.UserError, match='Delete .*result.json and run'):
+      use()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +134,43 @@ def test_another_config_is_refused(finished, mode, field, value):
   assert len(str(e.value).splitlines()) <= 3
 
 
-def test_a_second_process_is_refused(finished):
-  with storage.locked(finished):
-    with pytest.raises(errors.UserError, match='in use by another process'):
-      execute('run', finished)
+# (a mode without a program to compile, a file that it reads, a damage).
+DAMAGED = [
+  ('run', 'result.json', 'a number changed'),
+  ('run', 'search/gates.npz', 'a bit flipped'),
+  ('run', 'search/metrics.jsonl', 'truncated'),
+  ('run', 'structure.json', 'a value nested'),
+  ('train', 'result.json', 'a field dropped'),
+  ('train', 'structure.json', 'a value of another type'),
+  ('train', 'checksums.json', 'deleted'),
+  ('train', 'train/config.json', 'a number changed'),
+  ('prune', 'search/gates.npz', 'overwritten with zeros'),
+  ('prune', 'search/config.json', 'swapped'),
+  ('prune', 'search/checksums.json', 'a folder in its place'),
+  ('prune', 'kept.json', 'a number changed'),
+  ('info', 'budget.txt', 'a bit flipped'),
+  ('info', 'checksums.json', 'a value of another type'),
+]
+
+
+@pytest.fixture(scope='module')
+def answers():
+  return {}
+
+
+@pytest.mark.parametrize('mode, file, kind', DAMAGED)
+def test_damage_gives_the_same_numbers_or_a_refusal(
+  finished_run, answers, tmp_path, mode, file, kind
+):
+  c = small_run.config()
+  if mode not in answers:
+    whole = shutil.copytree(finished_run, tmp_path / 'whole')
+    answers[mode] = damage.answer(mode, c, whole)
+    assert not isinstance(answers[mode], errors.UserError)
+  given = (mode, finished_run, tmp_path / 'w', c, answers[mode])
+  found = damage.check(*given, pathlib.Path(file), kind, seed='0')
+  assert found != 'not done'
+
+
+def test_all_kinds_of_damage_are_tried():
+  assert {kind for _, _, kind in DAMAGED} == set(damage.KINDS)

@@ -12,7 +12,7 @@ from tests import own_models
 
 # {family: (base width, side of images)}.
 CASES = {
-  'resnet20': (2, 8),
+  'resnet8': (2, 8),
   'vgg16': (2, 8),
   'mobilenet_v1': (2, 32),
   'mobilenet_v2': (4, 32),
@@ -26,7 +26,7 @@ def evaluated(module, variables, x):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_sliced_weights_equal_zero_gates(name):
+def test_sliced_weights_equal_zero_gates(name, shallow_mobilenets):
   width, size = CASES[name]
   module = models.build(name, 5, width, gated=True)
   x = jax.random.normal(jax.random.key(1), (3, size, size, 3))

@@ -48,6 +48,15 @@ def small(**fields):
   return c
 
 
+@pytest.fixture(autouse=True, scope='module')
+def one_network(tmp_path_factory):
+  """All jobs here have the same network, which takes a second to trace."""
+  network = stages.Job(small(), tmp_path_factory.mktemp('none')).network
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stages.Job, '_network', lambda job: network)
+    yield
+
+
 # The decision.
 
 
