@@ -108,7 +108,7 @@ def test_info_reads_no_data(config):
     assert part in out
   if config == 'digits':  # The table of the README.
     readme = (processes.ROOT / 'README.md').read_text()
-    macs = re.findall(r'│ (?:reference|searched) │ +([\d,]+)', readme)
+    macs = re.findall(r'│ (?:reference|searched) +│ +([\d,]+)', readme)
     assert len(macs) == 2 and all(number in out for number in macs)
 
 
