@@ -151,6 +151,21 @@ def test_two_processes_search_as_one_does(one):
   assert_same_search(two, one)
 
 
+TOURNAMENT = """
+import pathlib
+from pfs_jax.studies import tournament
+from tests import test_tournament
+tournament.run(test_tournament.small(), pathlib.Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_a_tournament(tmp_path):
+  ends = joined(TOURNAMENT, tmp_path)
+  assert [d.returncode for d in ends] == [0, 0], ends
+  assert (tmp_path / 'tournament.json').exists()
+
+
 @pytest.mark.slow
 def test_processes_that_finish_end_well():
   """In real interpreters: the news of a failure is awaited until the end."""
@@ -278,7 +293,6 @@ def test_refusals(tmp_path):
     assert name in done.stderr
   with pytest.raises(errors.UserError, match='--process must be in'):
     peers.start('127.0.0.1:1', 2, 2)
-  devices.check_batch('train.batch_size', 3)  # One device takes any.
   batch = '--config.search.batch_size=60'
   args = small_run.arguments('search', tmp_path, batch)
   done = processes.run(args, devices=8)
