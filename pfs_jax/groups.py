@@ -353,7 +353,8 @@ def from_marks(
   units_of = dict(zip(marks(len(sizes)), parts, strict=True))
 
   def units(channels: int) -> np.ndarray:
-    return units_of.get(channels, np.full(channels, -1))
+    marked = channels in units_of
+    return units_of[channels] if marked else np.full(channels, -1)
 
   def group(name: str, size: int, mark: int) -> Group:
     reading = [c for c in calls if c.inputs == mark]
