@@ -98,7 +98,7 @@ def _vectors(module: nn.Module, channels: int) -> int:
   return sum(leaf.shape == (channels,) for leaf in jax.tree.leaves(params))
 
 
-def pool(module: nn.Module, x, y) -> dict[str, Any]:
+def pool(module: nn.Module, x: Any, y: Any) -> dict[str, Any]:
   """The fields of a pooling's record, whose inputs count as MACs."""
   del module, y
   return {'kind': 'pool', 'positions': math.prod(x.shape[1:-1])}

@@ -190,9 +190,9 @@ def test_registered_classes_are_layers(registered):
   narrow = surgery.narrow(own_layers(), table, (2, 3), verify=True, x=X)
   shapes = jax.eval_shape(narrow.init, jax.random.key(0), X)['params']
   assert table.cost_model().params((2, 3)) == own_models.size(shapes)
-  scalar = functools.partial(OwnConv, kernel_size=3)
+  scalar = own_models.Plain(conv=lambda n, _, dtype: OwnConv(n, 3, dtype))
   with pytest.raises(errors.UserError, match='a number for each axis'):
-    surgery.discover(own_models.Plain(conv=scalar), X)
+    surgery.discover(scalar, X)
   with pytest.raises(errors.UserError, match='no features and no kernel'):
     surgery.register_conv(OwnNorm)
   for register in (surgery.register_conv, surgery.register_norm):

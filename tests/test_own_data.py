@@ -294,7 +294,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   bad.write_bytes(bytes(spoilt))
   assert 'must be a .npz file (zip file version' in _refusal(c)
   assert 'must be a .npz file' in _refusal(_config(name='npz'))
-  assert 'No such file' in _refusal(_config_of('~nobody-here/x.npz'))
+  assert 'No such file' in _refusal(_config_of(pathlib.Path('~nobody/x.npz')))
   bad.write_bytes(good)
   monkeypatch.setattr(own, 'MAX_BYTES', 1000)
   assert 'must hold at most 1,000 bytes' in _refusal(c)

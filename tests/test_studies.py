@@ -352,6 +352,8 @@ def record(arm, seed, accuracy, variation=None, label=None):
     'variation': variation or {},
     'seed': seed,
     'config_hash': f'{arm}{seed}{variation}',
+    'commit': 'abc123',
+    'hardware': '1 x abacus',
     'test_accuracy': accuracy,
     'macs_share': 0.3,
     'seconds': 10.0,
