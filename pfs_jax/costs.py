@@ -154,6 +154,11 @@ def describe(
   """The record of one call of a layer, y = module(x), on a batch of images."""
   rule = described.rule(module)
   assert rule is not None, path
+  if 0 in y.shape:
+    raise errors.UserError(
+      f'{path} has no pixels left: its output is {y.shape[1:-1]}. Give larger '
+      'images.'
+    )
   fields = {
     'path': path,
     'inputs': x.shape[-1],

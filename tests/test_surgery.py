@@ -515,6 +515,7 @@ ALONE = nnx.Conv(3, 3, (3,), rngs=nnx.Rngs(0))
     (own_models.Plain(), X[0], r'Conv_0 .* a batch axis.* shape \(8, 8, 3\)'),
     (own_models.Depthwise(), X[0], 'without a batch axis'),
     (ALONE, X[0, 0], 'without a batch axis'),
+    (nn.Conv(3, (3, 3), padding='VALID'), X[:, :2], 'has no pixels left'),
   ],
 )
 def test_what_discover_refuses(model, x, message):
