@@ -103,7 +103,7 @@ def refuse_write(path: pathlib.Path, e: OSError, size: int) -> NoReturn:
 
 
 def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
-  """The path with its ~ as a home folder; unchanged where there is no such."""
+  """The path, with the home folder for a leading ~ if that folder is known."""
   return pathlib.Path(os.path.expanduser(path))
 
 

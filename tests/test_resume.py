@@ -104,7 +104,8 @@ def test_the_table_names_the_winner_of_a_tournament(finished, capsys):
 def test_no_older_state_stands_for_a_damaged_last_one(finished, monkeypatch):
   """What needs the last one says how to repair it."""
   monkeypatch.delattr(registry, '_compiled_init')
-  last = max((finished / 'train/checkpoints').iterdir(), key=lambda p: p.name)
+  checkpoints = (finished / 'train/checkpoints').iterdir()
+  last = max(checkpoints, key=lambda path: int(path.name))
   path = last / 'default' / 'state.npz'
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
