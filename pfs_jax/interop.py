@@ -77,7 +77,7 @@ def from_torch(
 
   Returns:
     {'params', 'batch_stats'} and, if the arrays hold gates, 'gates'; each array
-    keeps its dtype.
+    keeps its dtype (float64 only if JAX's x64 mode is on).
 
   Raises:
     errors.UserError: It names all keys that are unknown, missing or misshapen.

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import json
+import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -87,7 +89,8 @@ def here(program, **_):
 def in_process():
   """Saves compare in this process, where no test says otherwise."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(bundle, 'subprocess', types.SimpleNamespace(run=here))
+    replaced = {**vars(subprocess), 'run': here}
+    patch.setattr(bundle, 'subprocess', types.SimpleNamespace(**replaced))
     patch.setattr(bundle, 'BATCH_SIZES', (2,))
     yield
 
@@ -610,6 +613,31 @@ def test_what_the_fresh_process_says_is_said(network, tmp_path, monkeypatch):
   with pytest.raises(errors.UserError, match='cannot be read back: no room.'):
     export.save(tmp_path / 'e', *network, formats=('onnx',))
   assert not list(tmp_path.iterdir())
+
+
+def test_a_fresh_process_that_hangs_is_one_line(network, tmp_path, monkeypatch):
+  def run(*_, **__):
+    raise subprocess.TimeoutExpired('python', 1)
+
+  monkeypatch.setattr(bundle.subprocess, 'run', run)
+  with pytest.raises(errors.UserError, match='cannot be read back within'):
+    export.save(tmp_path / 'e', *network, formats=('onnx',))
+
+
+def test_an_interrupted_replacement_leaves_the_former(
+  network, copied, monkeypatch
+):
+  before, replace = content_of(copied), os.replace
+
+  def fail(source, target):
+    if pathlib.Path(source).name == 'new':
+      raise KeyboardInterrupt
+    replace(source, target)
+
+  monkeypatch.setattr(bundle.os, 'replace', fail)
+  with pytest.raises(KeyboardInterrupt):
+    export.save(copied, *network, formats=('onnx',))
+  assert content_of(copied) == before
 
 
 # Predict.

@@ -92,6 +92,19 @@ def test_a_finished_run_is_only_read(finished, capsys, monkeypatch):
   assert written() == before
 
 
+def test_a_reference_can_be_added_later(finished, capsys):
+  before = storage.read_json(finished / 'result.json')
+  execute('train', finished, train__reference=True)
+  after = storage.read_json(finished / 'result.json')
+  assert f'{after["reference_test_accuracy"]:.2%}' in capsys.readouterr().out
+  assert after['latency'].pop('reference_ms') > 0
+  assert after == before | {
+    'reference_test_accuracy': after['reference_test_accuracy']
+  }
+  execute('train', finished)  # It stays.
+  assert f'{after["reference_test_accuracy"]:.2%}' in capsys.readouterr().out
+
+
 def test_the_table_names_the_winner_of_a_tournament(finished, capsys):
   path = finished / 'structure.json'
   found = storage.read_json(path)

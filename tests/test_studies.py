@@ -320,6 +320,7 @@ def varied(field, value):
     (varied('search.sparsity', 7.0), r'search.sparsity must be in \[0, 1\]'),
     ({'base.model.factory': 'a:b'}, "base.model.factory must be ''"),
     ({'base.budget.ranking': 'cost'}, "base.budget.ranking must be 'global'"),
+    ({'base.budget.keep': (0.3, 0.5)}, 'base.budget must name one budget; it'),
     ({'baseline': 'magic'}, 'baseline must be one of searched; '),
   ],
 )

@@ -174,13 +174,18 @@ def _read_back(
   root = str(pathlib.Path(__file__).parents[2])
   path = map(os.path.abspath, [root, *sys.path])
   environment = {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(path)}
-  done = subprocess.run(
-    [*program, folder, asked, answered, factory],
-    env={**os.environ, **environment},
-    capture_output=True,
-    text=True,
-    timeout=_TIMEOUT,
-  )
+  try:
+    done = subprocess.run(
+      [*program, folder, asked, answered, factory],
+      env={**os.environ, **environment},
+      capture_output=True,
+      text=True,
+      timeout=_TIMEOUT,
+    )
+  except subprocess.TimeoutExpired as e:
+    raise errors.UserError(
+      f'the export cannot be read back within {_TIMEOUT} s.'
+    ) from e
   if done.returncode:
     lines = done.stderr.strip().splitlines() or ['it said nothing']
     raise errors.UserError(
@@ -222,6 +227,8 @@ def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
   except OSError as e:  # A full disk.
     storage.refuse_write(target, e, 0)
   finally:
+    if not target.exists() and (scratch / 'former').exists():
+      os.replace(scratch / 'former', target)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -62,14 +62,16 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
     module = job.network.narrow(structure.counts)
     weights = weights or _initial_weights(job, folder / 'kept.json', structure)
     state = fit(job, module, trained, 'train', epochs, weights)
-    reference = _reference(job)
     exam = examine(module, state.variables, job.data.test())
     if exam.mistakes:
       storage.write_arrays(trained / 'mistakes.npz', exam.mistakes, sealed=True)
-    result = _result(job, name, structure, exam, reference)
+    result = _result(job, name, structure, exam)
     result['steps'] = int(state.step)
     storage.write_json(path, result, sealed=True)
     runs.barrier('result')
+  missing = runs.read_result(path)['reference_test_accuracy'] is None
+  if job.config.train.reference and missing:
+    _add_reference(job, path)
   showing.show(job, name, structure)
 
 
@@ -182,10 +184,9 @@ def _initial_state(job: Job, module, total, label, weights=None, penalty=None):
   )
 
 
-def _reference(job: Job) -> dict[str, float]:
-  """Test accuracy and time of the reference network; {} if it is not wanted."""
-  if not job.config.train.reference:
-    return {}
+def _add_reference(job: Job, result: pathlib.Path) -> None:
+  """Adds the reference network's accuracy and time to a result.json."""
+  runs.barrier('reference is missing')  # Before the first process adds it.
   folder = job.workdir / 'reference'
   runs.claim(folder, config.identity(job.config, 'train'))
   path = folder / 'result.json'
@@ -196,7 +197,12 @@ def _reference(job: Job) -> dict[str, float]:
     found = {'test_accuracy': exam.accuracy, 'batch_ms': exam.milliseconds}
     storage.write_json(path, found, sealed=True)
     runs.barrier('reference')
-  return storage.read_json(path, dict[str, float])
+  found = storage.read_json(path, dict[str, float])
+  content = storage.read_json(result, dict[str, Any])
+  content['reference_test_accuracy'] = found['test_accuracy']
+  content.setdefault('latency', {})['reference_ms'] = found['batch_ms']
+  storage.write_json(result, content, sealed=True)
+  runs.barrier('result with reference')
 
 
 # The test set.
@@ -248,22 +254,19 @@ def examine(module: nn.Module, variables: Mapping[str, Any], test: Any) -> Exam:
   return Exam(correct / n, loss / n, n, len(batch[1]), min(times), mistakes)
 
 
-def _result(job: Job, name, structure, exam: Exam, reference) -> dict[str, Any]:
+def _result(job: Job, name, structure, exam: Exam) -> dict[str, Any]:
   """The content of result.json, to which the caller adds the steps."""
   c, network = job.config, job.network
   folder = job.folder(name) / 'train'
-  latency = {'batch': exam.batch, 'narrow_ms': exam.milliseconds}
-  if 'batch_ms' in reference:
-    latency['reference_ms'] = reference['batch_ms']
   foreign = pathlib.Path(c.train.structure).is_file()
   search = {} if foreign else searching.summary(job)
   warnings = search.pop('warnings', []) + _warnings(folder, exam.accuracy)
   return {
     'test_accuracy': exam.accuracy,
     'test_loss': exam.loss,
-    'reference_test_accuracy': reference.get('test_accuracy'),
+    'reference_test_accuracy': None,
     'test_examples': exam.images,
-    'latency': latency,
+    'latency': {'batch': exam.batch, 'narrow_ms': exam.milliseconds},
     'macs': structure.macs,
     'params': structure.params,
     'reference_macs': network.reference_macs,

@@ -215,6 +215,11 @@ def _check(study: ml_collections.ConfigDict) -> None:
     "base.budget.ranking must be 'global': the arms say the ranking "
     '(searched+layer_mean, searched+cost1).',
   )
+  budget = study.base.budget
+  named = [*budget.keep, *budget.macs, *budget.params, *budget.latency_ms]
+  require(
+    len(named) == 1, f'base.budget must name one budget; it names {len(named)}.'
+  )
   require(
     bool(study.field) == bool(study['values']),
     'field and config.values must be given together.',
