@@ -33,5 +33,7 @@ def get_config(variant='full'):
   c.train.epochs = 25.0
   c.train.batch_size = 64
   c.train.reference = True
+  c.probe.share = 0.4  # So short a training has no 5 % for it.
+  c.tournament.share = 4.0
   c.log_steps = 115
   return config.with_variant(c, variant, VARIANTS)

@@ -8,7 +8,8 @@ The reference network has 568.8 M MACs and 4.2 M parameters.
 
 The search is one pass at 100 images a step, with 50 images of each class held
 out, validated every 500 steps. `train.batch_size` is that of all devices
-together: make it 256 times their number; the rate follows it.
+together: make it 256 times their number; the rate follows it. On 8 devices
+`search.batch_size` must be a multiple of 8, such as 128.
 
 Variants: `expanded` searches base width 40 instead of 32 (1.55 times the MACs);
 `published_site` puts the gates where the next BatchNorm cancels them

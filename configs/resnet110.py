@@ -21,6 +21,5 @@ VARIANTS = {**resnet56.CIFAR_VARIANTS, 'expanded': {'model.width': 20}}
 
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.default()
-  c.model.name = 'resnet110'
+  c = resnet56.cifar('resnet110')
   return config.with_variant(c, variant, VARIANTS)

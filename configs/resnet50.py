@@ -8,7 +8,8 @@ The reference network has 4.09 G MACs and 25.6 M parameters.
 
 The search is one pass at 100 images a step, with 50 images of each class held
 out, validated every 500 steps. `train.batch_size` is that of all devices
-together: make it 256 times their number; the rate follows it.
+together: make it 256 times their number; the rate follows it. On 8 devices
+`search.batch_size` must be a multiple of 8, such as 128.
 
 Variants: `expanded` searches base width 80 instead of 64 (1.36 times the MACs);
 `scratch_b` trains for 200 epochs instead of 150; `smoke` is a minute on two CPU

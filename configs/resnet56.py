@@ -30,8 +30,14 @@ CIFAR_VARIANTS = {
 VARIANTS = {**CIFAR_VARIANTS, 'expanded': {'model.width': 20}}
 
 
+def cifar(name):
+  """The paper's CIFAR-10 run of a network."""
+  c = config.default()
+  c.model.name = name
+  c.tournament.share = 0.4  # Two of its candidates are searches of 10 epochs.
+  return c
+
+
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.default()
-  c.model.name = 'resnet56'
-  return config.with_variant(c, variant, VARIANTS)
+  return config.with_variant(cifar('resnet56'), variant, VARIANTS)

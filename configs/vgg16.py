@@ -21,6 +21,5 @@ VARIANTS = {**resnet56.CIFAR_VARIANTS, 'expanded': {'model.width': 80}}
 
 def get_config(variant='full'):
   """The config, with the overrides of a variant."""
-  c = config.default()
-  c.model.name = 'vgg16'
+  c = resnet56.cifar('vgg16')
   return config.with_variant(c, variant, VARIANTS)

@@ -7,7 +7,6 @@ pfs-jax --config digits --mode=run
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -37,6 +36,9 @@ WORKDIR = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string(
   'out', None, 'Folder of an export or report; default: in the workdir.'
+)
+FORMATS = flags.DEFINE_list(
+  'formats', None, 'The formats of an export, such as stablehlo,onnx.'
 )
 COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'For several processes: host:port of the first, or auto.'
@@ -80,25 +82,25 @@ def main(_: list[str]) -> None:
   elif mode == 'tournament':
     studies.tournament.run(c, workdir())
   else:
-    stages.execute(mode, stages.Job(c, workdir()), out)
+    job = stages.Job(c, workdir())
+    stages.execute(mode, job, out, FORMATS.value or ())
 
 
 def configs() -> pathlib.Path:
   """The folder of the configs that come with the package.
 
-  An installed package has them as pfs_jax.configs. They import each other from
-  `configs`, the name that they have in a checkout.
+  An installed package has them as pfs_jax.configs.
   """
   package = pathlib.Path(__file__).parent
-  if not (package / 'configs').is_dir():
-    return package.parent / 'configs'
-  if importlib.util.find_spec('configs') is None:
-    sys.modules['configs'] = importlib.import_module('pfs_jax.configs')
-  return package / 'configs'
+  inside = (package / 'configs').is_dir()
+  return (package if inside else package.parent) / 'configs'
 
 
 def located(argv: list[str]) -> list[str]:
   """The command line, in which the path of a config replaces its name.
+
+  Configs of an installed package import each other from `configs`, the name
+  that they have in a checkout, even where the present folder has a `configs`.
 
   >>> located(['pfs-jax', '--config=configs/digits.py', '--mode=run'])
   ['pfs-jax', '--config=configs/digits.py', '--mode=run']
@@ -112,6 +114,8 @@ def located(argv: list[str]) -> list[str]:
     path = configs() / f'{name}.py'
     known = re.fullmatch(r'[\w/]+', name) and os.path.isfile(path)
     if flag in ('--config', '-config') and known:
+      if path.is_relative_to(pathlib.Path(__file__).parent):
+        sys.modules['configs'] = importlib.import_module('pfs_jax.configs')
       where = ':'.join([str(path), *variant])
       found[i] = f'{flag}={where}' if equals else where
   return found

@@ -67,7 +67,7 @@ def from_torch(
   """Our variables, from arrays with the published PyTorch names.
 
   Args:
-    name: A model name of the registry.
+    name: A VGG of the registry, or one of its ResNets for CIFAR.
     arrays: {torch name: array}: convolutions [O, I, H, W], linear layers
       [out, in]. `num_batches_tracked` is ignored. Gates may be there as
       `<normalisation>.gates`, running statistics as `.running_mean` and

@@ -49,6 +49,10 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
     errors.UserError: If the others cannot be joined.
   """
   if coordinator is None:
+    if (processes, process) != (1, 0):
+      raise errors.UserError(
+        '--processes and --process need --coordinator=host:port.'
+      )
     return
   given: dict[str, Any] = {}
   if coordinator != 'auto':
@@ -65,6 +69,7 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
       'num_processes': processes,
       'process_id': process,
     }
+  _heartbeat()  # Refuses a wrong one.
   _fork(f'process {process}' if given else 'this process')
   try:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat())
@@ -79,7 +84,12 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
 
 
 def _heartbeat() -> int:
-  return int(os.environ.get('PFS_JAX_HEARTBEAT', _HEARTBEAT))
+  given = os.environ.get('PFS_JAX_HEARTBEAT', str(_HEARTBEAT))
+  if not re.fullmatch(r'[1-9]\d{0,5}', given):
+    raise errors.UserError(
+      f'PFS_JAX_HEARTBEAT must be seconds, an integer >= 1; got {given!r}.'
+    )
+  return int(given)
 
 
 def _grace() -> float:

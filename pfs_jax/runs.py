@@ -35,7 +35,8 @@ from pfs_jax import errors, fields, storage
 _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 # What a workdir holds besides work.
 _NOTES = {'.lock', 'data', 'data/identity.json', 'data/checksums.json'}
-_NOTES |= {'budget.txt', 'checksums.json', 'config.json', 'versions.json'}
+_NOTES |= {'budget.txt', 'checksums.json', 'config.json', 'data.json'}
+_NOTES |= {'versions.json'}
 _claimed: list[pathlib.Path] = []  # What `claim` has written.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 

@@ -14,9 +14,10 @@ cross-entropy near chance. `init(..., classifier=path)` trains that one layer
 along with the gates, by the same optimiser. The paper does not do this. The
 result of a search is its gates alone, in both cases.
 
-A gate that reaches 0 never returns: ReLU'(0) = 0 stops the gradient of the
-cross-entropy (`jax.nn.relu`; `jnp.maximum(x, 0)` would give 0.5), sign(0) = 0
-that of the regulariser.
+With ReLU and ReLU6, a gate that reaches 0 never returns: their derivative at 0
+is 0 (`jax.nn.relu`; `jnp.maximum(x, 0)` would give 0.5), which stops the
+gradient of the cross-entropy, and sign(0) = 0 stops that of the regulariser.
+SiLU, GELU and hard swish have the derivative 0.5 there, so gates can return.
 """
 
 from __future__ import annotations

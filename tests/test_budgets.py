@@ -1,6 +1,7 @@
 """Budgets as users mean them: many, together, rounded, in ms, with weights."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -227,6 +228,10 @@ def test_rankings_without_gates_need_no_search(tmp_path, capsys):
   few = {**both, 'budget__max_params': uniform.params // 2}
   stages.execute('prune', job(tmp_path, budget__ranking='uniform', **few))
   assert 'budget.ranking=tilt uses' in capsys.readouterr().out
+  whole = job(tmp_path, budget__keep=(), budget__macs=(10**9,))
+  whole.config.budget.ranking = 'uniform'
+  stages.execute('prune', stages.Job(whole.config, tmp_path))
+  assert 'removes no channel' in capsys.readouterr().out
   with pytest.raises(errors.UserError, match='run --mode=search in this'):
     stages.execute('prune', job(tmp_path, budget__ranking='layer_mean', **both))
   (tmp_path / 'budget.txt').write_text('keep0.5-tilt9\n')  # A bit is flipped.
@@ -253,8 +258,10 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   for name in ('structure.json', 'kept.json'):
     shutil.copy(searched / name, tmp_path / name)
   fields = {'train__scratch': 'B', 'train__wide_epochs': 3.0}
+  fields |= {'train__learning_rate': 0.01, 'train__wide_learning_rate': 0.3}
   one = job(tmp_path, train__init=init, **fields)
   first, given, lengths = one.first_weights['params'], {}, {}
+  rates = {}
   trained = {
     'params': jax.tree.map(lambda leaf: np.asarray(leaf) + 1, first),
     'batch_stats': one.first_weights['batch_stats'],
@@ -262,6 +269,7 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
 
   def fit(job, module, folder, label, epochs, weights):
     given[label], lengths[label] = weights['params'], epochs
+    rates[label] = job.config.train.learning_rate
     if label == 'train':
       raise KeyboardInterrupt  # The test has seen enough.
     return types.SimpleNamespace(variables=trained)
@@ -279,6 +287,17 @@ def test_weights_come_along(searched, tmp_path, init, monkeypatch):
   share = structure(tmp_path).macs / one.network.reference_macs
   assert lengths['train'] == pytest.approx(2 / share)
   assert lengths.get('wide', 3) == 3
+  assert (rates['train'], rates.get('wide', 0.3)) == (0.01, 0.3)
+  if init == 'inherit':  # It does not depend on the fine-tuning's recipe.
+    wide_of = functools.partial(job, tmp_path, train__init=init)
+    again = wide_of(**{**fields, 'train__learning_rate': 0.02})
+    with pytest.raises(KeyboardInterrupt):
+      shutil.rmtree(tmp_path / 'train')
+      stages.execute('train', again)
+    other = wide_of(**{**fields, 'train__wide_learning_rate': 0.2})
+    with pytest.raises(errors.UserError, match='wide holds .*learning_rate'):
+      shutil.rmtree(tmp_path / 'train')
+      stages.execute('train', other)
   kept = json.loads((tmp_path / 'kept.json').read_text())['stage1_block0/conv1']
   ours, block = given['train']['stage1_block0'], wide['stage1_block0']
   for layer, at in (('conv1', np.s_[..., kept]), ('conv2', np.s_[:, :, kept])):

@@ -284,7 +284,13 @@ def test_a_coordinator_is_a_host_and_a_port(where):
     peers.start(where, 2, 0)
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path, monkeypatch):
+  with pytest.raises(errors.UserError, match='need --coordinator=host:port'):
+    peers.start(None, 2, 1)
+  monkeypatch.setenv('PFS_JAX_HEARTBEAT', 'soon')
+  with pytest.raises(errors.UserError, match="HEARTBEAT must be .* got 'soon'"):
+    peers.start('127.0.0.1:1', 2, 1)
+  monkeypatch.undo()
   args = small_run.arguments('info', tmp_path)
   for name, value in {'JAX_PLATFORMS': 'cuda', 'PYTHONOPTIMIZE': '1'}.items():
     fresh = name.startswith('PYTHON')  # It is read at the start.

@@ -753,12 +753,22 @@ def test_the_stage_gives_what_the_training_found(finished, monkeypatch):
   job = stages.Job(small_run.config(dtype='bfloat16'), finished)
   counts = job.network.cost_model.widths
   assert job.network.narrow(counts).dtype == jnp.bfloat16
-  stages.export(job, finished / 'out')
+  stages.execute('export', job, finished / 'out', ['onnx'])
+  assert given['formats'] == ['onnx']
   assert given['module'].dtype == jnp.float32
   assert given['folder'] == finished / 'out'
   assert list(given['spec'].class_names) == result['class_names']
   share = f'{result["test_accuracy"]:.2%} of 297 images'
   assert given['measured']['test accuracy'] == share
+
+
+def test_a_model_whose_config_names_code_has_no_safetensors(capsys):
+  model = small_run.config().model
+  assert stages.exporting._possible(model) == list(export.FORMATS)
+  model.call = 'my_module:call'
+  possible = stages.exporting._possible(model)
+  assert possible == ['stablehlo', 'onnx']
+  assert 'cannot be given config.model.call' in capsys.readouterr().err
 
 
 def test_export_before_training_is_refused(tmp_path):

@@ -3,6 +3,8 @@
 Costs about 10 s; the whole run from the command line is slow.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 from sklearn import datasets
 
-from pfs_jax import config, data, errors
+from pfs_jax import config, data, errors, stages
 from pfs_jax.data import listing, own
 from tests import processes, small_run
 
@@ -398,6 +400,29 @@ def test_a_workdir_keeps_to_its_data(tmp_path):
 
 
 @pytest.mark.slow  # A whole run.
+def test_what_reads_no_images_needs_no_data(tmp_path, capsys):
+  """The facts of the data are noted in the workdir."""
+  path, workdir = _npz(tmp_path / 'mine.npz'), tmp_path / 'w'
+  c = small_run.config(data__name='npz', data__source_dir=str(path))
+  c.data.validation_examples, c.budget.ranking = 10, 'uniform'
+  stages.execute('prune', stages.Job(c, workdir))
+  before = stages.Job(c, workdir).spec
+  path.unlink()
+  job = stages.Job(c, workdir)
+  assert job.spec == before
+  stages.execute('info', job)
+  assert 'floor' in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match='mine.npz does not exist'):
+    stages.execute('train', job)
+  with pytest.raises(errors.UserError, match='mine.npz does not exist'):
+    stages.Job(c, tmp_path / 'other')
+  wrong = {**dataclasses.asdict(before), 'channels': 3}
+  (workdir / 'data.json').write_text(json.dumps(wrong))
+  (workdir / 'checksums.json').unlink()
+  with pytest.raises(errors.UserError, match='data.json: mean and std must'):
+    stages.Job(c, workdir)
+
+
 def test_a_folder_from_the_command_line(tmp_path):
   source = datasets.load_digits()
   for i, image in enumerate(source.images[:600]):

@@ -127,6 +127,10 @@ def test_the_wheel_runs_in_an_empty_folder(tmp_path):
   path = {'PYTHONPATH': str(target)}
   processes.output(arguments, cwd=empty, env=path, fresh=True)
   assert (empty / 'runs' / 'digits' / 'structure.json').exists()
+  (empty / 'configs').mkdir()  # A user's own.
+  (empty / 'configs' / 'mine.py').write_text('')
+  arguments[2:] = ['--config=resnet20', '--mode=info']
+  processes.output(arguments, cwd=empty, env=path, fresh=True)
 
 
 # A finished workdir.

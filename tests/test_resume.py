@@ -92,6 +92,12 @@ def test_a_finished_run_is_only_read(finished, capsys, monkeypatch):
   assert written() == before
 
 
+def test_no_search_is_made_for_a_ranking_that_needs_none(tmp_path):
+  execute('run', tmp_path, budget__ranking='uniform', train__epochs=0.1)
+  assert (tmp_path / 'result.json').exists()
+  assert not (tmp_path / 'search').exists()
+
+
 def test_a_reference_can_be_added_later(finished, capsys):
   before = storage.read_json(finished / 'result.json')
   execute('train', finished, train__reference=True)

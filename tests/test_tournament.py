@@ -3,13 +3,27 @@
 What trains here is a network of three layers on 8x8 digits: 4 s a test.
 """
 
+import dataclasses
+import importlib
 import itertools
+import pathlib
+import types
 
 import flax.linen as nn
 import numpy as np
 import pytest
 
-from pfs_jax import config, errors, probe, prune, runs, scores, stages, storage
+from pfs_jax import (
+  config,
+  errors,
+  models,
+  probe,
+  prune,
+  runs,
+  scores,
+  stages,
+  storage,
+)
 from pfs_jax.data import pipeline
 from pfs_jax.studies import products, tournament
 
@@ -352,6 +366,13 @@ def test_what_is_trained_is_not_cut_to_other_counts(tmp_path):
   runs.claim(tmp_path / 'train', config.identity(job.config) | counts)
   with pytest.raises(errors.UserError, match='not yet trained in this workdir'):
     tournament.run(job.config, tmp_path)
+  path = tmp_path / 'structure.json'
+  found = prune.Structure.from_json(path.read_text())
+  chosen = dataclasses.replace(found, source={'tournament': {}})
+  path.write_text(chosen.to_json())
+  with pytest.raises(errors.UserError, match='is the choice of a tournament'):
+    stages.training.check(job)
+  path.write_text(found.to_json() + '\n')
   with pytest.raises(errors.UserError, match='train holds .* config.seed'):
     stages.cut(job.reseeded(1))
   assert before == [p.read_text() for p in sorted(tmp_path.glob('*.json'))]
@@ -396,6 +417,36 @@ def test_what_is_no_tournament_is_refused(tmp_path, field, value, message):
     job = stages.Job(small(**{field: value}), tmp_path)
     tournament.choose(job, tmp_path)
   assert str(e.value).count('\n') <= 2
+
+
+def configs():
+  for path in sorted(pathlib.Path('configs').glob('*.py')):
+    module = importlib.import_module(f'configs.{path.stem}')
+    for variant in module.VARIANTS:
+      if variant != 'smoke':
+        yield path.stem, module.get_config(variant)
+
+
+@pytest.mark.parametrize(('name', 'c'), [*configs()])
+def test_probes_and_tournaments_of_our_configs_may_begin(tmp_path, name, c):
+  class Job(stages.Job):
+    def _network(self):
+      return models.network(
+        self.config.model.name,
+        *(10, 32, 3),
+        base_width=self.config.model.base_width or None,
+        width=self.config.model.width or None,
+      )
+
+  job = Job(c, tmp_path)
+  size = c.data.train_examples or job.spec.train_examples
+  held_out = c.data.validation_examples
+  job.data = types.SimpleNamespace(
+    chosen=lambda _, hold_out: range(size - held_out * hold_out),
+    validation=lambda: types.SimpleNamespace(size=held_out),
+  )
+  stages.probe_cost(job)
+  tournament.check(job)
 
 
 def test_the_cost_by_hand(tmp_path):

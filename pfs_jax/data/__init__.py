@@ -11,9 +11,17 @@ from typing import Any
 
 from pfs_jax.data import specs
 from pfs_jax.data.arrays import Dataset, load
-from pfs_jax.data.specs import Spec, spec
+from pfs_jax.data.specs import Spec, is_own, spec
 
-__all__ = ['Dataset', 'Spec', 'configured', 'load', 'open_set', 'spec']
+__all__ = [
+  'Dataset',
+  'Spec',
+  'configured',
+  'is_own',
+  'load',
+  'open_set',
+  'spec',
+]
 
 
 def configured(fields: Any) -> Spec:
@@ -25,7 +33,7 @@ def configured(fields: Any) -> Spec:
   Raises:
     errors.UserError: There is no such data set, or it cannot have a value.
   """
-  if specs.is_own(fields):
+  if is_own(fields):
     from pfs_jax.data import own
 
     return own.configured(fields)

@@ -50,8 +50,10 @@ class Spec:
   crop_scale: float = 0.0
 
   def __post_init__(self) -> None:
-    assert len(self.mean) == len(self.std) == self.channels, self.name
-    assert len(self.class_names) in (0, self.num_classes), self.name
+    if not len(self.mean) == len(self.std) == self.channels:
+      raise ValueError('mean and std must have a number for each channel')
+    if len(self.class_names) not in (0, self.num_classes):
+      raise ValueError('class_names must name all classes, or none')
     for name in self.class_names:
       if not name.isprintable():  # Such as a folder name outside UTF-8.
         raise errors.UserError(

@@ -146,7 +146,7 @@ def version(package: str) -> str:
   except importlib.metadata.PackageNotFoundError as e:
     raise errors.UserError(
       f"{package} is not installed: pip install 'pfs_jax[export]', or ask for "
-      'other formats.'
+      'other formats (--formats).'
     ) from e
 
 

@@ -120,7 +120,7 @@ def _refusal(equation, why: str) -> errors.UserError:
   place = f' in {where}' if where else ''
   return errors.UserError(
     f'ONNX: the operator {name}{place} cannot be written{why}. Leave onnx out '
-    f'of the formats.\nKnown: {", ".join(known)}.'
+    f'of the formats (--formats).\nKnown: {", ".join(known)}.'
   )
 
 

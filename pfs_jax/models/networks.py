@@ -146,8 +146,9 @@ def build_from(
   model = structure.model
   if not model.get('name'):
     raise errors.UserError(
-      "structure: model.name is missing: it describes a model of the user's "
-      'own; build that one with surgery.narrow.'
+      'structure: model.name is missing: prune.fit does not know the model. '
+      'Use models.build(name, num_classes, counts=structure.counts), or '
+      'surgery.narrow for a model of your own.'
     )
   sizes = registry.gate_sizes(model['name'], model.get('width'))
   if tuple(sizes) != structure.layers:

@@ -7,8 +7,9 @@ alone, on another machine. From search to train, only a structure file passes.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
-from pfs_jax import errors, runs, storage
+from pfs_jax import errors, rankings, runs, storage
 from pfs_jax.stages import (
   cutting,
   exporting,
@@ -35,10 +36,13 @@ info = showing.info
 
 
 def run(job: Job) -> None:
-  """Search, prune, train and evaluate."""
-  if not (job.workdir / 'search' / 'gates.npz').exists():
-    training.check(job)
-  search(job)
+  """Search, if a ranking needs it, prune, train and evaluate."""
+  if not any(rankings.needs_search(b.ranking) for b in job.budgets):
+    cut(job)
+  else:
+    if not (job.workdir / 'search' / 'gates.npz').exists():
+      training.check(job)
+    search(job)
   train(job)
 
 
@@ -54,10 +58,20 @@ MODES = {
 }
 
 
-def execute(mode: str, job: Job, out: pathlib.Path | None = None) -> None:
-  """Runs one of `MODES`; `out` is the folder of an export (None: default)."""
+def execute(
+  mode: str,
+  job: Job,
+  out: pathlib.Path | None = None,
+  formats: Sequence[str] = (),
+) -> None:
+  """Runs one of `MODES`.
+
+  An export writes the formats, () for all, to the folder `out`, by default that
+  of the budget.
+  """
+  job.say_unused_fields()
   if mode == 'export':
-    export(job, out)
+    export(job, out, formats)
   elif mode in ('eval', 'info'):  # They only read.
     MODES[mode](job)
   else:

@@ -41,6 +41,11 @@ def cut(job: Job) -> None:
         f'warning: {structure.tie_share:.0%} of the kept channels of '
         f'{budget.name} were chosen among equal gates, not by the search.'
       )
+    if structure.counts == job.network.cost_model.widths:
+      console.say(
+        f'warning: {budget.name} removes no channel: the searched network '
+        'itself meets the budget.'
+      )
     unused = structure.unused.get('macs', 0) / (budget.max_macs or 1)
     binds = structure.binding == 'params' and budget.ranking != 'tilt'
     if binds and unused > 0.1:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
+
+import ml_collections
 
 from pfs_jax import console, export, runs, storage
 from pfs_jax.stages import cutting, training
 from pfs_jax.stages.job import Job
 
 
-def run(job: Job, out: pathlib.Path | None = None) -> None:
+def run(
+  job: Job, out: pathlib.Path | None = None, formats: Sequence[str] = ()
+) -> None:
   """Writes the trained narrow network to `out`, with checks; see `export.save`.
 
-  By default `out` is the folder export/ of the budget. The network computes in
-  float32, whatever the dtype of its training. The names of its classes are
-  those at the time of the training.
+  By default `out` is the folder export/ of the budget, and the formats are all
+  that are possible. The network computes in float32, whatever the dtype of its
+  training. The names of its classes are those at the time of the training.
   """
   name, structure = cutting.read(job)
   state = training.restore(job, name, structure)[-1]
@@ -31,6 +36,7 @@ def run(job: Job, out: pathlib.Path | None = None) -> None:
       state.variables,
       dataclasses.replace(structure, model=job.network.description),
       dataclasses.replace(job.spec, class_names=tuple(result['class_names'])),
+      formats=formats or _possible(job.config.model),
       factory=job.config.model.factory,
       measured={
         'test accuracy': f'{accuracy} of {result["test_examples"]} images',
@@ -44,3 +50,15 @@ def run(job: Job, out: pathlib.Path | None = None) -> None:
     columns = ['file', 'bytes', 'largest error', 'allowed']
     console.table(f'Exported to {folder}', columns, rows)
   runs.barrier('export')
+
+
+def _possible(model: ml_collections.ConfigDict) -> list[str]:
+  """The formats of a model: safetensors need one that its factory describes."""
+  code = [f'config.model.{k}' for k in ('call', 'norm', 'conv') if model[k]]
+  if not code:
+    return list(export.FORMATS)
+  console.note(
+    f'no safetensors: their reader cannot be given {", ".join(code)}. If the '
+    'factory returns (module, call) and registers its classes, it can.'
+  )
+  return [name for name in export.FORMATS if name != 'safetensors']

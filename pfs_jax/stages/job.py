@@ -16,9 +16,12 @@ import ml_collections
 from pfs_jax import (
   budgets,
   config,
+  console,
   cpu,
   data,
   devices,
+  errors,
+  fields,
   latency,
   models,
   prune,
@@ -50,12 +53,22 @@ class Job:
     self.config, self.workdir = c, workdir
     self._reseeded: dict[int, Job] = {0: self}
     self._first = self._noted()
-    self.spec = data.configured(c.data)
+    self.spec = self._spec()
     batch = max(c.search.batch_size, c.train.batch_size)
     if batch * self.spec.image_size**2 >= _LARGE_BATCH:
       cpu.keep_freed_memory()
     self.network = self._network()
     self.budgets = budgets.from_section(c.budget, self.network.reference_macs)
+
+  def _spec(self) -> data.Spec:
+    """The facts of the data; those noted in the workdir if they are gone."""
+    path = self.workdir / 'data.json'
+    try:
+      return data.configured(self.config.data)
+    except errors.UserError:
+      if not (data.is_own(self.config.data) and path.exists()):
+        raise
+    return storage.read_json(path, data.Spec)
 
   def _network(self) -> models.Network:
     c, dtype = self.config.model, config.DTYPES[self.config.dtype]
@@ -82,6 +95,15 @@ class Job:
       gate_site=c.gate_site,
       counts=c.counts,
     )
+
+  def say_unused_fields(self) -> None:
+    """Says which widths of the config a model of the user's own ignores."""
+    model, names = self.config.model, []
+    for name in ('base_width', 'width', 'counts', 'multiplier', 'gate_site'):
+      if model[name] != fields.BY_NAME[f'model.{name}'].default:
+        names.append(f'config.model.{name}')
+    if model.factory and names and storage.is_first_process():
+      console.note(f'not used with config.model.factory: {", ".join(names)}')
 
   @property
   def model_name(self) -> str:
@@ -223,9 +245,10 @@ class Job:
     }
 
   def note_config(self) -> None:
-    """Writes the whole config and the versions beside what they produce."""
+    """Writes config, versions and facts of the data into the workdir."""
     for name, content in (
       ('config', self.config.to_dict()),
+      ('data', dataclasses.asdict(self.spec)),
       ('versions', runs.versions()),
     ):
       storage.write_json(self.workdir / f'{name}.json', content, sealed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 
 from pfs_jax import config, console, costs, errors, prune, runs, scores, storage
@@ -98,7 +99,8 @@ def _total_rows(job: Job) -> list[list[str]]:
   rows = [_cost_row(job, 'reference network', *reference)]
   rows.append(row('searched network', model.widths))
   for multiple in (1, 8, 16):
-    least = prune.Budget(round_to=multiple).least(model)
+    budget = dataclasses.replace(job.budgets[0], round_to=multiple)
+    least = budget.least(model)
     rows.append(row(f'floor, multiples of {multiple}', least))
   for budget in job.budgets:
     said = 'can be met'

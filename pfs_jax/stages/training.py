@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pathlib
 import time
@@ -77,6 +78,15 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
 
 def check(job: Job) -> None:
   """Refuses a training that cannot start, before the search for it."""
+  for budget in job.budgets:
+    path = job.folder(budget.name) / 'structure.json'
+    if path.exists() and (path.parent / 'train').exists():
+      text = storage.read_text(path)
+      if 'tournament' in prune.Structure.from_json(text, path).source:
+        raise errors.UserError(
+          f'{path} is the choice of a tournament, and is trained: give another '
+          '--workdir for a search.'
+        )
   job.data.chosen('train', job.config.train.holdout)
   if job.config.train.structure not in ('', *(b.name for b in job.budgets)):
     cutting.read(job)
@@ -101,12 +111,24 @@ def _initial_weights(job: Job, path: pathlib.Path, structure: prune.Structure):
   first = job.ungated_weights
   if job.config.train.init == 'inherit':
     folder = job.workdir / 'wide'
-    identity = config.identity(job.config, 'train')
-    runs.claim(folder, {**identity, 'config.train.init': 'random'})
+    job = _wide_job(job)
+    runs.claim(folder, config.identity(job.config, 'train'))
     wide = job.network.narrow(job.network.cost_model.widths)
-    epochs = job.config.train.wide_epochs or job.config.train.epochs
+    epochs = job.config.train.epochs
     first = fit(job, wide, folder, 'wide', epochs, first).variables
   return job.network.table.slice_variables(jax.device_get(first), kept)
+
+
+def _wide_job(job: Job) -> Job:
+  """The job of the wide network's training, with its own epochs and rate."""
+  wide = copy.copy(job)
+  wide.config = job.config.copy_and_resolve_references()
+  recipe = wide.config.train
+  recipe.init = 'random'
+  recipe.epochs = recipe.wide_epochs or recipe.epochs
+  recipe.learning_rate = recipe.wide_learning_rate or recipe.learning_rate
+  recipe.wide_epochs = recipe.wide_learning_rate = 0.0
+  return wide
 
 
 def fit(
