@@ -20,13 +20,11 @@ is 1 MAC):
   running statistics are not parameters.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -86,7 +84,7 @@ class Layer:
     if not self.makes:
       object.__setattr__(self, 'makes', ((FIXED, self.outputs),))
 
-  def resized(self, inputs: int, outputs: int) -> Layer:
+  def resized(self, inputs: int, outputs: int) -> Self:
     """The same call with other widths, which are fixed."""
     return dataclasses.replace(
       self, inputs=inputs, outputs=outputs, reads=(), makes=()

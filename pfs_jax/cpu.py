@@ -8,8 +8,6 @@ differentiation works, because `jax.custom_vjp` defines the gradients.
 Measurements: docs/speed.md.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import itertools

@@ -4,8 +4,6 @@ A rule takes a bound layer, its input and its output, and returns the fields of
 `costs.Layer` that describe the call.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

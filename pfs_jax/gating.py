@@ -5,8 +5,6 @@ the widths of the layers that are narrowed. A `groups.Table` says which layers
 these are. The module itself is neither edited nor copied.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the built-in families share: layers, pooling, and a base class."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

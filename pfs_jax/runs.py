@@ -5,8 +5,6 @@ workdir/ config.json versions.json structure.json kept.json result.json
          train/  config.json checkpoints/ events/ metrics.jsonl
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata
@@ -20,7 +18,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NotRequired, TypedDict, cast
+from typing import Annotated, Any, NotRequired, Self, TypedDict, cast
 
 import jax
 import msgspec
@@ -246,7 +244,7 @@ class MetricsLog:
       with contextlib.suppress(OSError):  # `write` reported it.
         file.close()
 
-  def __enter__(self) -> MetricsLog:
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, kind: type | None, *_: object) -> None:
@@ -314,7 +312,7 @@ class StopSignal:
   def __init__(self):
     self.number: int | None = None
 
-  def __enter__(self) -> StopSignal:
+  def __enter__(self) -> Self:
     one = jax.process_count() == 1
     numbers = (signal.SIGTERM, signal.SIGINT) if one else ()
     self._before = {s: signal.signal(s, self._handle) for s in numbers}

@@ -5,8 +5,6 @@ reach a file. Only regular members with the expected names are read, and at most
 `MAX_BYTES` are unpacked.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import struct

@@ -23,8 +23,6 @@ A group has two BatchNorms. The table of groups decides which of them carries
 the gates (`registry.GATE_SITES`, docs/gate_sites.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

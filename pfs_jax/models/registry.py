@@ -11,8 +11,6 @@ channels of the gated layers, in the order of `gate_sizes` (None: all).
 True
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence

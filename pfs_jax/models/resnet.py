@@ -7,8 +7,6 @@ are named `stage1_block0/conv1` and so on, in forward order. Only the next
 convolution of the same block reads the channels of a gated layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -9,8 +9,6 @@ make a side of the map shorter than 2. So 32x32 and 28x28 images end at 2x2 and
 published) and is one linear layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn

@@ -3,8 +3,6 @@
 Every text from a file or a config is escaped by `tables.escape`.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import pathlib

@@ -1,7 +1,5 @@
 """The report of a run, made from the files of its workdir."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

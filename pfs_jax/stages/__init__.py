@@ -4,8 +4,6 @@ Each stage reads the files of the stage before from the workdir, so it can run
 alone, on another machine. From search to train, only a structure file passes.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The probe stage: which layers of the network are too wide or too narrow."""
 
-from __future__ import annotations
-
 import math
 import pathlib
 from collections.abc import Sequence

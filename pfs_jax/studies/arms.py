@@ -6,8 +6,6 @@ float}, and changes to the config. All arms are cut by `prune.cut` to the same
 ceiling on the MACs, by the same rules of minimum width and ties.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ would do the same work are one cell: uniform width, for example, does not depend
 on the length of searches.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

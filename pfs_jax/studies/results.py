@@ -11,8 +11,6 @@ fields, which `cells.run` writes, explain a result: test_loss, search_seconds,
 tie_share, kept {layer: bits as hexadecimal, channel 0 the lowest} and others.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence

@@ -8,8 +8,6 @@ replaces it only if its gain, paired by seed, exceeds the number of standard
 errors that the config asks for. No test image is read.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import pathlib

@@ -1,7 +1,5 @@
 """How a call tells a model whether it trains."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from typing import Any

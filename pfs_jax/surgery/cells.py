@@ -6,8 +6,6 @@ nothing changes along them (nearly always batch, height and width), so large
 images cost nothing.
 """
 
-from __future__ import annotations
-
 import collections
 import enum
 from collections.abc import Iterable, Sequence

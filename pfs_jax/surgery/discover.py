@@ -1,7 +1,5 @@
 """Finds the channel groups of a model that can carry gates and be narrowed."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

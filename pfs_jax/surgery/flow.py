@@ -8,8 +8,6 @@ operation on two channels ties them. An operation that mixes channels outside a
 known layer marks them as fixed, with the reason.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools

@@ -7,8 +7,6 @@ stages) then works as for a Linen model. `narrowed` does the reverse: it returns
 an ordinary NNX module with fewer channels.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

@@ -5,8 +5,6 @@ A model's own code may hold matrix products and convolutions (`jnp.einsum`,
 traced program. Their channels are never narrowed, so their cost is fixed.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
