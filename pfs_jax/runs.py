@@ -138,12 +138,22 @@ def claim_part(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
     claim(folder, storage.read_json(path, dict[str, Any]) | dict(values))
 
 
-def give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
+@contextlib.contextmanager
+def giving_back(workdir: pathlib.Path) -> Iterator[None]:
   """Removes what a refused command wrote where it did no work yet.
 
-  Else the corrected command would be refused, too. `made`: the folders that the
-  command made, from the workdir upwards; empty if the workdir existed.
+  Else the corrected command would be refused, too. The folders that it made are
+  removed as well, from the workdir upwards.
   """
+  made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+  try:
+    yield
+  except (errors.UserError, OSError):
+    _give_back(workdir, made)
+    raise
+
+
+def _give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
   with contextlib.suppress(OSError):
     for path in _claimed:
       if path.is_relative_to(workdir) and [*path.parent.glob('*')] == [path]:

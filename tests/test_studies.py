@@ -192,6 +192,10 @@ def test_words_of_arms():
   assert arms.parse('sensitivity0.2').scores == 'probe'
   with pytest.raises(errors.UserError, match='must be of the words full'):
     arms.parse('searched+magic')
+  with pytest.raises(errors.UserError, match='must be whole epochs, or all'):
+    plan.cell(
+      config_of('ratio').base, 'pretrained', 0, {'arm.pretrain_epochs': -1}
+    )
   for name in ('uniform+fine_tune', 'tilt1+rewind'):
     with pytest.raises(errors.UserError, match='no weights to start from'):
       arms.parse(name)
@@ -421,7 +425,13 @@ def test_merge_keeps_the_order_of_the_study(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'wrong', [{'macs': 'many'}, {'counts': [1]}, {'config_hash': None}]
+  'wrong',
+  [
+    {'macs': 'many'},
+    {'counts': [1]},
+    {'config_hash': None},
+    {'kept': {'conv': 'zz'}},
+  ],
 )
 def test_a_damaged_record_is_refused(tmp_path, wrong):
   file = tmp_path / 'x.json'

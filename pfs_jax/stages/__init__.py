@@ -73,15 +73,10 @@ def execute(
   elif mode in ('eval', 'info'):  # They only read.
     MODES[mode](job)
   else:
-    made = [p for p in (job.workdir, *job.workdir.parents) if not p.exists()]
-    with storage.locked(job.workdir) as held:
+    with runs.giving_back(job.workdir), storage.locked(job.workdir) as held:
       if not held:
         raise errors.UserError(
           f'{job.workdir} is in use by another process; wait for it, or give '
           'another --workdir.'
         )
-      try:
-        MODES[mode](job)
-      except (errors.UserError, OSError):
-        runs.give_back(job.workdir, made)
-        raise
+      MODES[mode](job)

@@ -91,7 +91,5 @@ def parse(name: str) -> Arm:
   arm = Arm(**change, overrides=overrides)
   weights = ('gates', 'filters', 'scales')
   if arm.training in ('inherit', 'rewind') and arm.scores not in weights:
-    raise errors.UserError(
-      f'config.arms: {name!r} has no weights to start from.'
-    )
+    raise errors.UserError(f'the arm {name!r} has no weights to start from.')
   return arm

@@ -84,13 +84,14 @@ def decide(losses: Losses, standard_errors: float) -> Decision:
 def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Chooses a structure for `--mode=train`; processes share the work."""
   job = stages.Job(c, workdir)
-  while True:
-    try:
-      found = choose(job, workdir)
-      chosen = scored(job, found['chosen'], workdir).scores
-      break
-    except products.Busy:
-      time.sleep(_POLL_SECONDS)  # Other processes do all the rest.
+  with runs.giving_back(workdir):
+    while True:
+      try:
+        found = choose(job, workdir)
+        chosen = scored(job, found['chosen'], workdir).scores
+        break
+      except products.Busy:
+        time.sleep(_POLL_SECONDS)  # Other processes do all the rest.
   budget = job.budgets[0]
   source = {name: found[name] for name in ('chosen', 'gain', 'error', 'share')}
   with storage.locked(workdir, wait=lambda: None):
