@@ -197,7 +197,8 @@ def intercept(
     path = '/'.join(module.path[base:])
     if path in active:
       return next_fun(*args, **kwargs)
-    name = 'inputs' if 'inputs' in kwargs else 'x'
+    names = [n for n in ('inputs', 'x', *kwargs) if n in kwargs]
+    name = names[0] if names else ''
     x = args[0] if args else kwargs[name]
 
     def call(x):

@@ -131,7 +131,7 @@ def _macs_by_place(
       length = equation.params['length'] if name == 'scan' else 1
       parts = [
         _macs_by_place(part, layers, images, times * length, here, unknown)
-        for part in _programs(equation)
+        for part in core.jaxprs_in_params(equation.params)
       ]
       if name == 'while' and any(part.total() for part in parts):
         unknown[f'a loop (while) in {here}, counted once'] = None
@@ -140,15 +140,6 @@ def _macs_by_place(
       for part in parts:
         macs.update(part)
   return macs
-
-
-def _programs(equation) -> list[Any]:
-  return [
-    part
-    for value in equation.params.values()
-    for part in (value if isinstance(value, tuple | list) else [value])
-    if isinstance(part, core.Jaxpr | core.ClosedJaxpr)
-  ]
 
 
 def _dot_macs(equation) -> int:
