@@ -170,7 +170,7 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Result(TypedDict):
-  """result.json, which is written at the end of a training."""
+  """What is read of result.json, which is written at the end of a training."""
 
   test_accuracy: _Share
   reference_test_accuracy: _Share | None
@@ -182,17 +182,9 @@ class Result(TypedDict):
   class_names: list[str]
   steps: _Count
   seconds: Annotated[float, msgspec.Meta(ge=0)]
-  # What only people and reports read:
-  test_loss: NotRequired[float]
+  # What only reports read:
   latency: NotRequired[dict[str, int | float]]
   warnings: NotRequired[list[str]]
-  reference_macs: NotRequired[_Count]
-  reference_params: NotRequired[_Count]
-  searched_macs: NotRequired[_Count]
-  macs_share: NotRequired[float]
-  model: NotRequired[dict[str, Any]]
-  seed: NotRequired[int]
-  search: NotRequired[dict[str, Any]]
   versions: NotRequired[dict[str, Any]]
   config: NotRequired[dict[str, Any]]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import study_results
-from pfs_jax import errors, models, prune, scores, studies
+from pfs_jax import errors, models, prune, scores, stages, studies
 from pfs_jax.studies import arms, cells, engine, plan, products, results, tables
 from pfs_jax.studies import statistics as stats
 from tests import own_models, processes
@@ -334,6 +334,15 @@ def test_errors_of_a_study(change, message):
   study.update_from_flattened_dict(change)
   with pytest.raises(errors.UserError, match=f'^config.{message}'):
     plan.cells(study)
+
+
+def test_wide_training_leaves_out_the_images_held_out(tmp_path, monkeypatch):
+  given = {}
+  monkeypatch.setattr(stages, 'fit', lambda *_, **more: given.update(more))
+  cell = plan.cell(config_of('ratio').base, 'pretrained', 0)
+  with pytest.raises(AttributeError):  # There is no state.
+    products.trained(cell, tmp_path, math.inf)
+  assert given['hold_out']
 
 
 def test_pretraining_is_in_whole_epochs():

@@ -273,6 +273,7 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
 
   def fit(job, module, folder, *args, **kwargs):
     trained.append(folder.name)
+    assert kwargs['hold_out']  # The probe measures on the images held out.
     if len(trained) == 2:
       raise Cut
     return plain(job, module, folder, *args, **kwargs)
