@@ -186,35 +186,6 @@ def test_regulariser_gradient(sparsity):
   np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.slow
-def test_scale_freedom():
-  """sum_k g_k dCE/dg_k of a layer is 0 where a convolution + BN consumes it."""
-  with jax.enable_x64(True):
-    rng = np.random.default_rng(0)
-    module = models.build('vgg16', 10, 4, gated=True, dtype=jnp.float64)
-    variables = models.init(module, jax.random.key(0), (16, 16, 3))
-    gates = jax.tree.map(
-      lambda g: jnp.asarray(rng.uniform(0.3, 1, g.shape)), variables['gates']
-    )
-    settings = {'sparsity': 0.5, 'balance': 0.0, 'learning_rate': 0.01}
-    state = search.init(module, {**variables, 'gates': gates}, **settings)
-    x, y = rng.normal(size=(64, 16, 16, 3)), rng.integers(0, 10, 64)
-    trained = {'params': state.params, 'gates': gates}
-    gradient = jax.jit(jax.grad(search.loss, has_aux=True))
-    grads, _ = gradient(trained, state, x, y)
-  by_layer = [
-    models.gates_by_layer('vgg16', jax.device_get(tree)).values()
-    for tree in (gates, grads['gates'])
-  ]
-  # As shares of the sums of magnitudes; not 0 because of BN's epsilon.
-  *found, last = (
-    abs((g * d).sum()) / abs(g * d).sum()
-    for g, d in zip(*by_layer, strict=True)
-  )
-  assert last > 1e-3  # The linear layer consumes the last group.
-  assert len(found) == 12 and max(found) < 1e-3
-
-
 @pytest.mark.parametrize(
   'densities,accuracies,expected',
   [
