@@ -3,6 +3,7 @@
 A finished run is only read, and damage to it is refused.
 """
 
+import math
 import pathlib
 import random
 import shutil
@@ -20,10 +21,6 @@ from tests import processes, small_run
 def execute(mode, workdir, **more):
   """Runs a mode in this process."""
   stages.execute(mode, stages.Job(small_run.config(**more), workdir))
-
-
-def run(mode, workdir):
-  processes.output(small_run.arguments(mode, workdir))
 
 
 def stop_at(mode, workdir, stage, step, number):
@@ -46,7 +43,7 @@ def test_sigkill_at_random_points(finished_run, tmp_path):
     step = rng.randrange(8, last)
     done = stop_at('run', workdir, stage, step, signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, f'{stage} ended before {step}'
-  run('run', workdir)
+  processes.output(small_run.arguments('run', workdir))
   faults.same(workdir, finished_run)
   again, once = (w / 'structure.json' for w in (workdir, finished_run))
   assert again.read_text() == once.read_text()
@@ -58,7 +55,7 @@ def test_ctrl_c_saves_and_leaves(finished_run, tmp_path):
   assert done.returncode == 128 + signal.SIGINT
   assert 'saved. The same command continues.' in done.stderr
   assert 'Traceback' not in done.stderr and done.stderr.count('\n') == 1
-  run('search', tmp_path)
+  processes.output(small_run.arguments('search', tmp_path))
   for name, expected in np.load(finished_run / 'search' / 'gates.npz').items():
     found = storage.read_arrays(tmp_path / 'search' / 'gates.npz')[name]
     np.testing.assert_array_equal(found, expected, strict=True)
@@ -86,6 +83,9 @@ def test_a_finished_run_is_only_read(finished, capsys, monkeypatch):
       with pytest.raises(errors.UserError, match='in use by another process'):
         execute(mode, finished)
     result = storage.read_json(finished / 'result.json')
+    assert set(result['search']) == {'lowest_ce', 'chance_ce', 'left_chance'}
+    assert result['search']['chance_ce'] == math.log(10)
+    assert result['warnings'] == []
     correct = round(result['test_accuracy'] * 297)
     assert f'({correct} of 297 images)' in shown('eval')
     assert 'floor' in shown('info')
@@ -190,7 +190,3 @@ def test_damage_gives_the_same_numbers_or_a_refusal(
   given = (mode, finished_run, tmp_path / 'w', c, answers[mode])
   found = damage.check(*given, pathlib.Path(file), kind, seed='0')
   assert found != 'not done'
-
-
-def test_all_kinds_of_damage_are_tried():
-  assert {kind for _, _, kind in DAMAGED} == set(damage.KINDS)
