@@ -23,7 +23,7 @@ from pfs_jax.data import (
   shapes,
   specs,
 )
-from tests import processes, small_run, test_data, test_devices
+from tests import own_models, processes, small_run, test_data, test_devices
 
 CLASSES, TRAIN, VAL, SIZE = 5, 40, 9, 32
 SHAPES = [(40, 40), (64, 48), (48, 64), (100, 70), (9, 200)]
@@ -110,13 +110,6 @@ def _batches(source, steps):
   return [(np.asarray(x)[0], np.asarray(y)[0]) for x, y, _ in chunks]
 
 
-def _assert_equal(some, others):
-  assert len(some) == len(others)
-  for a, b in zip(some, others, strict=True):
-    for x, y in zip(a, b, strict=True):
-      np.testing.assert_array_equal(x, y)
-
-
 # What is in a folder.
 
 
@@ -188,14 +181,6 @@ def test_arrays_refuse_what_is_for_streams(field, value, message, tmp_path):
   c.update_from_flattened_dict({field: value})
   with pytest.raises(errors.UserError, match=message):
     data.open_set(c, tmp_path)
-
-
-def test_facts_follow_the_config():
-  c = _config('')
-  facts = data.configured(c.data)
-  assert (facts.image_size, facts.num_classes) == (SIZE, CLASSES)
-  c.data.image_size = c.data.num_classes = 0
-  assert data.configured(c.data) == data.spec('imagenet2012')
 
 
 # What is held out.
@@ -464,7 +449,7 @@ def test_corrupt_files_are_skipped_and_counted(damaged, capfd):
   assert '(2 so far)' in said and 'n02/n02_0.JPEG' in said
   other = _open(damaged, data__corrupt='skip', data__workers=2)
   again = _batches(other.train_source('train', False), range(3, 8))
-  _assert_equal(batches[3:8], again)
+  own_models.assert_same(batches[3:8], again)
   test = d.test()
   first = CLASSES * TRAIN
   seen = _evaluated(test)
@@ -599,7 +584,7 @@ def test_a_prepared_set_gives_the_images_of_the_folder(folder, tmp_path):
   again = _open_prepared(prepared, tmp_path, data__workers=1)
   assert kept.stat().st_mtime_ns == before
   again = _batches(again.train_source('search', True), range(3))
-  _assert_equal(again, batches[:3])
+  own_models.assert_same(again, batches[:3])
 
 
 def test_what_is_not_prepared_says_the_ways(tmp_path):

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from pfs_jax import checkpointing, devices, errors, runs, storage
-from tests import processes
+from tests import own_models, processes
 
 
 class State(flax.struct.PyTreeNode):
@@ -41,15 +41,6 @@ def make_state(seed):
   return devices.replicate(State(step, params, opt_state, 'static'))
 
 
-def assert_equal_states(a, b):
-  """Equal types, structures, dtypes and bytes."""
-  assert type(a) is type(b)
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = jax.device_get((x, y))
-    assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
-
-
 def save(folder, *steps):
   """Checkpoints whose numbers follow from the step."""
   with checkpointing.Checkpoints(folder) as checkpoints:
@@ -67,7 +58,7 @@ def restore(folder):
 def assert_restored(folder, step):
   found, state = restore(folder)
   assert found == step
-  assert_equal_states(state, make_state(step))
+  own_models.assert_same(state, make_state(step))
 
 
 def kept_steps(folder):
@@ -123,7 +114,7 @@ def test_any_damaged_file_leads_to_a_good_state(tmp_path, kind):
     shutil.copytree(tmp_path / 'whole', damaged)
     _damage(damaged / path.relative_to(tmp_path / 'whole'), kind)
     step, state = restore(damaged)
-    assert_equal_states(state, make_state(step))
+    own_models.assert_same(state, make_state(step))
     found.append(step)
     shutil.rmtree(damaged)
   # Some files matter and some do not.
@@ -152,7 +143,7 @@ def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
     with pytest.raises(errors.UserError, match='checkpoint 4 is missing'):
       checkpoints.restore_step(make_state(99), 4)
     state = checkpoints.restore_step(make_state(99), 2)
-  assert_equal_states(state, make_state(2))
+  own_models.assert_same(state, make_state(2))
 
 
 def state_file(folder, step):
@@ -427,13 +418,6 @@ def test_another_identity_is_refused_by_the_fields_that_differ(tmp_path):
     runs.claim(tmp_path, {**IDENTITY, **many})
   assert len(str(e.value).splitlines()) <= 3
   runs.claim(tmp_path, IDENTITY)  # Still the first one's.
-
-
-def test_who_comes_second_to_a_folder_is_told(tmp_path):
-  with storage.locked(tmp_path) as first, storage.locked(tmp_path) as second:
-    assert first and not second
-  with storage.locked(tmp_path) as held:
-    assert held
 
 
 def test_only_claims_without_work_are_given_back(tmp_path):
