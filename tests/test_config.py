@@ -7,15 +7,11 @@ import importlib
 import json
 import math
 import pathlib
-import sys
-import textwrap
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from benchmarks import config_page
 from pfs_jax import (
@@ -171,22 +167,6 @@ def test_fields_that_need_each_other():
       config.validate(c)
 
 
-def test_fields_are_overridden_one_by_one(tmp_path, monkeypatch):
-  path = tmp_path / 'c.py'
-  path.write_text('from pfs_jax import config\nget_config = config.default\n')
-  given = ['--config.search.sparsity=0.25', '--config.budget.keep=0.5,0.25']
-  argv = ['main.py', f'--config={path}', *given]
-  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections looks there.
-  values = flags.FlagValues()
-  define = config_flags.DEFINE_config_file
-  holder = define('config', flag_values=values, lock_config=True)
-  values(argv)
-  c = holder.value
-  config.validate(c)
-  assert c.search.sparsity == 0.25 and c.budget.keep == (0.5, 0.25)
-  assert c.search.balance == config.default().search.balance
-
-
 def test_a_field_that_is_none_of_ours_is_refused():
   c = config.default()
   with c.unlocked():
@@ -278,21 +258,6 @@ def test_every_field_is_read_somewhere():
   # `budgets.from_section` takes the fields of a Budget by name.
   named = {f'budget.{f.name}' for f in dataclasses.fields(prune.Budget)}
   assert set(fields.BY_NAME) - _all_reads() - named == set()
-
-
-def test_reads_are_told_apart_by_section():
-  code = """
-    def f(job, stage):
-      c, other = job.config, 1
-      recipe = c.search if stage else None
-      return recipe.lighting + c.model.width + other.balance + job.config.seed
-    """
-  found = set(_reads(ast.parse(textwrap.dedent(code))))
-  assert found & set(fields.BY_NAME) == {
-    'search.lighting',
-    'model.width',
-    'seed',
-  }
 
 
 def _shares_and_references():

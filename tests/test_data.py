@@ -190,17 +190,6 @@ def test_unknown_name_lists_the_known():
     data.load('imagenet2012')
 
 
-def test_facts_import_no_heavy_library():
-  code = """
-    import sys
-    from pfs_jax import data
-    data.spec('cifar10')
-    heavy = {'jax', 'flax', 'tensorflow_datasets', 'sklearn', 'tensorflow'}
-    print(heavy & set(sys.modules))
-  """
-  assert processes.output(code, fresh=True) == 'set()'
-
-
 # Digits.
 
 

@@ -226,18 +226,15 @@ def _refusal(c):
     ('torch_habit', 'must return a dict of arrays'),
     ('careless', r"KeyError: 'images' \(.*their_data.py:15 in careless\)"),
     ('ragged', 'ValueError: .*inhomogeneous shape'),
+    ('broken:f', r'ZeroDivisionError: division by zero \(.*broken.py:2'),
   ],
 )
-def test_a_function_that_fails_is_named(name, message, module):
-  found = _refusal(_config(factory=f'{module}:{name}'))
-  assert found.startswith(f'config.data.factory={module}:{name}: ')
-  assert re.search(message, found), found
-
-
-def test_a_function_that_cannot_be_imported_is_named(module, tmp_path):
+def test_a_function_that_fails_is_named(name, message, module, tmp_path):
   (tmp_path / 'broken.py').write_text('import numpy\n1 / 0\n')
-  message = r'ZeroDivisionError: division by zero \(.*broken.py:2'
-  assert re.search(message, _refusal(_config(factory='broken:f')))
+  factory = name if ':' in name else f'{module}:{name}'
+  found = _refusal(_config(factory=factory))
+  assert found.startswith(f'config.data.factory={factory}: ')
+  assert re.search(message, found), found
 
 
 @pytest.mark.parametrize(

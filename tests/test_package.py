@@ -41,6 +41,10 @@ def test_the_import_is_cheap_and_lazy():
     import pfs_jax
     assert not {'jax', 'numpy', 'flax'} & set(sys.modules)
     assert set(pfs_jax.__all__) <= set(dir(pfs_jax))
+    from pfs_jax import data
+    data.spec('cifar10')
+    heavy = {'jax', 'flax', 'tensorflow_datasets', 'sklearn', 'tensorflow'}
+    assert not heavy & set(sys.modules)
     print(pfs_jax.__version__)
     """
   assert processes.output(code, fresh=True) == PROJECT['project']['version']

@@ -29,6 +29,7 @@ from pfs_jax.report import figures, page, run_logs, run_page
 from pfs_jax.stages import cutting
 from pfs_jax.studies import plan, results, statistics
 from pfs_jax.studies import tables as study_tables
+from tests import test_studies
 
 # Runs.
 
@@ -443,26 +444,20 @@ def cell_records(study):
     counts = [int(rng.integers(1, w + 1)) for w in widths]
     share = 1.0 if cell.arm.scores == 'full' else 0.5
     accuracy = ACCURACIES.get(cell.name, [None] * 9)[cell.seed]
-    yield {
+    kept = [results.bits(range(n)) for n in counts]
+    made = test_studies.record(
+      cell.name, cell.seed, accuracy and accuracy / 100, dict(cell.variation)
+    )
+    yield made | {
       'study': study.study,
-      'arm': cell.name,
-      'variation': dict(cell.variation),
-      'seed': cell.seed,
       'config_hash': cell.hash,
-      'commit': 'abc123',
-      'hardware': '1 x abacus',
-      'test_accuracy': None if accuracy is None else accuracy / 100,
       'seconds': 60.0,
       'model': base.name,
       'macs': int(1000 * share),
-      'params': 100,
       'macs_share': share,
       'counts': dict(zip(model.layers, counts, strict=True)),
       'widths': widths,
-      'kept': {
-        layer: results.bits(range(n))
-        for layer, n in zip(model.layers, counts, strict=True)
-      },
+      'kept': dict(zip(model.layers, kept, strict=True)),
     }
 
 

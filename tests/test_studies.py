@@ -39,16 +39,8 @@ def vgg():
 # Rankings.
 
 
-def gates_like(model, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    name: rng.random(width) * rng.uniform(0.1, 1)
-    for name, width in zip(model.layers, model.widths, strict=True)
-  }
-
-
 def test_over_layer_mean_is_blind_to_a_layer_s_scale(vgg):
-  gates = gates_like(vgg)
+  gates = scores.random(vgg, 0)
   gates['conv3'] = np.zeros_like(gates['conv3'])
   scaled = {k: g * (1 + i) for i, (k, g) in enumerate(gates.items())}
   found, again = (scores.over_layer_mean(g) for g in (gates, scaled))
@@ -73,7 +65,7 @@ def test_channel_costs_by_hand():
 
 
 def test_over_cost(vgg):
-  gates = gates_like(vgg)
+  gates = scores.random(vgg, 0)
   spent = scores.channel_costs(vgg)
   plain, half, whole = (scores.over_cost(gates, vgg, p) for p in (0, 0.5, 1))
   for i, (name, gate) in enumerate(gates.items()):
