@@ -126,10 +126,9 @@ def test_numbers_beyond_sense_are_refused(name, value, most):
   assert _message(fields.BY_NAME[name], value) == wanted
 
 
-def test_more_steps_than_can_be_counted_are_refused():
+def test_more_steps_than_can_be_counted_are_refused(refused):
   assert config.steps(1e6, 2147) == 2_147_000_000
-  with pytest.raises(errors.UserError, match='at most 2[*]{2}31 - 1 steps'):
-    config.steps(1e6, 2148)
+  refused('at most 2[*]{2}31 - 1 steps', config.steps, 1e6, 2148)
 
 
 def test_the_default_is_valid_and_locked():
@@ -147,7 +146,7 @@ def test_the_page_of_fields_is_that_of_the_table():
   assert all(f.doc.endswith('.') for f in fields.FIELDS)
 
 
-def test_fields_that_need_each_other():
+def test_fields_that_need_each_other(refused):
   config.validate(_with(budget__keep=(), budget__params=(1000,)))
   config.validate(_with(data__validation_examples=0))
   config.validate(_with(train__holdout=True))
@@ -163,20 +162,18 @@ def test_fields_that_need_each_other():
       'data.validation_examples must',
     ),
   ):
-    with pytest.raises(errors.UserError, match=message):
-      config.validate(c)
+    refused(message, config.validate, c)
 
 
-def test_a_field_that_is_none_of_ours_is_refused():
+def test_a_field_that_is_none_of_ours_is_refused(refused):
   c = config.default()
   with c.unlocked():
     c.search.sparsty = 0.2
-  with pytest.raises(errors.UserError, match=r'sparsty is not a field\.$'):
-    config.validate(c)
+  refused(r'sparsty is not a field\.$', config.validate, c)
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_a_config_file(name):
+def test_a_config_file(name, refused):
   """All variants are valid and differ; the docstring says how it is run."""
   module = importlib.import_module(f'configs.{name}')
   assert f'--config configs/{name}.py' in module.__doc__
@@ -190,9 +187,8 @@ def test_a_config_file(name):
     seen.add(c.to_json(sort_keys=True))
   assert len(seen) == len(module.VARIANTS)
   assert module.get_config() == module.get_config('full')
-  with pytest.raises(errors.UserError, match="'nope'") as e:
-    module.get_config('nope')
-  assert all(variant in str(e.value) for variant in module.VARIANTS)
+  e = refused("'nope'", module.get_config, 'nope')
+  assert all(variant in str(e) for variant in module.VARIANTS)
 
 
 def test_a_variant_of_an_unknown_field_does_not_pass():
@@ -351,9 +347,8 @@ def test_a_budget_holds_all_conditions():
 @pytest.mark.parametrize(
   'given', [{'budget__keep': (0.5, 0.5)}, {'budget__macs': (5, 6, 5)}]
 )
-def test_the_same_budget_twice_is_refused(given):
-  with pytest.raises(errors.UserError, match='the same budget twice'):
-    _budgets(_with(**given), 1000)
+def test_the_same_budget_twice_is_refused(given, refused):
+  refused('the same budget twice', _budgets, _with(**given), 1000)
 
 
 # A change of these does not change what a stage produces.

@@ -379,7 +379,7 @@ def test_files_that_are_not_decoded(pets, monkeypatch):
   assert 'exceeds limit' in _refusal(c)
 
 
-def test_a_workdir_keeps_to_its_data(tmp_path):
+def test_a_workdir_keeps_to_its_data(tmp_path, refused):
   path = _npz(tmp_path / 'x.npz')
   c = _config_of(path)
   workdir = tmp_path / 'run'
@@ -392,12 +392,11 @@ def test_a_workdir_keeps_to_its_data(tmp_path):
     raw[name][index] ^= 1
     np.savez(tmp_path / 'y.npz', **raw)
     os.utime(tmp_path / 'y.npz', (1, hash(name) % 10**6))
-    with pytest.raises(errors.UserError, match='differs'):
-      data.open_set(c, workdir)
+    refused('differs', data.open_set, c, workdir)
 
 
 @pytest.mark.slow  # A whole run.
-def test_what_reads_no_images_needs_no_data(tmp_path, capsys):
+def test_what_reads_no_images_needs_no_data(tmp_path, capsys, refused):
   """The facts of the data are noted in the workdir."""
   path, workdir = _npz(tmp_path / 'mine.npz'), tmp_path / 'w'
   c = small_run.config(data__name='npz', data__source_dir=str(path))
@@ -409,15 +408,12 @@ def test_what_reads_no_images_needs_no_data(tmp_path, capsys):
   assert job.spec == before
   stages.execute('info', job)
   assert 'floor' in capsys.readouterr().out
-  with pytest.raises(errors.UserError, match='mine.npz does not exist'):
-    stages.execute('train', job)
-  with pytest.raises(errors.UserError, match='mine.npz does not exist'):
-    stages.Job(c, tmp_path / 'other')
+  refused('mine.npz does not exist', stages.execute, 'train', job)
+  refused('mine.npz does not exist', stages.Job, c, tmp_path / 'other')
   wrong = {**dataclasses.asdict(before), 'channels': 3}
   (workdir / 'data.json').write_text(json.dumps(wrong))
   (workdir / 'checksums.json').unlink()
-  with pytest.raises(errors.UserError, match='data.json: mean and std must'):
-    stages.Job(c, workdir)
+  refused('data.json: mean and std must', stages.Job, c, workdir)
 
 
 def test_a_folder_from_the_command_line(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfs_jax import errors, train
+from pfs_jax import train
 from pfs_jax.data import loading, pipeline
 
 PLAIN = pipeline.Augmentation(mean=(0.5,), std=(0.25,))
@@ -150,10 +150,9 @@ def test_images_keep_their_labels(source_of):
 
 
 @pytest.mark.parametrize('batch_size', [0, -1, 24])
-def test_a_batch_size_out_of_range_is_refused(batch_size):
+def test_a_batch_size_out_of_range_is_refused(batch_size, refused):
   rule = rf'batch_size must be in \[1, 23\].*; got {batch_size}\.'
-  with pytest.raises(errors.UserError, match=rule):
-    _arrays(23, batch_size)
+  refused(rule, _arrays, 23, batch_size)
 
 
 # Streamed files.

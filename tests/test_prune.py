@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pfs_jax import errors, models, prune, rankings, scores
+from pfs_jax import models, prune, rankings, scores
 
 # Layers of 3 to 24 channels.
 CASES = [('resnet20', 5), ('vgg16', 3)]
@@ -129,7 +129,7 @@ def test_wide_residual_stream_has_a_floor_above_the_reference():
   assert share == pytest.approx(0.91, abs=0.005)
 
 
-def test_published_counts(golden):
+def test_published_counts(golden, refused):
   """Every case, count for count; a clear error where it crashed."""
   cases = json.loads((golden / 'bisection.json').read_text())
   arrays = np.load(golden / 'bisection.npz')
@@ -146,8 +146,7 @@ def test_published_counts(golden):
     arguments = (gates, model, case['ratio'], case['full_macs'])
     if 'fails' in case:
       message = f'0 channels at iteration {case["fails"].split()[-1]}'
-      with pytest.raises(errors.UserError, match=message):
-        prune.published(*arguments)
+      refused(message, prune.published, *arguments)
     else:
       found = prune.published(*arguments)
       assert list(found.counts) == case['counts']
@@ -178,14 +177,13 @@ def test_kept_channels():
       assert gates[layer][indices].min() >= gates[layer][dropped].max()
 
 
-def test_structure_survives_json():
+def test_structure_survives_json(refused):
   model = cost_model('resnet20', 8)
   half = model.macs(model.widths) // 2
   found = prune.fit(random_gates(model, 0), model, half)
   assert prune.Structure.from_json(found.to_json()) == found
   assert found.unused == {'macs': found.budget['max_macs'] - found.macs}
-  with pytest.raises(errors.UserError, match='^x.json: Object missing'):
-    prune.Structure.from_json('{}', 'x.json')
+  refused('^x.json: Object missing', prune.Structure.from_json, '{}', 'x.json')
 
 
 DAMAGE = [
@@ -211,9 +209,8 @@ def _file(**changes):
 
 
 @pytest.mark.parametrize('changes, message', DAMAGE)
-def test_an_edited_structure_is_refused_by_field(changes, message):
-  with pytest.raises(errors.UserError, match=message):
-    prune.Structure.from_json(_file(**changes))
+def test_an_edited_structure_is_refused_by_field(changes, message, refused):
+  refused(message, prune.Structure.from_json, _file(**changes))
 
 
 def test_gates_must_be_those_of_the_model():
@@ -374,8 +371,7 @@ def test_the_number_of_cost_is_its_power(small):
 @pytest.mark.parametrize(
   'name', ['', 'blend', 'tiltx', 'tiltnan', 'tilt1e999', 'global2', 'mean']
 )
-def test_unknown_rankings_list_the_known(name):
-  with pytest.raises(errors.UserError, match=r'survivors.*tilt\[X\]') as e:
-    rankings.parse(name)
-  assert repr(name) in str(e.value) and '\n' not in str(e.value)
+def test_unknown_rankings_list_the_known(name, refused):
+  e = refused(r'survivors.*tilt\[X\]', rankings.parse, name)
+  assert repr(name) in str(e) and '\n' not in str(e)
   assert not rankings.known(name) and rankings.known('tilt-0.4')

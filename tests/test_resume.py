@@ -61,7 +61,7 @@ def test_ctrl_c_saves_and_leaves(finished_run, tmp_path):
     np.testing.assert_array_equal(found, expected, strict=True)
 
 
-def test_a_finished_run_is_only_read(finished, capsys, monkeypatch):
+def test_a_finished_run_is_only_read(finished, capsys, monkeypatch, refused):
   """By some modes even while another process is at work there."""
   monkeypatch.delattr(registry, '_compiled_init')  # Drawing weights takes long.
 
@@ -80,8 +80,7 @@ def test_a_finished_run_is_only_read(finished, capsys, monkeypatch):
     assert '(keep0.5)' in out
   with storage.locked(finished):
     for mode in ('run', 'search', 'prune', 'train'):
-      with pytest.raises(errors.UserError, match='in use by another process'):
-        execute(mode, finished)
+      refused('in use by another process', execute, mode, finished)
     result = storage.read_json(finished / 'result.json')
     assert set(result['search']) == {'lowest_ce', 'chance_ce', 'left_chance'}
     assert result['search']['chance_ce'] == math.log(10)
@@ -148,10 +147,8 @@ def test_no_older_state_stands_for_a_damaged_last_one(finished, monkeypatch):
     ('prune', 'model.width', 7),
   ],
 )
-def test_another_config_is_refused(finished, mode, field, value):
-  with pytest.raises(errors.UserError, match=f'config.{field}') as e:
-    execute(mode, finished, **{field.replace('.', '__'): value})
-  assert len(str(e.value).splitlines()) <= 3
+def test_another_config_is_refused(finished, refused, mode, field, value):
+  refused(f'config.{field}', execute, mode, finished, **{field: value})
 
 
 # (a mode without a program to compile, a file that it reads, a damage).

@@ -92,7 +92,7 @@ class Headless(nn.Module):
     return nn.Conv(3, (1, 1))(nn.relu(x)).mean((1, 2))
 
 
-def test_the_last_dense_layer_is_found():
+def test_the_last_dense_layer_is_found(refused):
   def classifier(model):
     c, x = config.default(), batch()[0]
     c.search.train_classifier = True
@@ -105,10 +105,8 @@ def test_the_last_dense_layer_is_found():
 
   assert classifier(own_models.MnistCnn()) == 'Dense_1'
   assert classifier(test_nnx.Residual(rngs=nnx.Rngs(0))) == 'Dense_0'
-  with pytest.raises(errors.UserError, match='without a dense layer'):
-    classifier(Headless())
-  with pytest.raises(errors.UserError, match="'head'. The last ones: .*conv2/"):
-    state_of(classifier='head')
+  refused('without a dense layer', classifier, Headless())
+  refused("'head'. The last ones: .*conv2/", state_of, classifier='head')
 
 
 def test_the_second_step_does_not_compile_again():
@@ -179,10 +177,9 @@ MIXED = {'a': np.array([0.0, 0.3]), 'b': np.array([1.0])}
 
 
 @pytest.mark.parametrize('value', [0.0, 1.0])
-def test_gates_that_are_all_at_one_end_are_refused(value):
+def test_gates_that_are_all_at_one_end_are_refused(value, refused):
   gates = {k: np.full_like(g, value) for k, g in MIXED.items()}
-  with pytest.raises(errors.UserError, match=f'all 3 gates are {value:g}'):
-    searching.check(gates, steps=1)
+  refused(f'all 3 gates are {value:g}', searching.check, gates, steps=1)
   searching.check(gates, steps=0)  # No step leaves them at 1.
   for others in (MIXED, {'a': np.full(3, 0.5)}):
     searching.check(others, steps=1)

@@ -170,7 +170,7 @@ def test_scale_penalty_by_hand():
   assert found['bn']['bias'] == 0 and found['conv']['kernel'] == 0
 
 
-def test_words_of_arms():
+def test_words_of_arms(refused):
   arm = arms.parse('searched+cost0.5+min_share')
   assert arm.scores == 'gates'
   assert arm.overrides == {
@@ -182,11 +182,9 @@ def test_words_of_arms():
   assert arms.parse('cost0.5') == arms.parse('searched+cost0.5')
   assert arms.parse('cost1') == arms.parse('cost')
   assert arms.parse('sensitivity0.2').scores == 'probe'
-  with pytest.raises(errors.UserError, match='must be of the words full'):
-    arms.parse('searched+magic')
+  refused('must be of the words full', arms.parse, 'searched+magic')
   for name in ('uniform+fine_tune', 'tilt1+rewind'):
-    with pytest.raises(errors.UserError, match='no weights to start from'):
-      arms.parse(name)
+    refused('no weights to start from', arms.parse, name)
   cell = plan.cell(config_of('ratio').base, 'seeing+epochs10', 3)
   for c in (cell.wide, cell.config):
     assert c.search.train_classifier and c.search.epochs == 10
@@ -316,19 +314,17 @@ def varied(field, value):
     ({'baseline': 'magic'}, 'baseline must be one of searched; '),
   ],
 )
-def test_errors_of_a_study(change, message):
+def test_errors_of_a_study(change, message, refused):
   study = config_of('headline')
   study.baseline = ''
   study.update_from_flattened_dict(change)
-  with pytest.raises(errors.UserError, match=f'^config.{message}'):
-    plan.cells(study)
+  refused(f'^config.{message}', plan.cells, study)
 
 
-def test_pretraining_is_in_whole_epochs():
+def test_pretraining_is_in_whole_epochs(refused):
   study = config_of('ratio')
   study.update(varied('arm.pretrain_epochs', 0.5))
-  with pytest.raises(errors.UserError, match='^arm.* must be whole epochs'):
-    plan.cells(study)
+  refused('^arm.* must be whole epochs', plan.cells, study)
 
 
 # Results.
@@ -415,11 +411,10 @@ def test_merge_keeps_the_order_of_the_study(tmp_path):
 @pytest.mark.parametrize(
   'wrong', [{'macs': 'many'}, {'counts': [1]}, {'config_hash': None}]
 )
-def test_a_damaged_record_is_refused(tmp_path, wrong):
+def test_a_damaged_record_is_refused(tmp_path, wrong, refused):
   file = tmp_path / 'x.json'
   file.write_text(json.dumps([{**record('searched', 0, None), **wrong}]))
-  with pytest.raises(errors.UserError, match=r'x.json: Expected .* at `\$'):
-    results.read(file)
+  refused(r'x.json: Expected .* at `\$', results.read, file)
 
 
 # Whole studies, on digits.
@@ -579,12 +574,10 @@ def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch, instead):
   assert names == ['uniform', 'searched+cost1+structure', 'searched']
 
 
-def test_modes_want_their_kind_of_config():
+def test_modes_want_their_kind_of_config(refused):
   assert studies.asked('study', config_of('ratio'))
-  with pytest.raises(errors.UserError, match='that of a study'):
-    studies.asked('run', config_of('ratio'))
-  with pytest.raises(errors.UserError, match='that of one run'):
-    studies.asked('study', config_of('ratio').base)
+  refused('that of a study', studies.asked, 'run', config_of('ratio'))
+  refused('that of one run', studies.asked, 'study', config_of('ratio').base)
 
 
 # Processes.

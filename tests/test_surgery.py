@@ -198,15 +198,14 @@ class Standardised(nn.Conv):
     )
 
 
-def test_the_check_finds_what_the_trace_cannot():
+def test_the_check_finds_what_the_trace_cannot(refused):
   liar = own_models.Plain(conv=Standardised)
   sites = surgery.discover(liar, X)
   with pytest.raises(errors.UserError, match='differs from the gated one by'):
     surgery.narrow(liar, sites, (3, 3), verify=True, x=X)
   with pytest.raises(errors.UserError, match='from the gated one by nan'):
     surgery.check(liar, sites, (6, 7), X * np.nan)
-  with pytest.raises(errors.UserError, match='needs images'):
-    surgery.narrow(liar, sites, (3, 3), verify=True)
+  refused('needs images', surgery.narrow, liar, sites, (3, 3), verify=True)
 
 
 class Particular(nn.Module):
@@ -489,16 +488,14 @@ ALONE = nnx.Conv(3, 3, (3,), rngs=nnx.Rngs(0))
     (nn.Conv(3, (3, 3), padding='VALID'), X[:, :2], 'has no pixels left'),
   ],
 )
-def test_what_discover_refuses(model, x, message):
-  with pytest.raises(errors.UserError, match=message) as error:
-    surgery.discover(model, x)
-  assert '\n' not in str(error.value)
+def test_what_discover_refuses(model, x, message, refused):
+  error = refused(message, surgery.discover, model, x)
+  assert '\n' not in str(error)
 
 
-def test_what_the_batch_axis_is_asked_of():
+def test_what_the_batch_axis_is_asked_of(refused):
   case, sites = found('plain')
-  with pytest.raises(errors.UserError, match='without a batch axis'):
-    surgery.cost_model(case.model, sites, X[0])
+  refused('without a batch axis', surgery.cost_model, case.model, sites, X[0])
   # Not of sequences, layers that nn.vmap maps over the batch, or weights.
   sites = surgery.discover(Tokens(), X[:, 0])
   assert sites.left_alone.keys() >= {'alone', 'position'}
@@ -513,16 +510,12 @@ def test_a_shortcut_that_vanishes_between_equal_widths():
     jax.eval_shape(narrow.init, jax.random.key(0), X)
 
 
-def test_wrong_counts_and_missing_gates():
+def test_wrong_counts_and_missing_gates(refused):
   case, sites = found('plain')
   for counts in ((1,), (0, 1), (6, 8), {'Conv_0': 1}):
-    with pytest.raises(errors.UserError, match='counts must'):
-      surgery.narrow(case.model, sites, counts)
+    refused('counts must', surgery.narrow, case.model, sites, counts)
   gated = surgery.gate(case.model, sites)
   plain = own_models.drawn(case.model, X)
-  with pytest.raises(
-    errors.UserError, match="must hold the collection 'gates'"
-  ):
-    gated.apply(plain, X)
+  refused("must hold the collection 'gates'", gated.apply, plain, X)
   with pytest.raises(errors.UserError, match='kept must name .*Conv_1'):
     surgery.slice_variables(case.model, sites, plain, {'Conv_0': [0]})
