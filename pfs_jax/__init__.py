@@ -4,8 +4,6 @@ docs/api.md lists the modules and functions that keep their meaning within a
 minor version. Importing the package imports none of them, so it is quick.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

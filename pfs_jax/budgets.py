@@ -4,8 +4,6 @@ A `Budget` is made once, from the config or by hand, and passed whole to the
 cut (`prune.cut`), to its check before a search, and to the names of its files.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fractions
 import math

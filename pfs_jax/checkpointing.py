@@ -5,8 +5,6 @@ lets several processes agree. The files in a checkpoint have our own format: the
 arrays of the state, and a checksum.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -15,7 +13,7 @@ import pathlib
 import shutil
 import signal
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import jax
 import numpy as np
@@ -45,14 +43,14 @@ class _Handler(ocp.CheckpointHandler):
   lines when the disk is full.
   """
 
-  def save(self, directory: Any, args: _Args) -> None:
+  def save(self, directory: Any, args: '_Args') -> None:
     """Writes the files, on the first process."""
     leaves = map(np.asarray, jax.tree.leaves(jax.device_get(args.state)))
     arrays = {str(i): leaf for i, leaf in enumerate(leaves)}
     storage.write_arrays(pathlib.Path(directory) / _STATE, arrays)
     storage.write_json(pathlib.Path(directory) / _CHECK, args.check)
 
-  def restore(self, directory: Any, args: _Args) -> tuple[Any, Any]:
+  def restore(self, directory: Any, args: '_Args') -> tuple[Any, Any]:
     """(state, check); `args.state` has the shapes and shardings."""
     leaves, tree = jax.tree.flatten(args.state)
     arrays = storage.read_arrays(pathlib.Path(directory) / _STATE)
@@ -103,7 +101,7 @@ class Checkpoints:
       )
     self._skipped: list[int] = []
 
-  def __enter__(self) -> Checkpoints:
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:

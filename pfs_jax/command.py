@@ -4,8 +4,6 @@ python main.py --config configs/digits.py --mode=run
 pfs-jax --config digits --mode=run
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """Configs: built from the table of fields, changed by a file, and checked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zlib

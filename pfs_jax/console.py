@@ -1,7 +1,5 @@
 """What the terminal shows: progress, tables and errors of a few lines."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io
@@ -10,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import jax
 import rich.console
@@ -79,7 +77,7 @@ class Progress:
     about: dict[str, Any] = {'total': total, 'completed': done, 'status': ''}
     self._task = self._bar.add_task(label, **about)
 
-  def __enter__(self) -> Progress:
+  def __enter__(self) -> Self:
     self._bar.start()
     return self
 

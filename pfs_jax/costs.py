@@ -20,13 +20,11 @@ is 1 MAC):
   running statistics are not parameters.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -86,7 +84,7 @@ class Layer:
     if not self.makes:
       object.__setattr__(self, 'makes', ((FIXED, self.outputs),))
 
-  def resized(self, inputs: int, outputs: int) -> Layer:
+  def resized(self, inputs: int, outputs: int) -> Self:
     """The same call with other widths, which are fixed."""
     return dataclasses.replace(
       self, inputs=inputs, outputs=outputs, reads=(), makes=()
@@ -199,7 +197,8 @@ def intercept(
     path = '/'.join(module.path[base:])
     if path in active:
       return next_fun(*args, **kwargs)
-    name = 'inputs' if 'inputs' in kwargs else 'x'
+    names = [n for n in ('inputs', 'x', *kwargs) if n in kwargs]
+    name = names[0] if names else ''
     x = args[0] if args else kwargs[name]
 
     def call(x):

@@ -8,8 +8,6 @@ differentiation works, because `jax.custom_vjp` defines the gradients.
 Measurements: docs/speed.md.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import itertools
@@ -76,7 +74,6 @@ def keep_freed_memory() -> None:
     mallopt(_M_ARENA_MAX, 1)  # A thread's own arena holds no large blocks.
 
 
-@jax.custom_vjp
 def computed_once(x: jax.Array) -> jax.Array:
   """Returns `x`; on CPU, no consumer of `x` computes it again.
 
@@ -87,11 +84,6 @@ def computed_once(x: jax.Array) -> jax.Array:
   return lax.platform_dependent(
     x, cpu=lax.optimization_barrier, default=lambda x: x
   )
-
-
-computed_once.defvjp(
-  lambda x: (computed_once(x), None), lambda _, g: (computed_once(g),)
-)
 
 
 # Convolutions.

@@ -4,8 +4,6 @@ A rule takes a bound layer, its input and its output, and returns the fields of
 `costs.Layer` that describe the call.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
@@ -79,7 +77,9 @@ def norm(module: Any, x: Any, y: Any) -> dict[str, Any]:
   elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
     joint = True
   elif hasattr(module, 'num_groups'):
-    size = module.group_size or channels // (module.num_groups or 1)
+    size = getattr(module, 'group_size', 0) or channels // (
+      module.num_groups or 1
+    )
     if size != 1:
       obstacle = f'it normalises {size} neighbouring channels together'
   return {
@@ -138,37 +138,26 @@ def register_conv(cls: type[nn.Module]) -> None:
   Raises:
     errors.UserError: A field is missing, or as for `register`.
   """
-  _check_class(cls)
-  missing = {'features', 'kernel_size'}.difference(
-    f.name for f in dataclasses.fields(cls)
-  )
-  if missing:
-    raise errors.UserError(
-      f'{cls.__name__} must have the fields features and kernel_size to be a '
-      f'convolution; it has no {" and no ".join(sorted(missing))}.'
-    )
-  register(cls, _own_convolution)
+  register(cls, _own_convolution, 'features', 'kernel_size')
 
 
 def register(
-  cls: type[nn.Module], rule: Callable[[Any, Any, Any], dict[str, Any]]
+  cls: type[nn.Module], rule: Callable[..., dict[str, Any]], *needed: str
 ) -> None:
-  """Registers a class as a layer.
+  """Registers a class of Linen modules that have the needed fields.
 
-  Args:
-    cls: A class of Linen modules.
-    rule: (module, x, y) -> the fields of `Layer` that describe y = module(x).
-
-  Raises:
-    errors.UserError: `cls` is not a class of Linen modules.
+  `rule` maps (module, x, y) to the fields of `Layer` that describe the call
+  y = module(x).
   """
-  _check_class(cls)
-  _RULES[cls] = rule
-
-
-def _check_class(cls: Any) -> None:
   if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
     raise errors.UserError(f'{cls!r} must be a class of flax.linen.Module.')
+  missing = set(needed).difference(f.name for f in dataclasses.fields(cls))
+  if missing:
+    raise errors.UserError(
+      f'{cls.__name__} must have the fields {" and ".join(needed)} to be a '
+      f'convolution; it has no {" and no ".join(sorted(missing))}.'
+    )
+  _RULES[cls] = rule
 
 
 def rule(module: nn.Module) -> Callable[..., dict[str, Any]] | None:

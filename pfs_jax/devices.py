@@ -5,8 +5,6 @@ on every device. The compiler inserts the communication; BatchNorm's statistics
 are those of the global batch.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

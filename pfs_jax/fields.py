@@ -5,8 +5,6 @@ runs), its rule and its meaning. docs/config.md is made from it, by
 benchmarks/config_page.py.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import pathlib

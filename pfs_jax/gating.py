@@ -5,9 +5,8 @@ the widths of the layers that are narrowed. A `groups.Table` says which layers
 these are. The module itself is neither edited nor copied.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,51 @@ import numpy as np
 
 from pfs_jax import costs, errors, groups
 
+# Arguments that tell models whether they train: {name: value in training}.
+TRAIN_NAMES = {
+  'train': True,
+  'training': True,
+  'is_training': True,
+  'deterministic': False,
+  'use_running_average': False,
+  'eval': False,
+  'inference': False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgument:
+  """Calls a model, and tells it by an argument or a field whether it trains.
+
+  Attributes:
+    name: One of `TRAIN_NAMES`, or '' if the model has none of them.
+    field: Whether it names a field of the module, not an argument of the call.
+  """
+
+  name: str
+  field: bool = False
+
+  def __call__(
+    self, module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any
+  ) -> Any:
+    """The module's output."""
+    if self.field:  # The module is the wrapper's own copy.
+      object.__setattr__(module, self.name, TRAIN_NAMES[self.name] == train)
+    elif self.name:
+      kwargs[self.name] = TRAIN_NAMES[self.name] == train
+    return module(x, *args, **kwargs)
+
+
+def train_argument(model: nn.Module) -> TrainArgument:
+  """The way to tell a model whether it trains; arguments before fields."""
+  arguments = inspect.signature(type(model).__call__).parameters
+  fields = [f.name for f in dataclasses.fields(model)]
+  for is_field, there in ((False, arguments), (True, fields)):
+    for name in TRAIN_NAMES:
+      if name in there:
+        return TrainArgument(name, is_field)
+  return TrainArgument('')
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
@@ -25,9 +69,7 @@ class Source:
 
   Attributes:
     model: A Linen module.
-    call: (module, x, *args, train, **kwargs) -> output. If its attribute
-      `field` is true, the module's field `call.name` is set to
-      `call.value(train)`.
+    call: (module, x, *args, train, **kwargs) -> output; None: the module.
   """
 
   model: nn.Module
@@ -87,11 +129,9 @@ class Wrapped(nn.Module):
       errors.UserError: The gates are missing; or, in `init`, the model's code
         does not call a layer at these widths.
     """
-    call: Any = self.source.call
-    told_by_field = getattr(call, 'field', False)
-    fields = {call.name: call.value(train)} if told_by_field else {}
+    call: Any = self.source.call or type(self.model).__call__
     # The model lives in the wrapper's own scope: no name is added to its tree.
-    model = self.model.clone(parent=self.scope, _deep_clone=True, **fields)
+    model = self.model.clone(parent=self.scope, _deep_clone=True)
     called = set()
     with nn.intercept_methods(self._interceptor(self._gates(), called)):
       y = call(model, x, *args, train=train, **kwargs)

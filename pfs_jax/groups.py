@@ -12,12 +12,10 @@ reads all of `a` and a fixed channel, and makes `b`, has
   reads [0, 1, 2, -1], makes [3, 4].
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import flax
 import flax.linen as nn
@@ -170,7 +168,7 @@ class Table:
         f'{", ".join(given)}.'
       )
 
-  def narrowed(self, counts: Sequence[int]) -> Table:
+  def narrowed(self, counts: Sequence[int]) -> Self:
     """The table of the network with the first channels of each group."""
     kept = dict(zip(self.sizes, map(range, counts), strict=True))
     keeps = np.append(self.mask(kept), True)  # Unit -1 reads the last entry.

@@ -1,7 +1,5 @@
 """Weights from PyTorch, under the names of the published implementation."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from typing import Any

@@ -14,8 +14,6 @@ add [7, 2.0]
 [7]
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ overlap of layers. So the whole network is timed afterwards (`measure`), and the
 difference is shown; a budget in milliseconds is a budget on the *sum*.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

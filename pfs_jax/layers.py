@@ -1,7 +1,5 @@
 """What the built-in families share: layers, pooling, and a base class."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -131,6 +129,39 @@ class ConvBN(nn.Module):
     )(x)
 
 
+class Block(nn.Module):
+  """`ConvBN`s in a row, with activations between them, and a sum around them.
+
+  All widths are given, and none is derived from another one: after a cut, a
+  hidden width can equal the input's.
+
+  Attributes:
+    convs: (name, features, kernel, stride, groups) of each, or the first of it.
+    conv: `ConvBN` with the network's epsilon and dtype.
+    activation: Has gradient 0 at 0: a gate that reaches 0 stays there.
+    residual: Whether the input is added to the output.
+    shortcut: (features, kernel, stride) of a convolution of the input; () for
+      none.
+  """
+
+  convs: tuple[tuple[Any, ...], ...]
+  conv: Callable[..., ConvBN]
+  activation: Callable[[jax.Array], jax.Array] = nn.relu
+  residual: bool = False
+  shortcut: tuple[int, ...] = ()
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[N, H, W, C] -> [N, H', W', features of the last one]."""
+    y = x
+    for i, (name, *fields) in enumerate(self.convs):
+      y = self.activation(y) if i else y
+      y = self.conv(*fields, name=name)(y, train)
+    if self.shortcut:
+      x = self.conv(*self.shortcut, name='shortcut')(x, train)
+    return x + y if self.residual else y
+
+
 class GlobalAvgPool(nn.Module):
   """Mean over all positions, [N, H, W, C] -> [N, C].
 
@@ -164,12 +195,18 @@ class Classifier(nn.Module):
   Attributes:
     num_classes: Number of classes.
     counts: Channels of the groups, in the order of the family's `gate_sizes`.
+    variant: The name in the registry.
+    width: Base width, where the counts do not say all.
+    multiplier: Widens block outputs, in the families that allow it.
     epsilon: BatchNorm's epsilon.
     dtype: Dtype of the computation.
   """
 
   num_classes: int
   counts: tuple[int, ...]
+  variant: str = ''
+  width: int = 0
+  multiplier: float = 1.0
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
 

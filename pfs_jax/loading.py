@@ -1,7 +1,5 @@
 """Loads the trained network of a finished workdir."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping
 from typing import Any

@@ -8,8 +8,6 @@ weights are good. The remedy (Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
 2021) is to compute the statistics of the present weights over some batches.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -10,8 +10,6 @@ things end all processes soon, with one line that says which one failed and why:
   (`tell`), and a thread in each process asks for such messages.
 """
 
-from __future__ import annotations
-
 import atexit
 import collections
 import contextlib

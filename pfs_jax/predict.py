@@ -3,8 +3,6 @@
 python -m pfs_jax.predict exported_dir image.png [image2.png ...]
 """
 
-from __future__ import annotations
-
 import argparse
 import pathlib
 import sys

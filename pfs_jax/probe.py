@@ -8,8 +8,6 @@ Adjustment, arXiv 2004.02767, section 3). Channels without gates, such as the
 residual stream of a ResNet, are not probed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

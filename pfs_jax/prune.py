@@ -4,8 +4,6 @@ Plain NumPy: a cut depends on the gates and the cost model alone, takes
 milliseconds, and is the same on every machine and every run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A name is a kind, followed by a number for some kinds: `layer_mean`, `cost0.5`,
 `tilt-0.4`. `scores.ranked` says what each kind does.
 """
 
-from __future__ import annotations
-
 import re
 
 from pfs_jax import errors

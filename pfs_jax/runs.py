@@ -5,8 +5,6 @@ workdir/ config.json versions.json structure.json kept.json result.json
          train/  config.json checkpoints/ events/ metrics.jsonl
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata
@@ -20,7 +18,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NotRequired, TypedDict, cast
+from typing import Annotated, Any, NotRequired, Self, TypedDict, cast
 
 import jax
 import msgspec
@@ -140,12 +138,22 @@ def claim_part(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
     claim(folder, storage.read_json(path, dict[str, Any]) | dict(values))
 
 
-def give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
+@contextlib.contextmanager
+def giving_back(workdir: pathlib.Path) -> Iterator[None]:
   """Removes what a refused command wrote where it did no work yet.
 
-  Else the corrected command would be refused, too. `made`: the folders that the
-  command made, from the workdir upwards; empty if the workdir existed.
+  Else the corrected command would be refused, too. The folders that it made are
+  removed as well, from the workdir upwards.
   """
+  made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+  try:
+    yield
+  except (errors.UserError, OSError):
+    _give_back(workdir, made)
+    raise
+
+
+def _give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
   with contextlib.suppress(OSError):
     for path in _claimed:
       if path.is_relative_to(workdir) and [*path.parent.glob('*')] == [path]:
@@ -162,7 +170,7 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Result(TypedDict):
-  """result.json, which is written at the end of a training."""
+  """What is read of result.json, which is written at the end of a training."""
 
   test_accuracy: _Share
   reference_test_accuracy: _Share | None
@@ -174,17 +182,9 @@ class Result(TypedDict):
   class_names: list[str]
   steps: _Count
   seconds: Annotated[float, msgspec.Meta(ge=0)]
-  # What only people and reports read:
-  test_loss: NotRequired[float]
+  # What only reports read:
   latency: NotRequired[dict[str, int | float]]
   warnings: NotRequired[list[str]]
-  reference_macs: NotRequired[_Count]
-  reference_params: NotRequired[_Count]
-  searched_macs: NotRequired[_Count]
-  macs_share: NotRequired[float]
-  model: NotRequired[dict[str, Any]]
-  seed: NotRequired[int]
-  search: NotRequired[dict[str, Any]]
   versions: NotRequired[dict[str, Any]]
   config: NotRequired[dict[str, Any]]
 
@@ -246,7 +246,7 @@ class MetricsLog:
       with contextlib.suppress(OSError):  # `write` reported it.
         file.close()
 
-  def __enter__(self) -> MetricsLog:
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, kind: type | None, *_: object) -> None:
@@ -314,7 +314,7 @@ class StopSignal:
   def __init__(self):
     self.number: int | None = None
 
-  def __enter__(self) -> StopSignal:
+  def __enter__(self) -> Self:
     one = jax.process_count() == 1
     numbers = (signal.SIGTERM, signal.SIGINT) if one else ()
     self._before = {s: signal.signal(s, self._handle) for s in numbers}

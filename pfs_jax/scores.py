@@ -5,8 +5,6 @@ are the scores. This module has all other scores that a cut can start from. They
 are {layer name: [C] float}, in the order of the cost model.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict

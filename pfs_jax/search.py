@@ -20,8 +20,6 @@ gradient of the cross-entropy, and sign(0) = 0 stops that of the regulariser.
 SiLU, GELU and hard swish have the derivative 0.5 there, so gates can return.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any

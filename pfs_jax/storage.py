@@ -9,8 +9,6 @@ it, and a reader refuses the file if it differs. A writer removes the note
 before it changes the file, so a crash never leaves a wrong note.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,11 +1,9 @@
 """A structure: channel counts, in a JSON file that a person can edit."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
@@ -71,7 +69,7 @@ class Structure:
     return json.dumps({'schema': SCHEMA, 'counts': layers, **fields}, indent=2)
 
   @classmethod
-  def from_json(cls, text: str, where: object = 'structure') -> Structure:
+  def from_json(cls, text: str, where: object = 'structure') -> Self:
     """Reads what `to_json` wrote, also if a person edited it.
 
     `where` is the name of the text in errors, such as the path of the file.

@@ -3,8 +3,6 @@
 `console.table` is the third writer; it prints to the terminal.
 """
 
-from __future__ import annotations
-
 import html as html_lib
 import re
 from collections.abc import Sequence

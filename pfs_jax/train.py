@@ -3,8 +3,6 @@
 Searches and trainings use the same loop; the step is an argument of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -5,8 +5,6 @@ imported and called. What data files (manifests, structures, checkpoints) name
 is never imported or called.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

@@ -397,6 +397,22 @@ class Attending(nn.Module):
     return nn.Dense(3)(jnp.einsum('nc,cd->nd', x, mix))
 
 
+class Between(nn.Module):
+  """An operation of the model's own between two units."""
+
+  operation: Any  # x -> x.
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = self.operation(unit(train, x, 8, 'first'))
+    return nn.Dense(3)(unit(train, x, 5, 'second').mean((1, 2)))
+
+
+def printing(x):
+  jax.debug.print('called')
+  return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A model and what is to be found in it."""
@@ -533,6 +549,26 @@ CASES = {
     {'CheckpointConv_0': 6, 'CheckpointConv_1': 7},
   ),
   'attending': Case(Attending(), {'conv': 6}),
+  'rolled': Case(
+    Between(lambda x: jnp.roll(x, 1, -1)),
+    {'second': 5},
+    {'first': "the model's code"},
+  ),
+  'doubled end': Case(
+    Between(lambda x: jnp.concatenate([x, x[..., -1:]], -1)),
+    {'second': 5},
+    {'first': "the model's code"},
+  ),
+  'chosen': Case(
+    Between(lambda x: jnp.take(x, jnp.array([0, 3, 7]), axis=-1)),
+    {'second': 5},
+    {'first': "the model's code"},
+  ),
+  'spread': Case(
+    Between(lambda x: x * x.std((1, 2), keepdims=True)),
+    {'first': 8, 'second': 5},
+  ),
+  'printing': Case(Between(printing), {'first': 8, 'second': 5}),
   'halves': Case(Halves(), {'both': 4, 'next': 4}),
   'layered': Case(
     Layered(),

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from pfs_jax import config, console, data, errors, storage
-from pfs_jax.data import archives, prepare, records, specs, upstream
+from pfs_jax.data import prepare, records, specs, upstream
 from tests import processes
 
 DEBIAN = pathlib.Path(upstream.DEBIAN_FASHION)
@@ -360,47 +360,6 @@ def test_debian_fashion_mnist(tmp_path):
     seconds, imported = processes.output(command).split()
     assert imported == imports
   assert float(seconds) < 1  # CPU time: other work does not change it.
-
-
-# Archives are read in memory: nothing that they name is ever opened.
-
-
-def test_evil_archives_are_refused(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  (good,) = _fake_files('cifar100').values()
-  names = ['train.bin', 'test.bin']
-
-  def read(content):
-    return archives.members(content, 'cifar-100-binary/', names)
-
-  parts = {f'cifar-100-binary/{k}': v for k, v in read(good).items()}
-  assert list(parts) == [f'cifar-100-binary/{n}' for n in names]
-  # Names that lead out of a folder are passed over; nothing is written.
-  stray = {'../evil.txt': b'x', '/tmp/evil': b'x', **parts}
-  assert read(_tar_gz(stray)) == read(good)
-  for kind, target in (
-    (tarfile.CHRTYPE, ''),
-    (tarfile.SYMTYPE, '/etc/hostname'),
-    (tarfile.LNKTYPE, '../../etc/hostname'),
-  ):
-    evil = tarfile.TarInfo('cifar-100-binary/train.bin')
-    evil.type, evil.linkname = kind, target
-    with pytest.raises(ValueError, match='is not one regular file'):
-      read(_tar_gz({evil: b'', **parts}))
-  with pytest.raises(ValueError, match='test.bin is missing'):
-    read(_tar_gz({'cifar-100-binary/train.bin': b''}))
-  for broken in (b'', b'hello', good[:-40], gzip.compress(b'no archive')):
-    with pytest.raises(errors.UserError) as e:
-      archives.parse('cifar100', {'cifar-100-binary.tar.gz': broken})
-    assert len(str(e.value).splitlines()) == 1
-  monkeypatch.setattr(archives, 'MAX_BYTES', 1 << 16)  # A bomb unpacks to more.
-  bomb = {'train.bin': bytes(1 << 20)}
-  for content in (_tar_gz(bomb), _tar_gz({'unknown': bytes(1 << 20)})):
-    with pytest.raises(ValueError, match='unpacks to more than'):
-      read(content)
-  with pytest.raises(ValueError, match='unpacks to more than'):
-    archives.idx(gzip.compress(bytes(1 << 20)))
-  assert list(tmp_path.rglob('*')) == []
 
 
 # The network.

@@ -20,6 +20,7 @@ from sklearn import datasets
 
 from pfs_jax import config, data, errors, stages
 from pfs_jax.data import listing, own
+from pfs_jax.studies import tournament
 from tests import processes, small_run
 
 
@@ -395,7 +396,6 @@ def test_a_workdir_keeps_to_its_data(tmp_path, refused):
     refused('differs', data.open_set, c, workdir)
 
 
-@pytest.mark.slow  # A whole run.
 def test_what_reads_no_images_needs_no_data(tmp_path, capsys, refused):
   """The facts of the data are noted in the workdir."""
   path, workdir = _npz(tmp_path / 'mine.npz'), tmp_path / 'w'
@@ -408,14 +408,23 @@ def test_what_reads_no_images_needs_no_data(tmp_path, capsys, refused):
   assert job.spec == before
   stages.execute('info', job)
   assert 'floor' in capsys.readouterr().out
-  refused('mine.npz does not exist', stages.execute, 'train', job)
-  refused('mine.npz does not exist', stages.Job, c, tmp_path / 'other')
+  refused('mine.npz must be a .npz', stages.execute, 'train', job)
+  refused('mine.npz must be a .npz', stages.Job, c, tmp_path / 'other')
   wrong = {**dataclasses.asdict(before), 'channels': 3}
   (workdir / 'data.json').write_text(json.dumps(wrong))
   (workdir / 'checksums.json').unlink()
   refused('data.json: mean and std must', stages.Job, c, workdir)
 
 
+def test_a_refused_tournament_leaves_nothing(tmp_path, refused):
+  c = small_run.config(data__name='npz', data__validation_examples=10)
+  c.data.source_dir = str(_npz(tmp_path / 'mine.npz'))
+  c.search.batch_size = c.train.batch_size = 16
+  refused('probe.share must be', tournament.run, c, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.slow  # A whole run.
 def test_a_folder_from_the_command_line(tmp_path):
   source = datasets.load_digits()
   for i, image in enumerate(source.images[:600]):

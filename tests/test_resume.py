@@ -91,6 +91,21 @@ def test_a_finished_run_is_only_read(finished, capsys, monkeypatch, refused):
   assert written() == before
 
 
+def test_the_gates_are_those_of_the_selected_step(finished, monkeypatch):
+  saved = sorted((finished / 'search' / 'gates').glob('*.npz'))
+  first, last = (storage.read_arrays(path) for path in saved[:: len(saved) - 1])
+  step = int(saved[0].stem)
+  monkeypatch.setattr(stages.searching.search, 'select', lambda *_: step)
+  for name in ('search/gates.npz', 'result.json'):
+    (finished / name).unlink()
+  shutil.rmtree(finished / 'train')
+  execute('search', finished)
+  found = storage.read_arrays(finished / 'search' / 'gates.npz')
+  for name, expected in first.items():
+    np.testing.assert_array_equal(found[name], expected)
+    assert (expected != last[name]).any()
+
+
 def test_no_search_is_made_for_a_ranking_that_needs_none(tmp_path):
   execute('run', tmp_path, budget__ranking='uniform', train__epochs=0.1)
   assert (tmp_path / 'result.json').exists()

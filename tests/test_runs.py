@@ -408,11 +408,13 @@ def test_another_identity_is_refused_by_what_differs(tmp_path, refused):
 def test_only_claims_without_work_are_given_back(tmp_path):
   """A refused command removes its own claims, and no other run's or work."""
   parts = ('mine/search', 'mine/train', 'mine/gone', 'other/search')
-  for part in parts:
-    runs.claim(tmp_path / part, IDENTITY)
-  shutil.rmtree(tmp_path / 'mine' / 'gone')
-  (tmp_path / 'mine' / 'train' / 'metrics.jsonl').touch()
-  runs.give_back(tmp_path / 'mine', [tmp_path / 'mine'])
+  refusal = pytest.raises(errors.UserError)
+  with refusal, runs.giving_back(tmp_path / 'mine'):
+    for part in parts:
+      runs.claim(tmp_path / part, IDENTITY)
+    shutil.rmtree(tmp_path / 'mine' / 'gone')
+    (tmp_path / 'mine' / 'train' / 'metrics.jsonl').touch()
+    raise errors.UserError('no')
   left = {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob('*.json')}
   assert left == {'mine/train', 'other/search'}
 

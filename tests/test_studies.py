@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import study_results
-from pfs_jax import errors, models, prune, scores, studies
+from pfs_jax import errors, models, prune, scores, stages, studies
 from pfs_jax.studies import arms, cells, engine, plan, products, results, tables
 from pfs_jax.studies import statistics as stats
 from tests import own_models, processes
@@ -183,6 +183,9 @@ def test_words_of_arms(refused):
   assert arms.parse('cost1') == arms.parse('cost')
   assert arms.parse('sensitivity0.2').scores == 'probe'
   refused('must be of the words full', arms.parse, 'searched+magic')
+  given = (config_of('ratio').base, 'pretrained', 0)
+  field = {'arm.pretrain_epochs': -1}
+  refused('must be whole epochs, or all', plan.cell, *given, field)
   for name in ('uniform+fine_tune', 'tilt1+rewind'):
     refused('no weights to start from', arms.parse, name)
   cell = plan.cell(config_of('ratio').base, 'seeing+epochs10', 3)
@@ -321,6 +324,15 @@ def test_errors_of_a_study(change, message, refused):
   refused(f'^config.{message}', plan.cells, study)
 
 
+def test_wide_training_leaves_out_the_images_held_out(tmp_path, monkeypatch):
+  given = {}
+  monkeypatch.setattr(stages, 'fit', lambda *_, **more: given.update(more))
+  cell = plan.cell(config_of('ratio').base, 'pretrained', 0)
+  with pytest.raises(AttributeError):  # There is no state.
+    products.trained(cell, tmp_path, math.inf)
+  assert given['hold_out']
+
+
 def test_pretraining_is_in_whole_epochs(refused):
   study = config_of('ratio')
   study.update(varied('arm.pretrain_epochs', 0.5))
@@ -409,7 +421,13 @@ def test_merge_keeps_the_order_of_the_study(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'wrong', [{'macs': 'many'}, {'counts': [1]}, {'config_hash': None}]
+  'wrong',
+  [
+    {'macs': 'many'},
+    {'counts': [1]},
+    {'config_hash': None},
+    {'kept': {'conv': 'zz'}},
+  ],
 )
 def test_a_damaged_record_is_refused(tmp_path, wrong, refused):
   file = tmp_path / 'x.json'

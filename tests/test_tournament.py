@@ -274,6 +274,7 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
 
   def fit(job, module, folder, *args, **kwargs):
     trained.append(folder.name)
+    assert kwargs['hold_out']  # The probe measures on the images held out.
     if len(trained) == 2:
       raise Cut
     return plain(job, module, folder, *args, **kwargs)
@@ -294,7 +295,12 @@ def test_a_probe_goes_on_and_its_profile_is_cut(tmp_path, monkeypatch, capsys):
   assert tuple(found['layers']) == tuple(found['mean']) == layers
   assert np.shape(found['losses']) == (len(layers), 2)
   # The second step probes the widths that the first one gave.
-  first = storage.read_arrays(job.workdir / 'probe/step0-seed0/rises.npz')
+  first, second = (
+    storage.read_arrays(job.workdir / f'probe/step{i}-seed0/rises.npz')
+    for i in range(2)
+  )
+  seconds = float(first['seconds'] + second['seconds'])
+  assert found['seconds'] == pytest.approx(seconds, abs=1e-3)
   finding = probe.finding(layers, first['rises'][None])
   weights = scores.damped(finding.losses, 0.5)
   assert found['before'] == pytest.approx(weights)

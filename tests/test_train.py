@@ -233,6 +233,26 @@ def test_the_step_is_gradient_descent_on_the_loss():
   )
 
 
+class Dropping(nn.Module):
+  """Dropout on the pixels, as logits."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+    return nn.Dense(3, name='linear')(x)
+
+
+def test_each_step_draws_its_own_dropout():
+  state, x = make_state(Dropping()), jnp.ones((2, 8, 8, 1))
+  later = state.replace(step=state.step + 1)
+  first, again, other = (
+    train.logits(s, {'params': state.params}, x)[0]
+    for s in (state, state, later)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).all()
+
+
 def test_the_second_step_does_not_compile_again():
   # A module of its own, since other tests compiled for Tiny().
   def fresh():

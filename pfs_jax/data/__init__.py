@@ -4,8 +4,6 @@ This package imports neither TFDS nor scikit-learn; a data set that needs one of
 them imports it when it is read.
 """
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

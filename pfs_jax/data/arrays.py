@@ -1,8 +1,7 @@
 """Data sets that fit in memory, as NumPy arrays."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -29,7 +28,7 @@ class Dataset:
   test_labels: np.ndarray
   spec: specs.Spec
 
-  def first(self, count: int) -> Dataset:
+  def first(self, count: int) -> Self:
     """The data set with the first `count` training images; 0 keeps all.
 
     Raises:

@@ -1,7 +1,5 @@
 """Colour augmentation of images of 0..1, in the compiled step."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """Decodes an image file to uint8 pixels, on the host. Imports no JAX."""
 
-from __future__ import annotations
-
 import io
 import math
 

@@ -4,12 +4,11 @@ A folder may come from anywhere. Only regular files inside it are read: a link
 that leads out of it, a pipe or a device is refused.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os
 import pathlib
+from typing import Self
 
 import numpy as np
 
@@ -52,7 +51,7 @@ class Folder:
       raise ValueError(f'larger than {MAX_BYTES >> 20} MiB')
     return content, int(self.labels[i])
 
-  def subset(self, mask: np.ndarray) -> Folder:
+  def subset(self, mask: np.ndarray) -> Self:
     """The images where `mask` (bool [N]) holds, of the same classes."""
     return dataclasses.replace(
       self, labels=self.labels[mask], names=self.names[mask]

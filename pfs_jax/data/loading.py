@@ -7,8 +7,6 @@ global lock while it decodes and resizes, so threads are as fast as processes
 here (measured: docs/imagenet.md).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

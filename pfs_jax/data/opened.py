@@ -1,12 +1,10 @@
 """The data set of a config, opened: batches to train on and to evaluate."""
 
-from __future__ import annotations
-
 import abc
 import copy
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, Self
 
 import jax
 import ml_collections
@@ -39,7 +37,7 @@ class Opened(abc.ABC):
   _train: Any
   _test: Any
 
-  def under(self, c: ml_collections.ConfigDict) -> Opened:
+  def under(self, c: ml_collections.ConfigDict) -> Self:
     """The same images under the same config with another seed."""
     other = copy.copy(self)
     other._config = c

@@ -4,8 +4,6 @@ All three become arrays in memory. The training images are shuffled once, by a
 fixed permutation, so that the last ones can be held out as a random sample.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import pathlib

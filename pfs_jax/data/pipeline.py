@@ -6,8 +6,6 @@ So the state of the pipeline is the step alone: a run that continues gets
 exactly the batches of a run without interruption, on any number of devices.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator

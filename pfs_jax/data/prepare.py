@@ -7,8 +7,6 @@ Both give TFDS's order: by the MD5 of split and original index, the same on
 every machine, with classes well mixed.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io

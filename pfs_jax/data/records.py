@@ -1,7 +1,5 @@
 """Reads data that TFDS has prepared in `data_dir`, without TensorFlow."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pathlib

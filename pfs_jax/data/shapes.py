@@ -4,8 +4,6 @@ It is meant for smoke runs and tests of the code that reads ImageNet: real files
 in class folders, of several sizes, which a small network learns in a minute.
 """
 
-from __future__ import annotations
-
 import contextlib
 import pathlib
 import tempfile

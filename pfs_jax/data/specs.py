@@ -4,8 +4,6 @@ Imports neither JAX nor TFDS: `--mode=info` and the validation of a config need
 sizes and names only.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ broken download leaves no file on the disk. TFDS's own list has the name, the
 length and the sha256 of each file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import http.client
 import threading

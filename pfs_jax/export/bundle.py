@@ -8,8 +8,6 @@ fresh process, and compared. Only then is the folder renamed to the target, so
 that every export that exists has passed the check.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

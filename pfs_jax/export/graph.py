@@ -3,8 +3,6 @@
 The file needs opset 17 (2022), which all current runtimes read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence

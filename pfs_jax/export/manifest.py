@@ -1,7 +1,5 @@
 """Describes an export: manifest.json, metadata, and a model card."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

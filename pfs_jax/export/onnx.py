@@ -6,8 +6,6 @@ remains becomes one of ONNX. This works for any module whose operators are in
 `operators.TABLE`. Any other operator is refused, and the error names it.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ value therefore has the order in which the graph holds its axes. A Transpose is
 written only where two orders meet, which as a rule is only behind the input.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The batch size is a symbol. JAX reads the file without Flax and without this
 package; jax.export keeps it readable for six months of JAX releases.
 """
 
-from __future__ import annotations
-
 import pathlib
 import re
 from collections.abc import Callable, Mapping

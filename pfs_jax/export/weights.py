@@ -1,7 +1,5 @@
 """safetensors: the variables by path; a reader builds the network again."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -23,11 +23,6 @@ A group has two BatchNorms. The table of groups decides which of them carries
 the gates (`registry.GATE_SITES`, docs/gate_sites.md).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 
@@ -88,30 +83,6 @@ def gate_sizes(name: str, width: int) -> dict[str, int]:
   return {**sizes, 'last': V2_LAST * width // DEFAULT_WIDTH}
 
 
-class Separable(nn.Module):
-  """A depthwise 3x3 and a dense 1x1 convolution, both with BatchNorm and ReLU.
-
-  Attributes:
-    features: Output channels.
-    stride: Stride of the depthwise convolution.
-    conv: `layers.ConvBN` with the network's epsilon and dtype.
-  """
-
-  features: int
-  stride: int
-  conv: Callable[..., layers.ConvBN]
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[N, H, W, C] -> [N, H', W', features]."""
-    channels = x.shape[-1]
-    x = self.conv(
-      channels, stride=self.stride, groups=channels, name='depthwise'
-    )(x, train)
-    x = nn.relu(x)  # Gradient 0 at 0: a gate that reaches 0 stays there.
-    return nn.relu(self.conv(self.features, 1, name='pointwise')(x, train))
-
-
 class MobileNetV1(layers.Classifier):
   """A stem and 13 separable blocks."""
 
@@ -121,57 +92,20 @@ class MobileNetV1(layers.Classifier):
     conv = self.conv
     x = nn.relu(conv(self.counts[0], stride=2, name='stem')(x, train))
     for i, (_, stride) in enumerate(V1_BLOCKS):
-      block = Separable(self.counts[i + 1], stride, conv, name=f'block{i}')
-      x = block(x, train)
+      channels, features = self.counts[i : i + 2]
+      convs = (
+        ('depthwise', channels, 3, stride, channels),
+        ('pointwise', features, 1),
+      )
+      x = nn.relu(layers.Block(convs, conv, name=f'block{i}')(x, train))
     return self.linear(layers.GlobalAvgPool()(x), layers.normal_001)
-
-
-class InvertedResidual(nn.Module):
-  """1x1 expansion, depthwise 3x3, 1x1 projection; ReLU6 after the first two.
-
-  `expand` and `residual` are given, and not derived from the widths: after a
-  cut a hidden width can equal the input's.
-
-  Attributes:
-    features: Output channels.
-    hidden: Channels between expansion and projection.
-    stride: Stride of the depthwise convolution.
-    expand: Whether there is an expansion.
-    residual: Whether the input is added to the output.
-    conv: `layers.ConvBN` with the network's epsilon and dtype.
-  """
-
-  features: int
-  hidden: int
-  stride: int
-  expand: bool
-  residual: bool
-  conv: Callable[..., layers.ConvBN]
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[N, H, W, C] -> [N, H', W', features]."""
-    y, hidden = x, self.hidden
-    if self.expand:
-      y = nn.relu6(self.conv(hidden, 1, name='expand')(y, train))
-    depthwise = self.conv(
-      hidden, stride=self.stride, groups=hidden, name='depthwise'
-    )
-    y = nn.relu6(depthwise(y, train))
-    y = self.conv(self.features, 1, name='project')(y, train)
-    return cpu.computed_once(x + y) if self.residual else y
 
 
 class MobileNetV2(layers.Classifier):
   """A stem, 17 inverted residual blocks and a last 1x1 convolution.
 
-  Block 0's hidden width is the stem's.
-
-  Attributes:
-    multiplier: Widens the block outputs.
+  Block 0's hidden width is the stem's. ReLU6 follows all but the projections.
   """
-
-  multiplier: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -179,24 +113,17 @@ class MobileNetV2(layers.Classifier):
     conv = self.conv
     x = nn.relu6(conv(self.counts[0], stride=2, name='stem')(x, train))
     for i, (_, features, stride, residual) in enumerate(V2_BLOCKS):
-      x = InvertedResidual(
-        features=max(1, round(features * self.multiplier)),
-        hidden=self.counts[i],
-        stride=stride,
-        expand=i > 0,
-        residual=residual,
-        conv=conv,
-        name=f'block{i}',
-      )(x, train)
+      hidden = self.counts[i]
+      convs = (
+        *[('expand', hidden, 1)] * (i > 0),
+        ('depthwise', hidden, 3, stride, hidden),
+        ('project', max(1, round(features * self.multiplier)), 1),
+      )
+      block = layers.Block(convs, conv, nn.relu6, residual, name=f'block{i}')
+      x = block(x, train)
+      x = cpu.computed_once(x) if residual else x
     x = nn.relu6(conv(self.counts[-1], 1, name='last')(x, train))
     return self.linear(layers.GlobalAvgPool()(x), layers.normal_001)
 
 
-def build(
-  name: str, width: int, multiplier: float, **fields: Any
-) -> MobileNetV1 | MobileNetV2:
-  """The module; `fields` are those of `layers.Classifier`."""
-  del width  # The counts are enough.
-  if name == 'mobilenet_v1':
-    return MobileNetV1(**fields)
-  return MobileNetV2(multiplier=multiplier, **fields)
+CLASSES = {'mobilenet_v1': MobileNetV1, 'mobilenet_v2': MobileNetV2}

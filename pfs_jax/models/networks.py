@@ -1,7 +1,5 @@
 """A network to search, as the stages use it, and its structures."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence

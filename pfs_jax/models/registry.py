@@ -11,9 +11,6 @@ channels of the gated layers, in the order of `gate_sizes` (None: all).
 True
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,8 +23,8 @@ from pfs_jax import costs, cpu, errors, gating, groups, layers
 from pfs_jax.models import mobilenet, resnet, vgg
 
 # {name: the module of its family}. A module has WIDTHS, {name: the base width
-# that None stands for}, gate_sizes(name, width), and build(name, width,
-# multiplier, num_classes=, counts=, dtype=).
+# that None stands for}, CLASSES, {name: a `layers.Classifier`}, and
+# gate_sizes(name, width).
 _FAMILIES: dict[str, Any] = {
   name: module for module in (resnet, vgg, mobilenet) for name in module.WIDTHS
 }
@@ -105,14 +102,15 @@ def build(
       f'got {gate_site!r}.'
     )
   sizes = gate_sizes(name, width)
-  counts = tuple(map(int, sizes.values() if counts is None else counts))
-  if len(counts) != len(sizes) or min(counts) < 1:
+  given = tuple(sizes.values() if counts is None else counts)
+  counts = tuple(map(int, given))
+  if len(counts) != len(sizes) or min(counts) < 1 or counts != given:
     raise errors.UserError(
       f'counts of {name} must be {len(sizes)} integers >= 1, one for each '
-      f'gated layer; got {len(counts)}, the least {min(counts, default=None)}.'
+      f'gated layer; got {len(given)}, the least {min(given, default=None)}.'
     )
-  fields = {'num_classes': num_classes, 'counts': counts, 'dtype': dtype}
-  module = _family(name).build(name, width, multiplier, **fields)
+  made = _family(name).CLASSES[name]
+  module = made(num_classes, counts, name, width, multiplier, dtype=dtype)
   if not gated:
     return module
   # The BatchNorms that carry the gates are the same for all sizes.
@@ -128,10 +126,6 @@ def _marked_calls(
   marks = groups.marks(len(gate_sizes(name, width)))
   marked = build(name, num_classes, width, marks, multiplier=multiplier)
   return costs.record_module(marked, shape)
-
-
-def _call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-  return module(x, train=train)
 
 
 def table(
@@ -151,13 +145,12 @@ def table(
   """
   shape = (image_size, image_size, channels)
   sizes = gate_sizes(name, width)
-  found = groups.from_marks(
+  return groups.from_marks(
     _marked_calls(name, num_classes, shape, width, multiplier),
     dict(zip(sizes, counts or sizes.values(), strict=True)),
     carrier=-1 if gate_site == 'acting' else 0,
     dtype=layers.param_dtype(dtype),
   )
-  return dataclasses.replace(found, call=_call)
 
 
 def gates_by_layer(name: str, gates: Mapping[str, Any]) -> dict[str, Any]:

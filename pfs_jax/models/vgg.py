@@ -9,10 +9,6 @@ make a side of the map shorter than 2. So 32x32 and 28x28 images end at 2x2 and
 published) and is one linear layer.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import flax.linen as nn
 import jax
 
@@ -34,19 +30,13 @@ def gate_sizes(name: str, width: int) -> dict[str, int]:
 
 
 class VGG(layers.Classifier):
-  """VGG with BatchNorm, whose scales start at 0.5 as published.
-
-  Attributes:
-    depths: Convolutions in each of the five stages.
-  """
-
-  depths: tuple[int, ...] = ()
+  """VGG with BatchNorm, whose scales start at 0.5 as published."""
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[N, H, W, C] -> logits [N, num_classes]."""
     i = 0
-    for stage, depth in enumerate(self.depths):
+    for stage, depth in enumerate(DEPTHS[self.variant]):
       if stage and min(x.shape[1:3]) >= 4:
         x = layers.max_pool(x)
       for _ in range(depth):
@@ -56,7 +46,4 @@ class VGG(layers.Classifier):
     return self.linear(x.mean(axis=(1, 2)), layers.normal_001)
 
 
-def build(name: str, width: int, multiplier: float, **fields: Any) -> VGG:
-  """The module; `fields` are those of `layers.Classifier`."""
-  del width, multiplier  # The counts are enough.
-  return VGG(depths=DEPTHS[name], **fields)
+CLASSES = dict.fromkeys(DEPTHS, VGG)

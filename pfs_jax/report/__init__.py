@@ -8,8 +8,6 @@ same bytes. `figures` draws, `page` fills page.html; `run_page`, `run_logs` and
 `study_page` fill a page from the files.
 """
 
-from __future__ import annotations
-
 import pathlib
 
 import ml_collections

@@ -5,8 +5,6 @@ line style or label. Pictures are narrow enough (4.8 inches) to be read on a
 phone. The same numbers give the same bytes. Draw them inside `style`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -3,14 +3,14 @@
 Every text from a file or a config is escaped by `tables.escape`.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import pathlib
 import string
 from collections.abc import Mapping
 from typing import Any
+
+from flax import traverse_util
 
 from pfs_jax import fields, tables
 from pfs_jax.report import figures
@@ -98,13 +98,11 @@ class Page:
 
   def config(self, run: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     """Adds the fields of `run` that are not the default, and `whole`."""
-    rows = []
-    for field in fields.FIELDS:
-      section, _, name = field.name.rpartition('.')
-      there = run.get(section, {}) if section else run
+    rows, there = [], traverse_util.flatten_dict(dict(run), sep='.')
+    for name, field in fields.BY_NAME.items():
       value, plain = json.dumps(there.get(name)), json.dumps(field.default)
       if name in there and (value != plain or name == 'seed'):
-        rows.append([field.name, value, plain, field.doc])
+        rows.append([name, value, plain, field.doc])
     columns = ['field', 'value', 'default', 'meaning']
     self.table(Table('Fields that are not the default', columns, rows))
     text = escape(json.dumps(whole, indent=2, sort_keys=True))

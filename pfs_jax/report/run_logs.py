@@ -1,7 +1,5 @@
 """Sections about the work of a run: probe, tournament, gates and metrics."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict

@@ -1,7 +1,5 @@
 """The report of a run, made from the files of its workdir."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -333,7 +331,7 @@ def _details(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
     for path in sorted((job.folder(cut.name) / 'export').glob('*'))
   ]
   noted = {
-    path.stem: storage.read_json(path)
+    path.stem: storage.read_json(path, dict[str, Any])
     for path in (job.workdir / 'versions.json', job.workdir / 'config.json')
     if path.exists()
   }

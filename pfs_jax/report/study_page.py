@@ -1,7 +1,5 @@
 """The report of a study, made from its results file and its finished cells."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import pathlib

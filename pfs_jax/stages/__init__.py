@@ -4,8 +4,6 @@ Each stage reads the files of the stage before from the workdir, so it can run
 alone, on another machine. From search to train, only a structure file passes.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 
@@ -75,15 +73,10 @@ def execute(
   elif mode in ('eval', 'info'):  # They only read.
     MODES[mode](job)
   else:
-    made = [p for p in (job.workdir, *job.workdir.parents) if not p.exists()]
-    with storage.locked(job.workdir) as held:
+    with runs.giving_back(job.workdir), storage.locked(job.workdir) as held:
       if not held:
         raise errors.UserError(
           f'{job.workdir} is in use by another process; wait for it, or give '
           'another --workdir.'
         )
-      try:
-        MODES[mode](job)
-      except (errors.UserError, OSError):
-        runs.give_back(job.workdir, made)
-        raise
+      MODES[mode](job)

@@ -1,7 +1,5 @@
 """The cut stage: cuts gates to structure files, and reads structure files."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pathlib

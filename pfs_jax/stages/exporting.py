@@ -1,7 +1,5 @@
 """The export stage: the trained network as files for other runtimes."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A config and a workdir, and what several stages compute from them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -132,7 +130,7 @@ class Job:
     """The first weights without the gates."""
     return {k: v for k, v in self.first_weights.items() if k != 'gates'}
 
-  def reseeded(self, i: int) -> Job:
+  def reseeded(self, i: int) -> 'Job':
     """The same run with its i-th other seed; the run itself for i = 0.
 
     All share the network and the images.

@@ -1,7 +1,5 @@
 """The probe stage: which layers of the network are too wide or too narrow."""
 
-from __future__ import annotations
-
 import math
 import pathlib
 from collections.abc import Sequence
@@ -86,21 +84,26 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   """The content of probe.json, after steps of probing and widening."""
   c, model = job.config.probe, job.network.cost_model
   after = dict.fromkeys(model.layers, 1.0)
-  clock = runs.Clock(folder)
+  seconds = 0.0
   for step in range(c.steps):
     before = after
     counts = job.cut_plain(job.widened(before)).counts
     values = []
     for i in range(c.seeds):
       part = folder / f'step{step}-seed{i}'
-      values.append(_rises(job.reseeded(i), counts, part))
-    found = probe.finding(model.layers, np.stack(values))
-    after = scores.damped(found.losses, c.damping, before)
+      found = _rises(job.reseeded(i), counts, part)
+      values.append(found['rises'])
+      seconds += float(found['seconds'])
+    findings = probe.finding(model.layers, np.stack(values))
+    after = scores.damped(findings.losses, c.damping, before)
   rows = []
   for layer, count in zip(model.layers, counts, strict=True):
-    loss, error = f'{found.losses[layer]:.4g}', f'{found.errors[layer]:.2g}'
-    verdict = 'too wide' if layer in found.wide else ''
-    verdict = 'too narrow' if layer in found.narrow else verdict
+    loss, error = (
+      f'{findings.losses[layer]:.4g}',
+      f'{findings.errors[layer]:.2g}',
+    )
+    verdict = 'too wide' if layer in findings.wide else ''
+    verdict = 'too narrow' if layer in findings.narrow else verdict
     weight = f'{after[layer]:.2f}'
     rows.append([layer, str(count), loss, error, verdict, weight])
   return {
@@ -108,28 +111,33 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     'layers': list(model.layers),
     'counts': list(counts),
     'losses': np.concatenate(values).T.tolist(),
-    'mean': found.losses,
-    'error': found.errors,
-    'slope': found.slope,
-    'wide': list(found.wide),
-    'narrow': list(found.narrow),
+    'mean': findings.losses,
+    'error': findings.errors,
+    'slope': findings.slope,
+    'wide': list(findings.wide),
+    'narrow': list(findings.narrow),
     'before': before,
     'damping': c.damping,
-    'sentence': found.sentence,
-    'seconds': clock.seconds(),
+    'sentence': findings.sentence,
+    'seconds': round(seconds, 3),
     'columns': ['layer', 'channels', 'loss', 'standard error', '', 'weight'],
     'rows': rows,
   }
 
 
-def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
-  """Rises of the loss [n, L] of a narrow network trained with channel dropout.
+def _rises(
+  job: Job, counts: Sequence[int], folder: pathlib.Path
+) -> dict[str, np.ndarray]:
+  """Rises of the loss of a narrow network trained with channel dropout.
 
-  If they are already in a file of the folder, they are read from it.
+  They are read from a file of the folder if they are already there.
+
+  Returns:
+    {'rises': [n, L], 'seconds': the time that they took, also before a stop}.
   """
   path = folder / 'rises.npz'
   if path.exists():
-    return storage.read_arrays(path)['rises']
+    return storage.read_arrays(path)
   c, wide = job.config, job.network.cost_model
   module = job.network.narrow(counts, gated=True)
   key = config.key(c.seed, 'probe weights')
@@ -144,6 +152,7 @@ def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
     variables,
     hold_out=True,
   )
+  clock = runs.Clock(folder)  # It goes on from the training's last record.
   rises = probe.rises(
     module,
     state.variables,
@@ -152,6 +161,7 @@ def _rises(job: Job, counts: Sequence[int], folder: pathlib.Path) -> np.ndarray:
     c.probe.draws,
     scores.generator(c.seed, 'probe draws'),
   )
-  storage.write_arrays(path, {'rises': rises}, sealed=True)
+  found = {'rises': rises, 'seconds': np.array(clock.seconds())}
+  storage.write_arrays(path, found, sealed=True)
   runs.barrier('rises')
-  return rises
+  return found

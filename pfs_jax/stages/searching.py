@@ -1,7 +1,5 @@
 """The search stage: learns the gates of a network with frozen weights."""
 
-from __future__ import annotations
-
 import math
 import pathlib
 from collections.abc import Mapping, Sequence

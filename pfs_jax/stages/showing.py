@@ -1,7 +1,5 @@
 """The tables at the end of a run, and those of `--mode=info`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The train and eval stages: the narrow network, and the reference network."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pathlib

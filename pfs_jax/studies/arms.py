@@ -6,8 +6,6 @@ float}, and changes to the config. All arms are cut by `prune.cut` to the same
 ceiling on the MACs, by the same rules of minimum width and ties.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -93,7 +91,5 @@ def parse(name: str) -> Arm:
   arm = Arm(**change, overrides=overrides)
   weights = ('gates', 'filters', 'scales')
   if arm.training in ('inherit', 'rewind') and arm.scores not in weights:
-    raise errors.UserError(
-      f'config.arms: {name!r} has no weights to start from.'
-    )
+    raise errors.UserError(f'the arm {name!r} has no weights to start from.')
   return arm

@@ -1,7 +1,5 @@
 """Does one cell of a study: makes its structure, trains it, and records it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -10,8 +10,6 @@ later. An interrupted cell continues from its checkpoints. A cell whose hash is
 already in the results, from any machine, is not done again.
 """
 
-from __future__ import annotations
-
 import pathlib
 import tempfile
 import time

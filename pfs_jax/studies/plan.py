@@ -7,8 +7,6 @@ would do the same work are one cell: uniform width, for example, does not depend
 on the length of searches.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -182,7 +180,8 @@ def cell(
       }
     )
   epochs = min(pretrained, wide.train.epochs) if arm.searches else 0
-  if epochs != int(epochs) and epochs != wide.train.epochs:
+  whole = epochs >= 0 and epochs == int(epochs)
+  if not whole and epochs != wide.train.epochs:
     raise errors.UserError(
       f'{_PRETRAINED} must be whole epochs, or all; got {epochs:g}.'
     )

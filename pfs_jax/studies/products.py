@@ -10,8 +10,6 @@ It is made once, and continues from its checkpoint after an interruption:
 If another process is making a product, `Busy` is raised.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -11,14 +11,13 @@ fields, which `cells.run` writes, explain a result: test_loss, search_seconds,
 tie_share, kept {layer: bits as hexadecimal, channel 0 the lowest} and others.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import ml_collections
+import msgspec
 
 from pfs_jax import storage
 from pfs_jax.studies import plan
@@ -52,6 +51,9 @@ class _Fields(TypedDict):
   hardware: str
   test_accuracy: float | None
   seconds: float
+  kept: NotRequired[
+    dict[str, Annotated[str, msgspec.Meta(pattern='^[0-9a-f]+$')]]
+  ]
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
@@ -62,8 +64,13 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
   """
   if not file.exists():
     return []
+  return _read(file, list[_Fields])
+
+
+def _read(file: pathlib.Path, kind: Any) -> Any:
+  """The content of a file, checked as this type, which may lack fields."""
   content = storage.read_bytes(file)
-  storage.decode(content, list[_Fields], file)  # This drops other fields.
+  storage.decode(content, kind, file)  # This drops other fields.
   return storage.decode(content, Any, file)
 
 
@@ -103,7 +110,7 @@ def mine(
   for cell in plan.cells(study):
     file = workdir / 'cells' / cell.hash / 'cell.json'
     if cell.hash not in there and file.exists():  # In no results file yet.
-      there[cell.hash] = storage.read_json(file)
+      there[cell.hash] = _read(file, _Fields)
     if cell.hash in there:
       names = {'arm': cell.name, 'variation': dict(cell.variation)}
       found.append({**there[cell.hash], **names, 'label': cell.label})

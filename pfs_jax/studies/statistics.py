@@ -1,7 +1,5 @@
 """Statistics of studies: spread, paired differences, similarity."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence

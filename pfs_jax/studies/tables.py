@@ -4,8 +4,6 @@ Records are grouped by their label: the arm and, where the study varies a field,
 its value. The terminal, the report and RESULTS.md show the same tables.
 """
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,6 @@ replaces it only if its gain, paired by seed, exceeds the number of standard
 errors that the config asks for. No test image is read.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import pathlib
@@ -86,13 +84,14 @@ def decide(losses: Losses, standard_errors: float) -> Decision:
 def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Chooses a structure for `--mode=train`; processes share the work."""
   job = stages.Job(c, workdir)
-  while True:
-    try:
-      found = choose(job, workdir)
-      chosen = scored(job, found['chosen'], workdir).scores
-      break
-    except products.Busy:
-      time.sleep(_POLL_SECONDS)  # Other processes do all the rest.
+  with runs.giving_back(workdir):
+    while True:
+      try:
+        found = choose(job, workdir)
+        chosen = scored(job, found['chosen'], workdir).scores
+        break
+      except products.Busy:
+        time.sleep(_POLL_SECONDS)  # Other processes do all the rest.
   budget = job.budgets[0]
   source = {name: found[name] for name in ('chosen', 'gain', 'error', 'share')}
   with storage.locked(workdir, wait=lambda: None):

@@ -6,8 +6,6 @@ nothing changes along them (nearly always batch, height and width), so large
 images cost nothing.
 """
 
-from __future__ import annotations
-
 import collections
 import enum
 from collections.abc import Iterable, Sequence
@@ -47,70 +45,22 @@ class Value(NamedTuple):
   known: np.ndarray | None = None
 
 
-class Channels:
-  """Channels, which of them are tied together, and which are fixed.
+class Cells:
+  """Channels, the cells of one walk by number, and how they combine.
+
+  Channels can be tied together, and can be fixed, that is, not removable.
 
   Attributes:
     owners: Of each channel, the (path, index) that makes it; channel 0 unused.
+    origins: Texts that say where fixed elements come from.
   """
 
   def __init__(self, owners: Iterable[tuple[str, int]] = (('', 0),)):
     """`owners`: of the channels that exist already."""
-    self.owners = list(owners)
+    self.owners, self.origins = list(owners), []
     self._parent = list(range(len(self.owners)))
     self._ties = collections.defaultdict(set)
     self._fixed = {}
-
-  def make(self, path: str, number: int) -> np.ndarray:
-    """The numbers of new channels that a layer makes."""
-    first = len(self.owners)
-    self.owners += [(path, i) for i in range(number)]
-    self._parent += range(first, first + number)
-    return np.arange(first, first + number)
-
-  def find(self, channel: int) -> int:
-    """The one channel that represents all channels tied to this one."""
-    while self._parent[channel] != channel:
-      self._parent[channel] = self._parent[self._parent[channel]]
-      channel = self._parent[channel]
-    return channel
-
-  def tie(self, channels: Iterable[int], how: str) -> int:
-    """Ties channels, so that they can only be removed together; see `find`."""
-    roots = sorted({self.find(c) for c in channels})
-    for other in roots[1:]:
-      self._parent[other] = roots[0]
-      self._ties[roots[0]] |= self._ties.pop(other, set()) | {how}
-      if other in self._fixed:
-        self._fixed.setdefault(roots[0], self._fixed.pop(other))
-    return roots[0]
-
-  def fix(self, channels: Iterable[int], reason: str) -> None:
-    """Notes that channels cannot be removed, with the reason."""
-    for channel in channels:
-      if channel > 0:
-        self._fixed.setdefault(self.find(channel), reason)
-
-  def reason(self, channel: int) -> str:
-    """Why a channel cannot be removed, '' if it can."""
-    return self._fixed.get(self.find(channel), '')
-
-  def ties(self, channel: int) -> set[str]:
-    """How the channel is tied to others: 'sum', 'product', 'shared'."""
-    return self._ties.get(self.find(channel), set())
-
-
-class Cells:
-  """The cells of one walk by number, and how they combine.
-
-  Attributes:
-    channels: The channels that they belong to.
-    origins: Texts that say where fixed elements come from.
-  """
-
-  def __init__(self, channels: Channels):
-    self.channels = channels
-    self.origins = []
     self._table, self._index = [], {}
 
   def __len__(self) -> int:
@@ -166,15 +116,15 @@ class Cells:
     owned = [c for c in cells if c.channel]
     if len(owned) == 1:  # Nearly always: one channel and constants.
       return Cell(owned[0].channel, state, owned[0].gates, past)
-    roots = {self.channels.find(c.channel) for c in cells if c.channel > 0}
+    roots = {self.find(c.channel) for c in cells if c.channel > 0}
     fixed = [c.channel for c in cells if c.channel < 0]
     if roots and fixed:
       origin = self.origins[-fixed[0] - 1]
-      self.channels.fix(roots, f'combined with {origin}')
+      self.fix(roots, f'combined with {origin}')
       return Cell(fixed[0], State.LIVE)
     channel = fixed[0] if fixed else 0
     if roots:
-      channel = self.channels.tie(roots, how)
+      channel = self.tie(roots, how)
     gates = frozenset().union(*(c.gates for c in cells))
     return Cell(channel, state, gates, past)
 
@@ -188,6 +138,44 @@ class Cells:
       self.number(self.merge(np.unique(column).tolist(), 'shared'))
       for column in cells.T
     ]
+
+  def make(self, path: str, number: int) -> np.ndarray:
+    """The numbers of new channels that a layer makes."""
+    first = len(self.owners)
+    self.owners += [(path, i) for i in range(number)]
+    self._parent += range(first, first + number)
+    return np.arange(first, first + number)
+
+  def find(self, channel: int) -> int:
+    """The one channel that represents all channels tied to this one."""
+    while self._parent[channel] != channel:
+      self._parent[channel] = self._parent[self._parent[channel]]
+      channel = self._parent[channel]
+    return channel
+
+  def tie(self, channels: Iterable[int], how: str) -> int:
+    """Ties channels, so that they can only be removed together; see `find`."""
+    roots = sorted({self.find(c) for c in channels})
+    for other in roots[1:]:
+      self._parent[other] = roots[0]
+      self._ties[roots[0]] |= self._ties.pop(other, set()) | {how}
+      if other in self._fixed:
+        self._fixed.setdefault(roots[0], self._fixed.pop(other))
+    return roots[0]
+
+  def fix(self, channels: Iterable[int], reason: str) -> None:
+    """Notes that channels cannot be removed, with the reason."""
+    for channel in channels:
+      if channel > 0:
+        self._fixed.setdefault(self.find(channel), reason)
+
+  def reason(self, channel: int) -> str:
+    """Why a channel cannot be removed, '' if it can."""
+    return self._fixed.get(self.find(channel), '')
+
+  def ties(self, channel: int) -> set[str]:
+    """How the channel is tied to others: 'sum', 'product', 'shared'."""
+    return self._ties.get(self.find(channel), set())
 
 
 # Operations that move elements: they move cells as they move numbers.
@@ -255,6 +243,11 @@ def moved(equation: Any, values: Sequence[Value]) -> list[Value] | None:
   else:  # These are rare, so JAX moves the numbers of the cells.
     number = 2 if name == 'pad' else 1
     arrays[:number] = [a.astype(np.int32) for a in arrays[:number]]
-    out = np.asarray(equation.primitive.bind(*arrays, **equation.params))
+    params = dict(equation.params)
+    if 'fill_value' in params:
+      params['fill_value'] = -1
+    out = np.asarray(equation.primitive.bind(*arrays, **params))
+    if out.min(initial=0) < 0:  # An index lies outside of the array.
+      return None
   out = out if isinstance(out, list) else [out]
   return [Value(_compressed(cells)) for cells in out]

@@ -1,7 +1,5 @@
 """The check that a gate of 0 and a removed channel are the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finds the channel groups of a model that can carry gates and be narrowed."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfs_jax import costs, errors, gating, groups
-from pfs_jax.surgery import calling, nnx_models, trace
+from pfs_jax.surgery import nnx_models, trace
 from pfs_jax.surgery.cells import State
 from pfs_jax.surgery.flow import NESTED, Flow
 
@@ -43,7 +41,7 @@ def discover(
     x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 is enough.
     *args: Further arguments of the model's `__call__`.
     call: (module, x, train) -> logits, for models that have no argument or
-      field in `calling.NAMES`; further arguments are passed on.
+      field in `gating.TRAIN_NAMES`; further arguments are passed on.
     residual: Whether channels tied by sums or by sharing a module are one
       group, instead of being left alone.
     leave: Paths of layers whose channels are to be left alone.
@@ -64,7 +62,7 @@ def discover(
       'surgery: the model must be an instance of flax.linen.Module or of '
       f'flax.nnx.Module; got {model!r}.'
     )
-  told = call or calling.train_argument(model)
+  told = call or gating.train_argument(model)
   source = gating.Source(model, told)
   arguments = (x, args, kwargs)
   shapes, *_ = traced = _traced(gating.Wrapped(source), arguments)
@@ -78,10 +76,10 @@ def discover(
       'surgery: the model calls no layer of flax.linen that makes channels. '
       '(Layers of flax.nnx inside bridge.to_linen are not seen.)'
     )
-  if told == calling.TrainArgument('') and shapes.get('batch_stats'):
+  if told == gating.TrainArgument('') and shapes.get('batch_stats'):
     raise errors.UserError(
       f'surgery: {type(model).__name__} has no argument or field '
-      f'{", ".join(calling.NAMES)}; say how to call it with '
+      f'{", ".join(gating.TRAIN_NAMES)}; say how to call it with '
       'call=lambda module, x, train: ... (config.model.call)'
     )
   for path in leave:
@@ -89,7 +87,7 @@ def discover(
       raise errors.UserError(
         f'surgery: no layer {path!r}; the layers are {", ".join(flow.outputs)}.'
       )
-    flow.channels.fix(flow.outputs[path].tolist(), 'left alone on request')
+    flow.cells.fix(flow.outputs[path].tolist(), 'left alone on request')
   found = _FoundGroups(flow, residual, shapes)
   _try_out(source, arguments, found)
   return dataclasses.replace(
@@ -125,7 +123,7 @@ def cost_model(
   source = gating.Source(nnx_models.as_linen(model), call or table.call)
   traced = _traced(gating.Wrapped(source), (x, args, kwargs))
   flow, calls, _ = _follow(traced)
-  units = np.full(len(flow.channels.owners), -1)
+  units = np.full(len(flow.cells.owners), -1)
   for path, channels in flow.outputs.items():
     made = table.outputs.get(path, ())
     if len(made) == len(channels):  # Else it depends on the images' size.
@@ -186,7 +184,7 @@ def _follow(
     for path, layer in layers.items():
       kind, obstacle = wide.layers[path].kind, wide.layers[path].obstacle
       layers[path] = dataclasses.replace(layer, kind=kind, obstacle=obstacle)
-  flow = Flow(layers, emitted, *([wide.channels.owners] if wide else []))
+  flow = Flow(layers, emitted, *([wide.cells.owners] if wide else []))
   values, weights = [], set()
   for place, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     origin, state = 0, State.CONST
@@ -201,7 +199,7 @@ def _follow(
     fixed = origin if leaf.ndim and leaf.shape[-1] > 1 else 0
     values.append(flow.cells.value(leaf.ndim, fixed, State.LIVE))
   for value in flow.run(program, values):
-    flow.channels.fix(flow.cells.found(value.cells), 'an output of the model')
+    flow.cells.fix(flow.cells.found(value.cells), 'an output of the model')
   shape = next(iter(arrays.values())).shape
   for path, read in flow.unbatched.items():
     if layers[path].ndim == len(shape) and not read <= weights:
@@ -227,23 +225,23 @@ class _FoundGroups:
     self.flow, self.residual, self.shapes = flow, residual, shapes
     self._uses = collections.defaultdict(list)
     for channel, *use in flow.uses:
-      self._uses[flow.channels.find(channel)].append(use)
+      self._uses[flow.cells.find(channel)].append(use)
     self._members = collections.defaultdict(list)
-    for channel in range(1, len(flow.channels.owners)):
-      self._members[flow.channels.find(channel)].append(channel)
+    for channel in range(1, len(flow.cells.owners)):
+      self._members[flow.cells.find(channel)].append(channel)
     for root in list(self._members):
       if reason := self._obstacle(root):
-        flow.channels.fix([root], reason)
+        flow.cells.fix([root], reason)
     self._regroup()
 
   def _makers(self, root: int) -> dict[str, int]:
     """{path: number of channels tied to `root` that this layer makes}."""
-    owners = self.flow.channels.owners
+    owners = self.flow.cells.owners
     return collections.Counter(owners[c][0] for c in self._members[root])
 
   def _obstacle(self, root: int) -> str:
     """Why the channels tied to `root` cannot carry a gate; '' if they can."""
-    uses, channels = self._uses[root], self.flow.channels
+    uses, channels = self._uses[root], self.flow.cells
     if channels.reason(root):
       return channels.reason(root)
     if not uses:
@@ -264,7 +262,7 @@ class _FoundGroups:
 
   def _regroup(self) -> None:
     """Makes groups of the channels without an obstacle."""
-    channels = self.flow.channels
+    channels = self.flow.cells
     self.classes = collections.defaultdict(list)
     for root in self._members:
       if not channels.reason(root):
@@ -281,7 +279,7 @@ class _FoundGroups:
   def refuse(self, reasons: Mapping[Any, str]) -> None:
     """Leaves groups alone, for the given reasons."""
     for made, reason in reasons.items():
-      self.flow.channels.fix(self.classes[made], reason)
+      self.flow.cells.fix(self.classes[made], reason)
     self._regroup()
 
   def _gated(self) -> dict[str, np.ndarray]:
@@ -356,7 +354,7 @@ class _FoundGroups:
       return 'the gates of its channels stand further on' if further_on else ''
     if not alone.any():
       return 'acts on channels of a fixed width'
-    return flow.channels.reason(alone[alone > 0][0])
+    return flow.cells.reason(alone[alone > 0][0])
 
 
 # The trial: do the right channels of the narrowed model reach the right layers?
@@ -380,13 +378,15 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
   if not chosen:
     return ''
   flow, random = found.flow, np.random.default_rng(0)
-  kept = np.ones(len(flow.channels.owners), bool)
+  kept = np.ones(len(flow.cells.owners), bool)
   for made in chosen:
     roots = np.array(found.classes[made])
-    # At least half stay. The first channel is removed, so that a split at a
-    # fixed place is noticed.
-    number = int(random.integers(1, (len(roots) + 1) // 2, endpoint=True))
-    dropped = [roots[0], *random.permutation(roots[1:])[: number - 1]]
+    # About half stay. The first and the last channel are removed, so that a
+    # split at a fixed place, and a rotation, are noticed.
+    half = (len(roots) + 1) // 2
+    number = int(random.integers(min(2, half), half, endpoint=True))
+    ends = [roots[0], roots[-1]][:number]
+    dropped = [*ends, *random.permutation(roots[1:-1])[: max(0, number - 2)]]
     kept &= ~np.isin(found.unit_of, found.unit_of[dropped])
   # A layer with one output makes channel 0, which is no channel (`Flow._mix`).
   emitted = {p: c[kept[c]] * (len(c) > 1) for p, c in flow.outputs.items()}

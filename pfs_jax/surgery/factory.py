@@ -1,7 +1,5 @@
 """The user's own model as a `models.Network`, for the stages."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence

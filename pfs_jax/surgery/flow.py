@@ -8,8 +8,6 @@ operation on two channels ties them. An operation that mixes channels outside a
 known layer marks them as fixed, with the reason.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools
@@ -22,7 +20,7 @@ import numpy as np
 from pfs_jax import costs, jaxprs
 from pfs_jax.surgery import cells as cells_lib
 from pfs_jax.surgery import trace
-from pfs_jax.surgery.cells import Cell, Cells, Channels, State, Value
+from pfs_jax.surgery.cells import Cell, Cells, State, Value
 
 NESTED = 'inside nn.jit or a loop (nn.scan), where it cannot be followed'
 
@@ -51,8 +49,7 @@ class Flow:
     layers: {path: layer}.
     bare: Whether there is no BatchNorm: gates then stand at the outputs of
       convolutions and dense layers.
-    channels: The channels that the layers make.
-    cells: The cells of the walk.
+    cells: The channels that the layers make, and the cells of the walk.
     inputs: {path: [C_in] channels that the layer reads, 0 where fixed}.
     outputs: {path: [C_out] channels that a convolution or dense layer makes}.
     uses: (channel, state, gates, path) of each channel that a mixing layer
@@ -78,8 +75,7 @@ class Flow:
     self.unseen, self.unbatched = {}, {}
     self.uses, self.pasts = [], collections.defaultdict(list)
     self._narrowed = emitted is not None
-    self.channels = Channels(owners)
-    self.cells = Cells(self.channels)
+    self.cells = Cells(owners)
     self._jit_depth, self._in_layer = 0, False
 
   def run(
@@ -131,6 +127,8 @@ class Flow:
     if name == 'cond' and eqn.params.get('branches_platforms'):
       # One computation has forms for several platforms; this is the default.
       return self.run(eqn.params['branches'][-1], values[1:], where)
+    if not eqn.outvars:  # Such as jax.debug.print: no layer reads it.
+      return []
     if (known := self._known_outputs(eqn, values)) is not None:
       return known
     if name == 'iota':
@@ -175,7 +173,7 @@ class Flow:
     name = eqn.primitive.name
     reason = f'mixed by {name} in {where or "the model"}'
     read = [self.cells[i] for v in values for i in np.unique(v.cells)]
-    self.channels.fix((c.channel for c in read), reason)
+    self.cells.fix((c.channel for c in read), reason)
     seen = any(c.channel for c in read)
     channel = self.cells.origin(f'the result of {name}') if seen else 0
     live = any(c.state == State.LIVE for c in read)
@@ -202,7 +200,7 @@ class Flow:
     elif layer.obstacle:
       self.unseen[path] = layer.obstacle
     if path in self.unseen:
-      self.channels.fix(
+      self.cells.fix(
         self.cells.found(x.cells), f'read by {path}: {self.unseen[path]}'
       )
       origin = self.cells.origin(f'the output of {path}')
@@ -221,10 +219,10 @@ class Flow:
     before = self.inputs.setdefault(path, channels)
     for old, new in zip(before.tolist(), channels.tolist(), strict=True):
       if old and new:
-        self.channels.tie((old, new), 'shared')
+        self.cells.tie((old, new), 'shared')
       else:
         reason = f'read by {path}, which also reads a fixed width'
-        self.channels.fix((old, new), reason)
+        self.cells.fix((old, new), reason)
 
   def _norm(self, layer: costs.Layer, columns: list[int]) -> list[Cell]:
     # In statistics over all channels, a channel with gate 0 still counts.
@@ -249,10 +247,10 @@ class Flow:
       if cell.channel > 0:
         self.uses.append((cell.channel, cell.state, cell.gates, layer.path))
     if layer.path not in self.outputs:
-      self.outputs[layer.path] = self.channels.make(layer.path, layer.outputs)
+      self.outputs[layer.path] = self.cells.make(layer.path, layer.outputs)
     channels = self.outputs[layer.path].tolist()
     if layer.outputs == 1 and not self._narrowed:
-      self.channels.fix(channels, 'a single channel')
+      self.cells.fix(channels, 'a single channel')
       channels = [0]
     state, past = State.ZERO if self.bare else State.LIVE, hash(layer.path)
     return [
@@ -286,7 +284,7 @@ class Flow:
     how = 'product' if name in ('mul', 'div') else 'sum'
     channel, _, gates, past = self.cells.merge(numbers, how)
     cells = [self.cells[i] for i in numbers]
-    past = hash((name, past, *known))
+    past = hash((name, past, *map(repr, known)))  # NaN differs from NaN.
     zeros = [c for c in cells if c.state == State.ZERO]
     if channel < 0:
       state = State.LIVE
@@ -311,10 +309,10 @@ class Flow:
     return np.array(folded, int).reshape(shape)
 
   def _merged_cell(self, numbers: np.ndarray, name: str, where: str) -> int:
-    channels = {self.channels.find(c) for c in self.cells.found(numbers)}
-    layers = {self.channels.owners[c][0] for c in channels}
+    channels = {self.cells.find(c) for c in self.cells.found(numbers)}
+    layers = {self.cells.owners[c][0] for c in channels}
     if len(channels) > len(layers):  # Else one of each of several branches.
-      self.channels.fix(channels, f'mixed by {name} in {where or "the model"}')
+      self.cells.fix(channels, f'mixed by {name} in {where or "the model"}')
       return self.cells.number(Cell(0, State.LIVE))
     cell = self.cells.merge(numbers.tolist(), 'sum')
     return self.cells.number(cell._replace(past=hash((name, cell.past))))

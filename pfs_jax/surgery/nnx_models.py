@@ -7,8 +7,6 @@ stages) then works as for a Linen model. `narrowed` does the reverse: it returns
 an ordinary NNX module with fewer channels.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math
@@ -23,7 +21,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pfs_jax import described, errors, gating, groups
-from pfs_jax.surgery import calling
 
 _JOINT = (nnx.LayerNorm, nnx.RMSNorm)  # Statistics over all channels.
 _NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, *_JOINT)
@@ -73,8 +70,8 @@ class Adapter(nn.Module):
   def __call__(self, x: Any, *args: Any, train: bool = False, **kwargs: Any):
     """The module's output; calls the module's `train()` or `eval()` first."""
     for name in inspect.signature(type(self.held.model).__call__).parameters:
-      if name in calling.NAMES:
-        kwargs[name] = calling.NAMES[name] == train
+      if name in gating.TRAIN_NAMES:
+        kwargs[name] = gating.TRAIN_NAMES[name] == train
     if self.held.transformed is None:
       found = set()
       jax.eval_shape(

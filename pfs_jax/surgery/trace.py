@@ -5,8 +5,6 @@ A model's own code may hold matrix products and convolutions (`jnp.einsum`,
 traced program. Their channels are never narrowed, so their cost is fixed.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
@@ -133,7 +131,7 @@ def _macs_by_place(
       length = equation.params['length'] if name == 'scan' else 1
       parts = [
         _macs_by_place(part, layers, images, times * length, here, unknown)
-        for part in _programs(equation)
+        for part in core.jaxprs_in_params(equation.params)
       ]
       if name == 'while' and any(part.total() for part in parts):
         unknown[f'a loop (while) in {here}, counted once'] = None
@@ -142,15 +140,6 @@ def _macs_by_place(
       for part in parts:
         macs.update(part)
   return macs
-
-
-def _programs(equation) -> list[Any]:
-  return [
-    part
-    for value in equation.params.values()
-    for part in (value if isinstance(value, tuple | list) else [value])
-    if isinstance(part, core.Jaxpr | core.ClosedJaxpr)
-  ]
 
 
 def _dot_macs(equation) -> int:
