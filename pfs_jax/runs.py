@@ -22,6 +22,7 @@ from typing import Annotated, Any, NotRequired, Self, TypedDict, cast
 
 import jax
 import msgspec
+import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -301,6 +302,13 @@ class Clock:
 def barrier(name: str) -> None:
   """Waits for all processes, for example until the first one has written."""
   multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: bool) -> bool:
+  """The value of the first process, on all processes."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 class StopSignal:

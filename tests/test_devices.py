@@ -34,7 +34,7 @@ def in_two_processes(arguments, **options):
   started = [
     processes.start(arguments(where, i), devices=2, **options) for i in range(2)
   ]
-  return [p.finish(120) for p in started]
+  return [p.finish(240) for p in started]
 
 
 def joined(code, *more, **options):
@@ -151,10 +151,19 @@ def test_two_processes_search_as_one_does(one):
   assert_same_search(two, one)
 
 
+# The first process finds that another one is at work in the first folder.
 TOURNAMENT = """
-import pathlib
+import contextlib, pathlib, jax
+from pfs_jax import storage
 from pfs_jax.studies import tournament
 from tests import test_tournament
+plain, found = storage.locked, []
+@contextlib.contextmanager
+def locked(folder, wait=None):
+  with plain(folder, wait) as held:
+    found.append(folder)
+    yield held and (len(found) > 1 or jax.process_index() > 0)
+storage.locked = locked
 tournament.run(test_tournament.small(), pathlib.Path(sys.argv[3]))
 """
 

@@ -47,12 +47,12 @@ def make(
   Raises:
     Busy: If another process holds the folder `where`.
   """
-  if done.exists():
+  if runs.agreed(done.exists()):
     return
   with storage.locked(where) as held:
-    if not held:
+    if not runs.agreed(held):
       raise Busy(where.name)
-    if not done.exists():  # Another process may have finished it.
+    if not runs.agreed(done.exists()):  # Another one may have finished it.
       work()
 
 

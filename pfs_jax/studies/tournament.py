@@ -120,7 +120,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
   fields = plan.changed(c, *sections)
   folder = products.folder(root, 'tournament', fields)
   path = folder / 'tournament.json'
-  if path.exists():
+  if runs.agreed(path.exists()):
     return storage.read_json(path)
   check(job)
   tasks = {n: functools.partial(scored, job, n, root) for n in candidates(c)}
