@@ -77,6 +77,20 @@ def golden():
 
 
 @pytest.fixture
+def refused():
+  """Calls what must be refused, in at most three lines; returns the error."""
+  from pfs_jax import errors
+
+  def call(message, function, *args, **kwargs):
+    with pytest.raises(errors.UserError, match=message) as e:
+      function(*args, **kwargs)
+    assert len(str(e.value).splitlines()) <= 3, str(e.value)
+    return e.value
+
+  return call
+
+
+@pytest.fixture
 def shallow_mobilenets(monkeypatch):
   """MobileNets of their first four blocks, which compile quickly."""
   from pfs_jax import models

@@ -21,6 +21,7 @@ INFO_FIELDS = {
   'seed=1.5': 'invalid literal',
   'seed=-1': 'config.seed must be',
   'search.epochs=ten': 'could not convert',
+  'budget.keep=0.5,1.5': 'must be shares in (0, 1]; got (0.5, 1.5)',
   'train={"epochs":1}': 'config.train.init is missing',
   'train.reference=maybe': 'maybe',
 }

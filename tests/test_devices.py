@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from pfs_jax import devices, errors, models, peers, prune, runs, search, train
+from pfs_jax import devices, models, peers, prune, runs, search, train
 from pfs_jax.data import pipeline
 from tests import own_models, processes, small_run
 
@@ -288,17 +288,14 @@ def test_two_processes_end_together_and_the_same_command_continues(tmp_path):
 
 
 @pytest.mark.parametrize('where', ['host', 'host:', ':1', 'host:123456', ''])
-def test_a_coordinator_is_a_host_and_a_port(where):
-  with pytest.raises(errors.UserError, match='must be host:port, or auto; got'):
-    peers.start(where, 2, 0)
+def test_a_coordinator_is_a_host_and_a_port(where, refused):
+  refused('must be host:port, or auto; got', peers.start, where, 2, 0)
 
 
-def test_refusals(tmp_path, monkeypatch):
-  with pytest.raises(errors.UserError, match='need --coordinator=host:port'):
-    peers.start(None, 2, 1)
+def test_refusals(tmp_path, monkeypatch, refused):
+  refused('need --coordinator=host:port', peers.start, None, 2, 1)
   monkeypatch.setenv('PFS_JAX_HEARTBEAT', 'soon')
-  with pytest.raises(errors.UserError, match="HEARTBEAT must be .* got 'soon'"):
-    peers.start('127.0.0.1:1', 2, 1)
+  refused("HEARTBEAT must be .* got 'soon'", peers.start, '127.0.0.1:1', 2, 1)
   monkeypatch.undo()
   args = small_run.arguments('info', tmp_path)
   for name, value in {'JAX_PLATFORMS': 'cuda', 'PYTHONOPTIMIZE': '1'}.items():
@@ -306,8 +303,7 @@ def test_refusals(tmp_path, monkeypatch):
     done = processes.run(args, env={name: value}, fresh=fresh)
     assert (done.returncode, done.stderr.count('\n')) == (2, 1)
     assert name in done.stderr
-  with pytest.raises(errors.UserError, match='--process must be in'):
-    peers.start('127.0.0.1:1', 2, 2)
+  refused('--process must be in', peers.start, '127.0.0.1:1', 2, 2)
   batch = '--config.search.batch_size=60'
   args = small_run.arguments('search', tmp_path, batch)
   done = processes.run(args, devices=8)

@@ -227,18 +227,15 @@ def _refusal(c):
     ('torch_habit', 'must return a dict of arrays'),
     ('careless', r"KeyError: 'images' \(.*their_data.py:15 in careless\)"),
     ('ragged', 'ValueError: .*inhomogeneous shape'),
+    ('broken:f', r'ZeroDivisionError: division by zero \(.*broken.py:2'),
   ],
 )
-def test_a_function_that_fails_is_named(name, message, module):
-  found = _refusal(_config(factory=f'{module}:{name}'))
-  assert found.startswith(f'config.data.factory={module}:{name}: ')
-  assert re.search(message, found), found
-
-
-def test_a_function_that_cannot_be_imported_is_named(module, tmp_path):
+def test_a_function_that_fails_is_named(name, message, module, tmp_path):
   (tmp_path / 'broken.py').write_text('import numpy\n1 / 0\n')
-  message = r'ZeroDivisionError: division by zero \(.*broken.py:2'
-  assert re.search(message, _refusal(_config(factory='broken:f')))
+  factory = name if ':' in name else f'{module}:{name}'
+  found = _refusal(_config(factory=factory))
+  assert found.startswith(f'config.data.factory={factory}: ')
+  assert re.search(message, found), found
 
 
 @pytest.mark.parametrize(
@@ -383,7 +380,7 @@ def test_files_that_are_not_decoded(pets, monkeypatch):
   assert 'exceeds limit' in _refusal(c)
 
 
-def test_a_workdir_keeps_to_its_data(tmp_path):
+def test_a_workdir_keeps_to_its_data(tmp_path, refused):
   path = _npz(tmp_path / 'x.npz')
   c = _config_of(path)
   workdir = tmp_path / 'run'
@@ -396,11 +393,10 @@ def test_a_workdir_keeps_to_its_data(tmp_path):
     raw[name][index] ^= 1
     np.savez(tmp_path / 'y.npz', **raw)
     os.utime(tmp_path / 'y.npz', (1, hash(name) % 10**6))
-    with pytest.raises(errors.UserError, match='differs'):
-      data.open_set(c, workdir)
+    refused('differs', data.open_set, c, workdir)
 
 
-def test_what_reads_no_images_needs_no_data(tmp_path, capsys):
+def test_what_reads_no_images_needs_no_data(tmp_path, capsys, refused):
   """The facts of the data are noted in the workdir."""
   path, workdir = _npz(tmp_path / 'mine.npz'), tmp_path / 'w'
   c = small_run.config(data__name='npz', data__source_dir=str(path))
@@ -412,23 +408,19 @@ def test_what_reads_no_images_needs_no_data(tmp_path, capsys):
   assert job.spec == before
   stages.execute('info', job)
   assert 'floor' in capsys.readouterr().out
-  with pytest.raises(errors.UserError, match='mine.npz must be a .npz'):
-    stages.execute('train', job)
-  with pytest.raises(errors.UserError, match='mine.npz must be a .npz'):
-    stages.Job(c, tmp_path / 'other')
+  refused('mine.npz must be a .npz', stages.execute, 'train', job)
+  refused('mine.npz must be a .npz', stages.Job, c, tmp_path / 'other')
   wrong = {**dataclasses.asdict(before), 'channels': 3}
   (workdir / 'data.json').write_text(json.dumps(wrong))
   (workdir / 'checksums.json').unlink()
-  with pytest.raises(errors.UserError, match='data.json: mean and std must'):
-    stages.Job(c, workdir)
+  refused('data.json: mean and std must', stages.Job, c, workdir)
 
 
-def test_a_refused_tournament_leaves_nothing(tmp_path):
+def test_a_refused_tournament_leaves_nothing(tmp_path, refused):
   c = small_run.config(data__name='npz', data__validation_examples=10)
   c.data.source_dir = str(_npz(tmp_path / 'mine.npz'))
   c.search.batch_size = c.train.batch_size = 16
-  with pytest.raises(errors.UserError, match='probe.share must be'):
-    tournament.run(c, tmp_path / 'w')
+  refused('probe.share must be', tournament.run, c, tmp_path / 'w')
   assert not (tmp_path / 'w').exists()
 
 

@@ -41,6 +41,10 @@ def test_the_import_is_cheap_and_lazy():
     import pfs_jax
     assert not {'jax', 'numpy', 'flax'} & set(sys.modules)
     assert set(pfs_jax.__all__) <= set(dir(pfs_jax))
+    from pfs_jax import data
+    data.spec('cifar10')
+    heavy = {'jax', 'flax', 'tensorflow_datasets', 'sklearn', 'tensorflow'}
+    assert not heavy & set(sys.modules)
     print(pfs_jax.__version__)
     """
   assert processes.output(code, fresh=True) == PROJECT['project']['version']
@@ -136,7 +140,7 @@ def test_the_wheel_runs_in_an_empty_folder(tmp_path):
 # A finished workdir.
 
 
-def test_load_gives_the_network_of_the_result(finished, monkeypatch):
+def test_load_gives_the_network_of_the_result(finished, monkeypatch, refused):
   monkeypatch.setenv('HOME', str(finished.parent))
   module, variables = pfs_jax.load(f'~/{finished.name}')
   result = storage.read_json(finished / 'result.json')
@@ -145,15 +149,12 @@ def test_load_gives_the_network_of_the_result(finished, monkeypatch):
   found = train.evaluate(module, variables, test)
   assert found['accuracy'] == result['test_accuracy']
   assert pfs_jax.load(finished, result['budget'])[0] == module
-  with pytest.raises(errors.UserError, match='no training of keep0.9 has'):
-    pfs_jax.load(finished, 'keep0.9')
+  refused('no training of keep0.9 has', pfs_jax.load, finished, 'keep0.9')
   with pytest.raises(errors.UserError, match='config.seed'):
     pfs_jax.load(finished, config=small_run.config(seed=7))
-  with pytest.raises(errors.UserError, match='no training has finished here'):
-    pfs_jax.load(finished / 'search')
+  refused('no training has finished here', pfs_jax.load, finished / 'search')
   shutil.rmtree(finished / 'train')
-  with pytest.raises(errors.UserError, match='is missing'):
-    pfs_jax.load(finished)
+  refused('is missing', pfs_jax.load, finished)
   assert not (finished / 'train').exists()
 
 

@@ -29,6 +29,7 @@ from pfs_jax.report import figures, page, run_logs, run_page
 from pfs_jax.stages import cutting
 from pfs_jax.studies import plan, results, statistics
 from pfs_jax.studies import tables as study_tables
+from tests import test_studies
 
 # Runs.
 
@@ -313,16 +314,17 @@ def test_a_probe_alone(tmp_path):
     ('tournament', 'layers', ['a'], 'is not of the 13 layers here'),
   ],
 )
-def test_a_choice_is_checked(of_run, tmp_path, name, field, value, message):
+def test_a_choice_is_checked(
+  of_run, tmp_path, refused, name, field, value, message
+):
   job = copy.copy(of_run[0])
   job.workdir = tmp_path
   choices(job, name)
   path = tmp_path / f'{name}.json'
   found = storage.read_json(path)
   storage.write_json(path, {**found, field: value})
-  with pytest.raises(errors.UserError, match=message) as refused:
-    getattr(run_logs, name)(page.Page('a run'), job)
-  assert str(path) in str(refused.value)
+  e = refused(message, getattr(run_logs, name), page.Page('a run'), job)
+  assert str(path) in str(e)
 
 
 def test_a_single_point_is_no_curve(tmp_path):
@@ -369,19 +371,17 @@ def test_structure_from_elsewhere_is_enough(tmp_path):
   )
 
 
-def test_empty_workdir_is_refused_and_left_alone(tmp_path):
-  with pytest.raises(errors.UserError, match='holds no run yet'):
-    report.write(tiny(), tmp_path / 'none')
+def test_empty_workdir_is_refused_and_left_alone(tmp_path, refused):
+  refused('holds no run yet', report.write, tiny(), tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 
-def test_a_result_that_was_edited_wrongly_is_named(tmp_path):
+def test_a_result_that_was_edited_wrongly_is_named(tmp_path, refused):
   job = trained(tmp_path)
   result = storage.read_json(tmp_path / 'result.json')
   del result['counts']
   storage.write_json(tmp_path / 'result.json', result)
-  with pytest.raises(errors.UserError, match='result.json: .*`counts`'):
-    report.write(job.config, tmp_path)
+  refused('result.json: .*`counts`', report.write, job.config, tmp_path)
 
 
 @pytest.mark.parametrize('field', ['seed', 'search.epochs', 'train.epochs'])
@@ -443,26 +443,20 @@ def cell_records(study):
     counts = [int(rng.integers(1, w + 1)) for w in widths]
     share = 1.0 if cell.arm.scores == 'full' else 0.5
     accuracy = ACCURACIES.get(cell.name, [None] * 9)[cell.seed]
-    yield {
+    kept = [results.bits(range(n)) for n in counts]
+    made = test_studies.record(
+      cell.name, cell.seed, accuracy and accuracy / 100, dict(cell.variation)
+    )
+    yield made | {
       'study': study.study,
-      'arm': cell.name,
-      'variation': dict(cell.variation),
-      'seed': cell.seed,
       'config_hash': cell.hash,
-      'commit': 'abc123',
-      'hardware': '1 x abacus',
-      'test_accuracy': None if accuracy is None else accuracy / 100,
       'seconds': 60.0,
       'model': base.name,
       'macs': int(1000 * share),
-      'params': 100,
       'macs_share': share,
       'counts': dict(zip(model.layers, counts, strict=True)),
       'widths': widths,
-      'kept': {
-        layer: results.bits(range(n))
-        for layer, n in zip(model.layers, counts, strict=True)
-      },
+      'kept': dict(zip(model.layers, kept, strict=True)),
     }
 
 
@@ -529,9 +523,8 @@ def test_study_over_a_field(of_studies):
   assert 'Test accuracy over budget.keep' in outline.text
 
 
-def test_study_without_a_cell_is_refused(tmp_path):
-  with pytest.raises(errors.UserError, match='hold no finished cell'):
-    report.write(study_of(), tmp_path / 'none')
+def test_study_without_a_cell_is_refused(tmp_path, refused):
+  refused('hold no finished cell', report.write, study_of(), tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from pfs_jax import checkpointing, devices, errors, runs, storage
-from tests import processes
+from tests import own_models, processes
 
 
 class State(flax.struct.PyTreeNode):
@@ -41,15 +41,6 @@ def make_state(seed):
   return devices.replicate(State(step, params, opt_state, 'static'))
 
 
-def assert_equal_states(a, b):
-  """Equal types, structures, dtypes and bytes."""
-  assert type(a) is type(b)
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = jax.device_get((x, y))
-    assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
-
-
 def save(folder, *steps):
   """Checkpoints whose numbers follow from the step."""
   with checkpointing.Checkpoints(folder) as checkpoints:
@@ -67,7 +58,7 @@ def restore(folder):
 def assert_restored(folder, step):
   found, state = restore(folder)
   assert found == step
-  assert_equal_states(state, make_state(step))
+  own_models.assert_same(state, make_state(step))
 
 
 def kept_steps(folder):
@@ -123,7 +114,7 @@ def test_any_damaged_file_leads_to_a_good_state(tmp_path, kind):
     shutil.copytree(tmp_path / 'whole', damaged)
     _damage(damaged / path.relative_to(tmp_path / 'whole'), kind)
     step, state = restore(damaged)
-    assert_equal_states(state, make_state(step))
+    own_models.assert_same(state, make_state(step))
     found.append(step)
     shutil.rmtree(damaged)
   # Some files matter and some do not.
@@ -152,7 +143,7 @@ def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
     with pytest.raises(errors.UserError, match='checkpoint 4 is missing'):
       checkpoints.restore_step(make_state(99), 4)
     state = checkpoints.restore_step(make_state(99), 2)
-  assert_equal_states(state, make_state(2))
+  own_models.assert_same(state, make_state(2))
 
 
 def state_file(folder, step):
@@ -170,12 +161,11 @@ def test_another_weight_is_caught_by_the_checksum(tmp_path, caplog):
   assert 'checkpoint 2 does not match its checksum' in caplog.text
 
 
-def test_no_good_checkpoint_is_a_user_error(tmp_path):
+def test_no_good_checkpoint_is_a_user_error(tmp_path, refused):
   save(tmp_path, 1, 2)
   for step in (1, 2):
     shutil.rmtree(tmp_path / 'checkpoints' / str(step) / 'default')
-  with pytest.raises(errors.UserError, match=r'\(steps 2, 1\); delete that'):
-    restore(tmp_path)
+  refused(r'\(steps 2, 1\); delete that', restore, tmp_path)
   assert kept_steps(tmp_path) == [1, 2]  # Deleting is the user's to do.
 
 
@@ -277,39 +267,33 @@ def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
     (b'{"a": NaN}', 'malformed'),
   ],
 )
-def test_broken_json_is_a_user_error(tmp_path, content, reason):
+def test_broken_json_is_a_user_error(tmp_path, content, reason, refused):
   path = tmp_path / 'x.json'
   path.write_bytes(content)
-  with pytest.raises(errors.UserError, match=rf'x\.json: .*{reason}') as e:
-    storage.read_json(path)
-  assert '\n' not in str(e.value)
+  e = refused(rf'x\.json: .*{reason}', storage.read_json, path)
+  assert '\n' not in str(e)
 
 
-def test_only_files_are_read(tmp_path):
-  with pytest.raises(errors.UserError, match='it is not a file'):
-    storage.read_json(tmp_path)
+def test_only_files_are_read(tmp_path, refused):
+  refused('it is not a file', storage.read_json, tmp_path)
   storage.os.mkfifo(tmp_path / 'pipe')  # Reading one would wait for ever.
-  with pytest.raises(errors.UserError, match='it is not a file'):
-    storage.read_json(tmp_path / 'pipe')
+  refused('it is not a file', storage.read_json, tmp_path / 'pipe')
   (tmp_path / 'x').write_text('12345')
-  with pytest.raises(errors.UserError, match='5 bytes; at most 4'):
-    storage.read_bytes(tmp_path / 'x', largest=4)
+  refused('5 bytes; at most 4', storage.read_bytes, tmp_path / 'x', largest=4)
 
 
-def test_a_sealed_file_that_was_changed_is_refused(tmp_path):
+def test_a_sealed_file_that_was_changed_is_refused(tmp_path, refused):
   path = tmp_path / 'x.json'
   storage.write_json(path, 1, sealed=True)
   storage.write_json(tmp_path / 'y.json', 2, sealed=True)
   assert storage.read_json(path) == 1
   path.write_text('3\n')
-  with pytest.raises(errors.UserError, match='x.json is damaged or was chan'):
-    storage.read_json(path)
+  refused('x.json is damaged or was chan', storage.read_json, path)
   assert storage.read_json(tmp_path / 'y.json') == 2
   path.write_text('1\n')
   assert storage.read_json(path) == 1
   (tmp_path / 'checksums.json').write_text('{"x.json": 1}')
-  with pytest.raises(errors.UserError, match='checksums.json: Expected `str`'):
-    storage.read_json(path)
+  refused('checksums.json: Expected `str`', storage.read_json, path)
 
 
 def test_a_crash_leaves_no_seal_that_is_wrong(tmp_path, monkeypatch):
@@ -378,25 +362,22 @@ ARRAYS = {'a': np.ones(2), 'b': np.ones(3)}
     ({**ARRAYS, 'b': np.full(3, np.nan)}, 'not all finite'),
   ],
 )
-def test_arrays_must_be_what_is_expected(tmp_path, arrays, message):
+def test_arrays_must_be_what_is_expected(tmp_path, arrays, message, refused):
   shapes = {'a': (2,), 'b': (3,)}
   storage.write_arrays(tmp_path / 'x.npz', ARRAYS)
   assert list(storage.read_arrays(tmp_path / 'x.npz', shapes)) == ['a', 'b']
   storage.write_arrays(tmp_path / 'x.npz', arrays)
-  with pytest.raises(errors.UserError, match=message):
-    storage.read_arrays(tmp_path / 'x.npz', shapes)
+  refused(message, storage.read_arrays, tmp_path / 'x.npz', shapes)
 
 
-def test_files_that_cannot_be_read_are_user_errors(tmp_path):
+def test_files_that_cannot_be_read_are_user_errors(tmp_path, refused):
   for read in (storage.read_json, storage.read_arrays):
-    with pytest.raises(errors.UserError, match=r'none does not exist\.$'):
-      read(tmp_path / 'none')
+    refused(r'none does not exist\.$', read, tmp_path / 'none')
   storage.write_arrays(tmp_path / 'cut.npz', {'a': np.arange(100.0)})
   _damage(tmp_path / 'cut.npz', 'cut in half')
   np.savez(tmp_path / 'pickle.npz', a=np.array([{}], object))
   for name in ('cut.npz', 'pickle.npz'):
-    with pytest.raises(errors.UserError, match=f'{name} cannot be read'):
-      storage.read_arrays(tmp_path / name)
+    refused(f'{name} cannot be read', storage.read_arrays, tmp_path / name)
 
 
 def test_versions_name_what_a_run_ran_with():
@@ -409,38 +390,26 @@ def test_versions_name_what_a_run_ran_with():
 IDENTITY = {'config.seed': 0, 'config.budget.keep': (0.5, 0.3), 'config.x': 'a'}
 
 
-def test_another_identity_is_refused_by_the_fields_that_differ(tmp_path):
+def test_another_identity_is_refused_by_what_differs(tmp_path, refused):
   for _ in range(2):
     runs.claim(tmp_path, IDENTITY)
   other = {**IDENTITY, 'config.seed': 1, 'config.new': 2}
-  with pytest.raises(errors.UserError) as e:
-    runs.claim(tmp_path, other)
-  message = str(e.value)
-  assert 'config.seed (there 0, asked 1)' in message
+  seed = r'config.seed \(there 0, asked 1\)'
+  message = str(refused(seed, runs.claim, tmp_path, other))
   assert 'config.new (there None, asked 2)' in message
   assert 'keep' not in message and 'config.x' not in message
   fewer = {k: v for k, v in IDENTITY.items() if k != 'config.x'}
-  with pytest.raises(errors.UserError, match=r"config\.x \(there 'a'"):
-    runs.claim(tmp_path, fewer)
+  refused(r"config\.x \(there 'a'", runs.claim, tmp_path, fewer)
   many = {f'f{i}': 0 for i in range(6)}
-  with pytest.raises(errors.UserError, match='and 2 more') as e:
-    runs.claim(tmp_path, {**IDENTITY, **many})
-  assert len(str(e.value).splitlines()) <= 3
+  refused('and 2 more', runs.claim, tmp_path, {**IDENTITY, **many})
   runs.claim(tmp_path, IDENTITY)  # Still the first one's.
-
-
-def test_who_comes_second_to_a_folder_is_told(tmp_path):
-  with storage.locked(tmp_path) as first, storage.locked(tmp_path) as second:
-    assert first and not second
-  with storage.locked(tmp_path) as held:
-    assert held
 
 
 def test_only_claims_without_work_are_given_back(tmp_path):
   """A refused command removes its own claims, and no other run's or work."""
   parts = ('mine/search', 'mine/train', 'mine/gone', 'other/search')
-  refused = pytest.raises(errors.UserError)
-  with refused, runs.giving_back(tmp_path / 'mine'):
+  refusal = pytest.raises(errors.UserError)
+  with refusal, runs.giving_back(tmp_path / 'mine'):
     for part in parts:
       runs.claim(tmp_path / part, IDENTITY)
     shutil.rmtree(tmp_path / 'mine' / 'gone')
@@ -450,12 +419,11 @@ def test_only_claims_without_work_are_given_back(tmp_path):
   assert left == {'mine/train', 'other/search'}
 
 
-def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
+def test_a_folder_that_cannot_be_is_a_user_error(tmp_path, refused):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be used'):
     storage.locked(tmp_path / 'file' / 'run').__enter__()
-  with pytest.raises(errors.UserError, match='must be a path in UTF-8'):
-    save(tmp_path / '\udce9', 1)
+  refused('must be a path in UTF-8', save, tmp_path / '\udce9', 1)
 
 
 def _write_metrics(folder, resume_step, steps, **scalars):

@@ -39,16 +39,8 @@ def vgg():
 # Rankings.
 
 
-def gates_like(model, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    name: rng.random(width) * rng.uniform(0.1, 1)
-    for name, width in zip(model.layers, model.widths, strict=True)
-  }
-
-
 def test_over_layer_mean_is_blind_to_a_layer_s_scale(vgg):
-  gates = gates_like(vgg)
+  gates = scores.random(vgg, 0)
   gates['conv3'] = np.zeros_like(gates['conv3'])
   scaled = {k: g * (1 + i) for i, (k, g) in enumerate(gates.items())}
   found, again = (scores.over_layer_mean(g) for g in (gates, scaled))
@@ -73,7 +65,7 @@ def test_channel_costs_by_hand():
 
 
 def test_over_cost(vgg):
-  gates = gates_like(vgg)
+  gates = scores.random(vgg, 0)
   spent = scores.channel_costs(vgg)
   plain, half, whole = (scores.over_cost(gates, vgg, p) for p in (0, 0.5, 1))
   for i, (name, gate) in enumerate(gates.items()):
@@ -178,7 +170,7 @@ def test_scale_penalty_by_hand():
   assert found['bn']['bias'] == 0 and found['conv']['kernel'] == 0
 
 
-def test_words_of_arms():
+def test_words_of_arms(refused):
   arm = arms.parse('searched+cost0.5+min_share')
   assert arm.scores == 'gates'
   assert arm.overrides == {
@@ -190,15 +182,12 @@ def test_words_of_arms():
   assert arms.parse('cost0.5') == arms.parse('searched+cost0.5')
   assert arms.parse('cost1') == arms.parse('cost')
   assert arms.parse('sensitivity0.2').scores == 'probe'
-  with pytest.raises(errors.UserError, match='must be of the words full'):
-    arms.parse('searched+magic')
-  with pytest.raises(errors.UserError, match='must be whole epochs, or all'):
-    plan.cell(
-      config_of('ratio').base, 'pretrained', 0, {'arm.pretrain_epochs': -1}
-    )
+  refused('must be of the words full', arms.parse, 'searched+magic')
+  given = (config_of('ratio').base, 'pretrained', 0)
+  field = {'arm.pretrain_epochs': -1}
+  refused('must be whole epochs, or all', plan.cell, *given, field)
   for name in ('uniform+fine_tune', 'tilt1+rewind'):
-    with pytest.raises(errors.UserError, match='no weights to start from'):
-      arms.parse(name)
+    refused('no weights to start from', arms.parse, name)
   cell = plan.cell(config_of('ratio').base, 'seeing+epochs10', 3)
   for c in (cell.wide, cell.config):
     assert c.search.train_classifier and c.search.epochs == 10
@@ -328,12 +317,11 @@ def varied(field, value):
     ({'baseline': 'magic'}, 'baseline must be one of searched; '),
   ],
 )
-def test_errors_of_a_study(change, message):
+def test_errors_of_a_study(change, message, refused):
   study = config_of('headline')
   study.baseline = ''
   study.update_from_flattened_dict(change)
-  with pytest.raises(errors.UserError, match=f'^config.{message}'):
-    plan.cells(study)
+  refused(f'^config.{message}', plan.cells, study)
 
 
 def test_wide_training_leaves_out_the_images_held_out(tmp_path, monkeypatch):
@@ -345,11 +333,10 @@ def test_wide_training_leaves_out_the_images_held_out(tmp_path, monkeypatch):
   assert given['hold_out']
 
 
-def test_pretraining_is_in_whole_epochs():
+def test_pretraining_is_in_whole_epochs(refused):
   study = config_of('ratio')
   study.update(varied('arm.pretrain_epochs', 0.5))
-  with pytest.raises(errors.UserError, match='^arm.* must be whole epochs'):
-    plan.cells(study)
+  refused('^arm.* must be whole epochs', plan.cells, study)
 
 
 # Results.
@@ -442,11 +429,10 @@ def test_merge_keeps_the_order_of_the_study(tmp_path):
     {'kept': {'conv': 'zz'}},
   ],
 )
-def test_a_damaged_record_is_refused(tmp_path, wrong):
+def test_a_damaged_record_is_refused(tmp_path, wrong, refused):
   file = tmp_path / 'x.json'
   file.write_text(json.dumps([{**record('searched', 0, None), **wrong}]))
-  with pytest.raises(errors.UserError, match=r'x.json: Expected .* at `\$'):
-    results.read(file)
+  refused(r'x.json: Expected .* at `\$', results.read, file)
 
 
 # Whole studies, on digits.
@@ -606,12 +592,10 @@ def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch, instead):
   assert names == ['uniform', 'searched+cost1+structure', 'searched']
 
 
-def test_modes_want_their_kind_of_config():
+def test_modes_want_their_kind_of_config(refused):
   assert studies.asked('study', config_of('ratio'))
-  with pytest.raises(errors.UserError, match='that of a study'):
-    studies.asked('run', config_of('ratio'))
-  with pytest.raises(errors.UserError, match='that of one run'):
-    studies.asked('study', config_of('ratio').base)
+  refused('that of a study', studies.asked, 'run', config_of('ratio'))
+  refused('that of one run', studies.asked, 'study', config_of('ratio').base)
 
 
 # Processes.
