@@ -53,6 +53,15 @@ def test_weights_are_bit_identical_after_a_search():
   assert own_models.size(moments) == 2 * own_models.size(state.gates)
 
 
+def test_optimizer_freezes_weights_by_mask():
+  """Both masks: masked Adam alone would pass the weights' gradients through."""
+  tree = {'params': {'w': jnp.ones(3)}, 'gates': {'g': jnp.ones(2)}}
+  tx = search.optimizer(0.01)
+  updates, _ = tx.update(tree, tx.init(tree), tree)
+  np.testing.assert_array_equal(updates['params']['w'], 0.0)
+  np.testing.assert_allclose(updates['gates']['g'], -0.01, rtol=1e-5)
+
+
 def test_of_the_weights_only_the_classifier_is_trained():
   state = state_of(classifier='classifier')
   after, _ = search.step(state, *batch())
