@@ -225,6 +225,8 @@ def two_runs(workdir, victim, fault, at):
   """The ends of (the victim, the other one)."""
   fields = {
     'model.factory': 'tests.test_tournament:Tiny',
+    'model.base_width': 0,
+    'model.width': 0,
     'search.epochs': 1,
     'train.epochs': 200,
     'train.statistics': 'running',  # A third less to trace in each process.

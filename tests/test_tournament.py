@@ -369,6 +369,7 @@ def test_what_is_trained_is_not_cut_to_other_counts(tmp_path, refused):
   before = [path.read_text() for path in sorted(tmp_path.glob('*.json'))]
   counts = {'structure.counts': list(stages.cutting.read(job)[1].counts)}
   runs.claim(tmp_path / 'train', config.identity(job.config) | counts)
+  (tmp_path / 'train' / 'metrics.jsonl').touch()  # Else it is given back.
   with pytest.raises(errors.UserError, match='not yet trained in this workdir'):
     tournament.run(job.config, tmp_path)
   path = tmp_path / 'structure.json'
