@@ -58,7 +58,7 @@ BAD = {
   f'--config.seed=1 {DIGITS} {INFO}': '--config.seed',
   f'{DIGITS} --mode=prune': 'run --mode=search',
   f'{DIGITS} --mode=train': 'does not exist',
-  f'{DIGITS} --mode=probe --config.probe.share=0.01': 'must be >= 0.35',
+  f'{DIGITS} --mode=probe --config.probe.share=0.01': 'probe.share must be >=',
   f'{DIGITS} --mode=eval': 'does not exist',
   f'{TRAIN}none.json': 'none.json does not exist',
   f'{TRAIN}requirements.txt': 'requirements.txt: JSON is malformed',
