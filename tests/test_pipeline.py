@@ -173,7 +173,7 @@ def test_waits_are_counted(monkeypatch):
   read, allowed = Files.read, threading.Event()
   monkeypatch.setattr(Files, 'read', lambda *a: allowed.wait(60) and read(*a))
   with _streamed() as source:
-    threading.Timer(0.3, allowed.set).start()
+    threading.Timer(1.0, allowed.set).start()
     source.batch(0)
     waited = source.seconds_waited
     assert 0.05 < waited < 60
