@@ -197,8 +197,7 @@ def intercept(
     path = '/'.join(module.path[base:])
     if path in active:
       return next_fun(*args, **kwargs)
-    names = [n for n in ('inputs', 'x', *kwargs) if n in kwargs]
-    name = names[0] if names else ''
+    name = next((n for n in ('inputs', 'x', *kwargs) if n in kwargs), '')
     x = args[0] if args else kwargs[name]
 
     def call(x):

@@ -93,15 +93,13 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
       part = folder / f'step{step}-seed{i}'
       found = _rises(job.reseeded(i), counts, part)
       values.append(found['rises'])
-      seconds += float(found['seconds'])
+      seconds += float(found.get('seconds', 0))  # An older file lacks it.
     findings = probe.finding(model.layers, np.stack(values))
     after = scores.damped(findings.losses, c.damping, before)
   rows = []
   for layer, count in zip(model.layers, counts, strict=True):
-    loss, error = (
-      f'{findings.losses[layer]:.4g}',
-      f'{findings.errors[layer]:.2g}',
-    )
+    loss = f'{findings.losses[layer]:.4g}'
+    error = f'{findings.errors[layer]:.2g}'
     verdict = 'too wide' if layer in findings.wide else ''
     verdict = 'too narrow' if layer in findings.narrow else verdict
     weight = f'{after[layer]:.2f}'

@@ -126,6 +126,7 @@ def _wide_job(job: Job) -> Job:
   recipe.epochs = recipe.wide_epochs or recipe.epochs
   recipe.learning_rate = recipe.wide_learning_rate or recipe.learning_rate
   recipe.wide_epochs = recipe.wide_learning_rate = 0.0
+  wide.data = job.data.under(wide.config)  # The images are read once.
   return wide
 
 

@@ -38,7 +38,8 @@ def discover(
 
   Args:
     model: Any Linen module, or an instance of an NNX module, untouched.
-    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 is enough.
+    x: Images [N, H, W, C] or their `jax.ShapeDtypeStruct`; N = 1 is enough. The
+      MACs of operations that do not depend on the images are divided by N.
     *args: Further arguments of the model's `__call__`.
     call: (module, x, train) -> logits, for models that have no argument or
       field in `gating.TRAIN_NAMES`; further arguments are passed on.
