@@ -38,8 +38,8 @@ A value that breaks its rule is refused before anything starts. Besides the
 rules below, MACs and parameters must be below 2^63, other integers at most
 2^32, and other numbers at most 1,000,000.
 
-A workdir belongs to the values that its results depend on, and a command with
-other values is refused there. No result depends on the fields marked with *.
+A workdir stores the values that its results depend on, and the program refuses
+a command with other values. No result depends on the fields marked with *.
 """
 
 

@@ -46,7 +46,7 @@ ENVIRONMENT = {
 }
 PROMISES = {
   'SIGKILL at a random moment': (
-    'The same command goes on and ends with the same bits: gates, structure, '
+    'The same command continues and gives the same bits: gates, structure, '
     'weights, accuracy, metrics.'
   ),
   'damage to one file': (
@@ -55,7 +55,7 @@ PROMISES = {
   ),
   'full disk': (
     'One to three lines with exit code 2 say what could not be written and how '
-    'much is missing; nothing half written stays; with more space the same '
+    'much is missing; no incomplete file stays; with more space the same '
     'command ends with the same bits.'
   ),
   'numbers that are not finite': (

@@ -173,7 +173,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     except KeyboardInterrupt:
       _fail('interrupted.', 130)
     except BrokenPipeError:
-      _fail('error: nobody reads the output, as after `| head`.', 1)
+      _fail('error: the reader of the output closed it.', 1)
     except OSError as e:  # What the machine refuses: permission, space, files.
       what = f'{e.filename} cannot be used: ' if e.filename else ''
       _fail(f'error: {what}{e.strerror or e}.', 2)
@@ -186,7 +186,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     except Exception as e:
       if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
         reason = str(e).partition('\n')[0]
-        _fail(f'error: the memory does not suffice: {reason}.', 2)
+        _fail(f'error: not enough memory: {reason}.', 2)
       if not peers.joined():
         raise
       if peers.lost(e):

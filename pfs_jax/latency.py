@@ -111,7 +111,7 @@ class LatencyModel:
     try:
       storage.write_json(cache, self._seconds)
     except errors.UserError as e:
-      console.note(f'latency: measured, but not kept: {e}')
+      console.note(f'latency: measured, but not saved: {e}')
 
   def _table(self, op: costs.Layer):
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""

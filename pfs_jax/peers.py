@@ -199,8 +199,9 @@ def _listen(ended: threading.Event) -> None:
       return
     if ended.wait(_grace()):
       return
-    lines = reason.splitlines() or ['']
-    print(f'error: {lines[0]} This one ends too.', file=sys.stderr, flush=True)
+    line = reason.partition('\n')[0]
+    said = f'error: {line} This process ends too.'
+    print(said, file=sys.stderr, flush=True)
     os._exit(1)
 
 

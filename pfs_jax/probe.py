@@ -177,7 +177,7 @@ class Finding:
     if 2 * sum(clear) < len(clear):
       return (
         'The probe cannot tell: in most layers the loss rises by less than two '
-        'standard errors. Train it for longer (probe.epochs).'
+        'standard errors. Raise config.probe.epochs.'
       )
     ratio = max(self.losses.values()) / min(self.losses.values())
     spread = (
@@ -192,7 +192,7 @@ class Finding:
     if not parts:
       return (
         'No layer is clearly too wide or too narrow: every loss per MAC is '
-        f'within a factor of {FACTOR:g} of the median, give or take two '
+        f'within a factor of {FACTOR:g} of the median, allowing for two '
         f'standard errors ({spread}).'
       )
     return f'Out of proportion: {" and ".join(parts)} ({spread}).'

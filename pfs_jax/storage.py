@@ -150,8 +150,8 @@ def read_bytes(path: pathlib.Path, largest: int = _LARGEST) -> bytes:
   if noted not in (None, sha256(content)):
     raise errors.UserError(
       f'{path} is damaged or was changed: its SHA-256 is not the one in '
-      f'{CHECKSUMS} beside it.\nDelete the file and run the command that wrote '
-      'it again; if you changed it on purpose, delete its line there.'
+      f'{CHECKSUMS} beside it.\nDelete the file and run its command again; if '
+      f'you changed it on purpose, delete its entry in {CHECKSUMS}.'
     )
   return content
 

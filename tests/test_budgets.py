@@ -284,7 +284,7 @@ def test_latency_is_a_ceiling_and_cached(monkeypatch, tmp_path, capsys):
   latency.LatencyModel(model, 8, tmp_path / 'l.json')
   assert clock.calls > measured  # Another batch size is another time.
   latency.LatencyModel(model, 4, tmp_path / 'l.json' / 'not a folder')
-  assert 'measured, but not kept' in capsys.readouterr().err
+  assert 'measured, but not saved' in capsys.readouterr().err
   for damage in (b'[]', b'\xff', b'{"a": "b"}', b'{"a": -1.0}'):
     (tmp_path / 'l.json').write_bytes(damage)
     before = clock.calls

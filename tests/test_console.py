@@ -124,9 +124,9 @@ def _raising(error):
     (KeyboardInterrupt(), 130, 'interrupted.'),
     (PermissionError(13, 'Denied', 'x'), 2, 'error: x cannot be used: Denied.'),
     (OSError(28, 'No space left'), 2, 'error: No space left.'),
-    (MemoryError('No 9 GiB'), 2, 'error: the memory does not suffice: No 9'),
-    (RuntimeError('RESOURCE_EXHAUSTED: 1\n2'), 2, 'error: the memory does not'),
-    (BrokenPipeError(32, 'Broken pipe'), 1, 'error: nobody reads the output'),
+    (MemoryError('No 9 GiB'), 2, 'error: not enough memory: No 9'),
+    (RuntimeError('RESOURCE_EXHAUSTED: 1\n2'), 2, 'error: not enough memory'),
+    (BrokenPipeError(32, 'Broken pipe'), 1, 'error: the reader of the'),
   ],
 )
 def test_errors_of_the_user_end_in_a_line_and_a_code(error, code, text, capsys):

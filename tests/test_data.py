@@ -573,7 +573,7 @@ def test_cache_that_cannot_be_kept(prepared, monkeypatch, capsys):
   monkeypatch.setattr(pathlib.Path, 'mkdir', refuse)
   for folder in (root, root.parent / 'other'):
     _assert_equal(first, _again(folder, root.parent / 'source'))
-    assert 'not kept' in capsys.readouterr().err
+    assert 'not saved' in capsys.readouterr().err
     assert _tree(root.parent) == before
 
 

@@ -144,7 +144,7 @@ def test_what_is_missing_is_named(folder, tmp_path, refused):
   refused('cannot read .*/nowhere/train', _open, tmp_path / 'nowhere')
   shutil.copytree(folder, tmp_path / 'copy')
   os.rename(tmp_path / 'copy/val/n03', tmp_path / 'copy/val/other')
-  refused('n03, other in one only', _open, tmp_path / 'copy')
+  refused('one lacks n03, other', _open, tmp_path / 'copy')
 
 
 @pytest.mark.parametrize(

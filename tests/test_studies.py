@@ -185,7 +185,7 @@ def test_words_of_arms(refused):
   refused('must be of the words full', arms.parse, 'searched+magic')
   given = (config_of('ratio').base, 'pretrained', 0)
   field = {'arm.pretrain_epochs': -1}
-  refused('must be whole epochs, or all', plan.cell, *given, field)
+  refused('must be a whole number of epochs, or all', plan.cell, *given, field)
   for name in ('uniform+fine_tune', 'tilt1+rewind'):
     refused('no weights to start from', arms.parse, name)
   cell = plan.cell(config_of('ratio').base, 'seeing+epochs10', 3)
@@ -309,7 +309,7 @@ def varied(field, value):
     (varied('arm.magic', 1), 'field must be .* or arm.pretrain_epochs; got'),
     ({'field': 'search.epochs'}, 'field and .* must be given together'),
     (varied('search.epochs', '1'), "values must be numbers; got '1'"),
-    (varied('model.width', 8.5), 'field: model.width takes no such values'),
+    (varied('model.width', 8.5), 'values do not fit model.width'),
     (varied('search.sparsity', 7.0), r'search.sparsity must be in \[0, 1\]'),
     ({'base.model.factory': 'a:b'}, "base.model.factory must be ''"),
     ({'base.budget.ranking': 'cost'}, "base.budget.ranking must be 'global'"),
@@ -336,7 +336,7 @@ def test_wide_training_leaves_out_the_images_held_out(tmp_path, monkeypatch):
 def test_pretraining_is_in_whole_epochs(refused):
   study = config_of('ratio')
   study.update(varied('arm.pretrain_epochs', 0.5))
-  refused('^arm.* must be whole epochs', plan.cells, study)
+  refused('^arm.* must be a whole number of epochs', plan.cells, study)
 
 
 # Results.
@@ -594,8 +594,8 @@ def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch, instead):
 
 def test_modes_want_their_kind_of_config(refused):
   assert studies.asked('study', config_of('ratio'))
-  refused('that of a study', studies.asked, 'run', config_of('ratio'))
-  refused('that of one run', studies.asked, 'study', config_of('ratio').base)
+  refused('the config of a study', studies.asked, 'run', config_of('ratio'))
+  refused('config of one run', studies.asked, 'study', config_of('ratio').base)
 
 
 # Processes.

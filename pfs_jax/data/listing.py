@@ -100,7 +100,7 @@ def scan_pair(root: pathlib.Path, *splits: str) -> tuple[Folder, Folder]:
     odd = sorted(set(test.classes) ^ set(train.classes))
     raise errors.UserError(
       'config.data.source_dir must hold the same classes in '
-      f'{" and ".join(splits)}; {root} has {", ".join(odd[:3])} in one only.'
+      f'{" and ".join(splits)}; in {root}, one lacks {", ".join(odd[:3])}.'
     )
   return train, test
 

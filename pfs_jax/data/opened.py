@@ -243,9 +243,9 @@ def _prepared_splits(
   builder = records.find(spec.name, root)
   if builder is None:
     raise errors.UserError(
-      f'{spec.name} is not prepared in {root}. Supply it by '
+      f'{spec.name} is not prepared in {root}. Give '
       'config.data.source_dir (a folder with\ntrain/<class>/*.JPEG and '
-      'val/<class>/*.JPEG) or by config.data.data_dir (prepared by TFDS as '
+      'val/<class>/*.JPEG) or config.data.data_dir (prepared by TFDS as '
       'array_record);\nsee docs/imagenet.md.'
     )
   classes = builder.info.features['label'].num_classes

@@ -50,7 +50,7 @@ def load(
         storage.write_arrays(cache, arrays, sealed=True)
       except errors.UserError as e:
         # Prepared data may well lie in a shared directory that is read-only.
-        console.note(f'{spec.name}: decoded, but not kept: {e}')
+        console.note(f'{spec.name}: decoded, but not saved: {e}')
   return arrays
 
 
@@ -161,7 +161,7 @@ def _original_files(
   )
   raise errors.UserError(
     f'{name} is not prepared in {root}, and {why}.\n'
-    f'Supply it by network (config.data.download=True), by '
-    f'config.data.data_dir (a directory prepared by TFDS),\n'
-    f'or by config.data.source_dir (a directory with {names}{debian}).'
+    f'Allow the download (config.data.download=True), or give '
+    f'config.data.data_dir (a directory prepared by TFDS)\n'
+    f'or config.data.source_dir (a directory with {names}{debian}).'
   )

@@ -124,7 +124,7 @@ def write(
     runs.claim_part(path.with_name('train'), known)
     storage.write_text(path, structure.to_json() + '\n')
   else:
-    console.say(f'{path} was edited and is kept; remove it to cut again.')
+    console.say(f'{path} was edited and is kept; delete it to cut again.')
     structure = edited
   kept = prune.kept(ranked, structure).items()
   lists = {layer: indices.tolist() for layer, indices in kept}
@@ -159,7 +159,7 @@ def check_budget(job: Job, budget: prune.Budget) -> None:
     budget.check(job.network.cost_model, job.latency_of(budget))
   except prune.Infeasible as e:
     hints = '; '.join(_alternatives(job, budget, e))
-    raise errors.UserError(f'{budget.name}: {e}\nReachable: {hints}.') from e
+    raise errors.UserError(f'{budget.name}: {e}\nPossible: {hints}.') from e
 
 
 def _fits(budget: prune.Budget, model, **change) -> bool:

@@ -56,7 +56,7 @@ def _possible(model: ml_collections.ConfigDict) -> list[str]:
   if not code:
     return list(export.FORMATS)
   console.note(
-    f'no safetensors: their reader cannot be given {", ".join(code)}. If the '
-    'factory returns (module, call) and registers its classes, it can.'
+    f'no safetensors file: its reader does not accept {", ".join(code)}. Let '
+    'the factory return (module, call) and register its classes instead.'
   )
   return [name for name in export.FORMATS if name != 'safetensors']

@@ -31,7 +31,7 @@ def asked(mode: str, c: ml_collections.ConfigDict) -> bool:
     kind = 'a study' if 'study' in c else 'one run'
     wanted = 'study' if 'study' in c else 'run, search, ...'
     raise errors.UserError(
-      f'--mode={mode}: the config is that of {kind} (--mode={wanted}).'
+      f'--mode={mode} does not fit the config of {kind} (--mode={wanted}).'
     )
   return mode == 'study'
 

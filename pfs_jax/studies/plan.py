@@ -160,7 +160,7 @@ def cell(
     wide.update_from_flattened_dict({**fields, 'seed': seed})
   except (TypeError, ValueError) as e:
     raise errors.UserError(
-      f'config.field: {", ".join(variation)} takes no such values: {e}.'
+      f'config.values do not fit {", ".join(variation)}: {e}.'
     ) from e
   if wide.model.width == wide.model.base_width:
     wide.model.width = 0  # The same network is the same cell.
@@ -183,7 +183,7 @@ def cell(
   whole = epochs >= 0 and epochs == int(epochs)
   if not whole and epochs != wide.train.epochs:
     raise errors.UserError(
-      f'{_PRETRAINED} must be whole epochs, or all; got {epochs:g}.'
+      f'{_PRETRAINED} must be a whole number of epochs, or all; got {epochs:g}.'
     )
   arm = dataclasses.replace(arm, pretrain_epochs=float(epochs))
   return Cell(name, arm, seed, variation, c, wide)

@@ -242,7 +242,8 @@ def _result_summary(
   sentence = (
     f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
     f'{found["error"]:.4f}, n = {len(last[INCUMBENT])}). It took '
-    f'{console.duration(found["seconds"])}, {found["share"]:.0%} of a training.'
+    f'{console.duration(found["seconds"])}, {found["share"]:.2g} times as long '
+    f'as one training.'
     f' The structure {budget} has the widths of {found["chosen"]}.'
   )
   if min(map(min, last.values())) > stages.CHANCE * chance:
@@ -271,9 +272,11 @@ def check(job: stages.Job) -> None:
     fits = _is_candidate(name)
     require(fits, 'tournament.candidates', rule, repr(name))
   budgets = [b.name for b in job.budgets]
-  rule = 'name one budget for a tournament, not yet trained in this workdir'
-  new = len(budgets) == 1 and not (job.folder(budgets[0]) / 'train').exists()
-  require(new, 'budget', rule, ', '.join(budgets))
+  rule = 'name exactly one budget for a tournament'
+  require(len(budgets) == 1, 'budget', rule, ', '.join(budgets))
+  new = not (job.folder(budgets[0]) / 'train').exists()
+  rule = 'name a budget that is not trained yet in this workdir'
+  require(new, 'budget', rule, budgets[0])
   stages.check_budget(job, job.budgets[0])
   held_out = c.data.validation_examples
   rule = 'be >= 1 for a tournament'
