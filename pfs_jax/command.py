@@ -73,6 +73,11 @@ def main(_: list[str]) -> None:
   devices.check()
   mode, c = str(MODE.value), CONFIG.value
   out = storage.expanded(OUT.value) if OUT.value else None
+  for flag, modes in ((OUT, ('export', 'report')), (FORMATS, ('export',))):
+    if flag.value and mode not in modes:
+      raise errors.UserError(
+        f'--{flag.name} is for --mode={" and ".join(modes)}.'
+      )
   if mode == 'report':
     report.write(c, workdir(), out)
   elif studies.asked(mode, c):

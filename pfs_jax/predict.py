@@ -16,6 +16,8 @@ from PIL import UnidentifiedImageError
 from pfs_jax import console, devices, errors, export, storage
 from pfs_jax.data import decoding, loading
 
+_BATCH = 64  # Images in memory at a time.
+
 
 def read_image(
   path: str, expected: Mapping[str, Any], invert: bool = False
@@ -34,11 +36,11 @@ def read_image(
   keep = expected['centre_crop']
   try:
     pixels = decoding.decode(
-      content, size, keep=keep, channels=channels, formats=None
+      content, size, keep=keep, channels=channels, formats=decoding.MORE_FORMATS
     )
   except Exception as e:  # Damaged files raise many types of errors.
     unknown = isinstance(e, UnidentifiedImageError)
-    reason = 'it is not an image' if unknown else loading.reason(e)
+    reason = 'its format is unknown' if unknown else loading.reason(e)
     raise errors.UserError(f'{path} cannot be read: {reason}.') from e
   return 255 - pixels if invert else pixels
 
@@ -94,14 +96,20 @@ def main(argv: Sequence[str]) -> None:
   warnings.filterwarnings('ignore', module=r'PIL\.')  # Odd EXIF and the like.
   classify = export.load(asked.directory, asked.format, asked.factory)
   expected = classify.manifest['input']
-  pixels = [read_image(p, expected, asked.invert) for p in asked.images]
+  if expected['shape'][3] not in (1, 3):
+    raise errors.UserError(
+      f'{asked.directory}: predict reads grey and RGB images; this network '
+      f'takes {expected["shape"][3]} channels.'
+    )
   names = classify.manifest['class_names']
-  for path, shares in zip(
-    asked.images, probabilities(classify, pixels), strict=True
-  ):
-    for label in np.argsort(-shares, kind='stable')[: asked.top]:
-      name = names[label] if names else f'class {label}'
-      console.say(f'{path}: {name} {shares[label]:.1%}')
+  for i in range(0, len(asked.images), _BATCH):
+    paths = asked.images[i : i + _BATCH]
+    pixels = [read_image(p, expected, asked.invert) for p in paths]
+    found = probabilities(classify, pixels)
+    for path, shares in zip(paths, found, strict=True):
+      for label in np.argsort(-shares, kind='stable')[: asked.top]:
+        name = names[label] if names else f'class {label}'
+        console.say(f'{path}: {name} {shares[label]:.1%}')
 
 
 if __name__ == '__main__':

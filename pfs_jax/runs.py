@@ -183,6 +183,8 @@ class Result(TypedDict):
   class_names: list[str]
   steps: _Count
   seconds: Annotated[float, msgspec.Meta(ge=0)]
+  mean: NotRequired[list[float]]
+  std: NotRequired[list[float]]
   # What only reports read:
   latency: NotRequired[dict[str, int | float]]
   warnings: NotRequired[list[str]]

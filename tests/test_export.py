@@ -404,8 +404,11 @@ def test_what_replaces_what(network, copied):
   folder = copied.parent / 'mine'
   folder.mkdir()
   (folder / 'thesis.tex').write_text('')
-  with pytest.raises(errors.UserError, match='holds no export'):
+  with pytest.raises(errors.UserError, match='exists and holds thesis.tex'):
     export.save(folder, *network, overwrite=True, **only)
+  (copied / 'engine.plan').write_text('')  # The user's own, beside an export.
+  with pytest.raises(errors.UserError, match='exists and holds engine.plan'):
+    export.save(copied, *network, overwrite=True, **only)
   assert sorted(p.name for p in copied.parent.iterdir()) == ['e', 'mine']
 
 
@@ -640,10 +643,10 @@ def test_an_interrupted_replacement_leaves_the_former(
     (['E'], 'required: image'),
     (['/nowhere', 'P'], 'manifest.json does not exist'),
     (['E', '/nowhere.png'], '/nowhere.png does not exist'),
-    (['E', 'E/manifest.json'], 'cannot be read: it is not an image'),
+    (['E', 'E/manifest.json'], 'cannot be read: its format is unknown'),
     (['E', 'E'], 'cannot be read: it is not a file'),
     (['E', '/dev/zero'], 'cannot be read: it is not a file'),
-    (['E', 'S'], 'cannot be read: it is EPS, which is a program'),
+    (['E', 'S'], 'cannot be read: its format is unknown'),
     (['D', 'P'], 'model.stablehlo is damaged'),
     (['E', 'P', '--format=tflite'], "got 'tflite'"),
     (['E', 'P', '--top=0'], '--top must be >= 1'),
@@ -703,6 +706,19 @@ def test_images_of_other_kinds(tmp_path):
       np.testing.assert_array_equal(found, wanted)
   inverted = predict.read_image(str(path), expected, True)
   np.testing.assert_array_equal(inverted, 255 - wanted)
+  for pixels in (np.float32(ramp / 255), ramp.astype(np.int32)):
+    Image.fromarray(pixels).save(path, 'TIFF')
+    with pytest.raises(errors.UserError, match='its pixels have 32 bits'):
+      predict.read_image(str(path), expected)
+
+
+def test_predict_takes_many_images_in_parts(saved, tmp_path, capsys):
+  Image.new('L', (8, 8)).save(tmp_path / 'p.png')
+  (tmp_path / 'bad.png').touch()
+  paths = [str(tmp_path / 'p.png')] * 64 + [str(tmp_path / 'bad.png')]
+  with pytest.raises(SystemExit):
+    predict.main([str(saved[0]), *paths])
+  assert len(capsys.readouterr().out.splitlines()) == 64
 
 
 def test_large_images_are_cropped_as_in_evaluation(tmp_path):
@@ -738,7 +754,7 @@ def test_the_stage_gives_what_the_training_found(finished, monkeypatch):
   identity['config.dtype'] = 'bfloat16'
   storage.write_json(finished / 'train' / 'config.json', identity)
   result = storage.read_json(finished / 'result.json')
-  result['class_names'] = [f'folder {i}' for i in range(10)]
+  result |= {'class_names': [f'folder {i}' for i in range(10)], 'mean': [0.25]}
   storage.write_json(finished / 'result.json', result, sealed=True)
   job = stages.Job(small_run.config(dtype='bfloat16'), finished)
   counts = job.network.cost_model.widths
@@ -748,6 +764,7 @@ def test_the_stage_gives_what_the_training_found(finished, monkeypatch):
   assert given['module'].dtype == jnp.float32
   assert given['folder'] == finished / 'out'
   assert list(given['spec'].class_names) == result['class_names']
+  assert given['spec'].mean == (0.25,) and given['spec'].std == job.spec.std
   share = f'{result["test_accuracy"]:.2%} of 297 images'
   assert given['measured']['test accuracy'] == share
 
@@ -758,7 +775,7 @@ def test_a_model_whose_config_names_code_has_no_safetensors(capsys):
   model.call = 'my_module:call'
   possible = stages.exporting._possible(model)
   assert possible == ['stablehlo', 'onnx']
-  assert 'cannot be given config.model.call' in capsys.readouterr().err
+  assert 'does not accept config.model.call' in capsys.readouterr().err
 
 
 def test_export_before_training_is_refused(tmp_path):

@@ -145,7 +145,8 @@ def check_page(workdir, names, stem='report'):
   for link in outline.links:  # Nothing is fetched.
     assert link.startswith('data:') or link[1:] in outline.ids, link[:80]
   assert 'script' not in outline.tags and outline.tags.count('h1') == 1
-  found = {p.name for p in folder.glob('*')}
+  assert set(names) <= set(report.PICTURES)
+  found = {p.name for p in folder.glob('*')} - {'my own.svg'}
   assert found == {f'{name}.svg' for name in names}
   assert [n for n in outline.ids if n in names] == names
   assert outline.tags.count('figure') == len(names) == len(outline.images)
@@ -243,15 +244,22 @@ def test_all_that_a_run_may_leave_is_shown(tmp_path):
     budgets=2,
     class_names=['cat', 'dog'],
     latency={'batch': 8, 'narrow_ms': 1.25, 'reference_ms': 4.5},
+    reference_test_accuracy=None,
     warnings=['The search stayed at chance.'],
   )
   mistakes = {'labels': [0, 1], 'predicted': [1, 0]}
-  images = np.zeros((2, 4, 4, 3), np.uint8)
+  images = np.zeros((2, 4, 4, 5), np.uint8)  # Of 5 channels.
   path = job.folder('keep0.5') / 'train' / 'mistakes.npz'
   storage.write_arrays(path, {'images': images, **mistakes})
   bundle = job.folder('keep0.3') / 'export'
   bundle.mkdir()
   (bundle / 'model.onnx').write_bytes(bytes(2_340_000))
+  elsewhere = shutil.copytree(tmp_path / 'keep0.5', tmp_path / 'exported')
+  (elsewhere / 'manifest.json').touch()  # It is no budget.
+  path = tmp_path / 'result.json'  # The other one was measured otherwise.
+  result = storage.read_json(path)
+  result['latency'] = {'batch': 9, 'narrow_ms': 7.75}
+  storage.write_json(path, result | {'reference_test_accuracy': 0.85})
   choices(job)
   report.write(job.config, tmp_path)
   chosen = ['probe', 'tournament', 'candidates']
@@ -473,6 +481,7 @@ def of_studies(tmp_path_factory):
   folder = tmp_path_factory.mktemp('studies')
   (folder / 'report-headline').mkdir()
   (folder / 'report-headline' / 'varied.svg').write_text('an earlier one')
+  (folder / 'report-headline' / 'my own.svg').write_text('kept')
   varied = {'field': 'budget.keep', 'values': (0.4, 0.5)}
   two = study_of(study='two', arms=('searched', 'uniform'), **varied)
   for study in (study_of(), two):
@@ -482,6 +491,7 @@ def of_studies(tmp_path_factory):
 
 def test_report_of_a_study(of_studies):
   outline = check_page(of_studies, STUDY_PICTURES, 'report-headline')
+  assert (of_studies / 'report-headline' / 'my own.svg').exists()
   assert 'Study headline' in outline.text
   assert '12 of 12 cells are finished. The table compares' in outline.text
   text = (of_studies / 'report-headline.html').read_text()

@@ -6,8 +6,10 @@ import math
 import numpy as np
 from PIL import Image, ImageOps
 
-# Some other readers of Pillow start programs (EPS starts Ghostscript).
+# Some other readers of Pillow start programs: EPS starts Ghostscript, and IPTC
+# files may hold EPS.
 FORMATS = ('JPEG', 'PNG')
+MORE_FORMATS = (*FORMATS, 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TIFF', 'WEBP')
 EVALUATION_CROP = 224 / 256  # Share of the shorter side that ImageNet keeps.
 _ORIENTATION = 0x0112  # The EXIF tag.
 
@@ -43,7 +45,7 @@ def decode(
   *,
   keep: float = EVALUATION_CROP,
   channels: int = 3,
-  formats: tuple[str, ...] | None = FORMATS,
+  formats: tuple[str, ...] = FORMATS,
 ) -> np.ndarray:
   """Decodes one image: upright, cropped, resized (bilinear, antialiased).
 
@@ -66,15 +68,16 @@ def decode(
       resize are one operation, without rounding in between; a square image of
       `size` with `keep` 1 is returned as it is.
     channels: 3, or 1 for grey.
-    formats: Pillow's names of the formats to try; None: all but EPS.
+    formats: Pillow's names of the formats to try.
 
   Raises:
     Exception: Any type, if the content is no image, is damaged, or has more
       pixels than Pillow's limit against decompression bombs.
   """
   image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
-  if image.format == 'EPS':  # It starts Ghostscript, which runs its code.
-    raise ValueError('it is EPS, which is a program')
+  wide = image.mode == 'I' and image.format not in ('PNG', 'PPM')  # 32 bits.
+  if wide or image.mode == 'F':
+    raise ValueError('its pixels have 32 bits: convert it to 8 or 16 bits')
   if image.getexif().get(_ORIENTATION, 1) != 1:  # Rare.
     image = ImageOps.exif_transpose(image)
   width, height = image.size

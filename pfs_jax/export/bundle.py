@@ -73,7 +73,7 @@ def save(
     errors.UserError: A format or operator is unknown, `directory` holds
       something else, or the logits differ. Then nothing is written.
   """
-  target = pathlib.Path(os.path.abspath(storage.expanded(directory)))
+  target = pathlib.Path(os.path.realpath(storage.expanded(directory)))
   _check_formats(formats)
   _check_target(target, structure, overwrite)
   shape = (spec.image_size, spec.image_size, spec.channels)
@@ -115,11 +115,19 @@ def _check_target(
   target: pathlib.Path, structure: Structure, overwrite: bool
 ) -> None:
   """Refuses to replace other files, or an export of another structure."""
-  if not target.exists() or (target.is_dir() and not os.listdir(target)):
+  if not target.exists():
     return
-  if not (target / manifest.FILE).is_file():
+  if os.path.ismount(target):
+    raise errors.UserError(f'{target} is a mount point: give a folder in it.')
+  if target.is_dir() and not os.listdir(target):
+    return
+  ours = {manifest.FILE, manifest.CARD, weights.STRUCTURE}
+  ours |= {kind.FILE for kind in FORMATS.values()}
+  other = target.is_dir() and sorted(set(os.listdir(target)) - ours)
+  if other or not (target / manifest.FILE).is_file():
+    holds = f'holds {other[0]}' if other else 'holds no export'
     raise errors.UserError(
-      f'{target} exists and holds no export: give another directory.'
+      f'{target} exists and {holds}: give another directory.'
     )
   there = None
   with contextlib.suppress(errors.UserError):

@@ -93,7 +93,7 @@ def of(
       'shape': ['N', spec.image_size, spec.image_size, spec.channels],
       'dtype': 'float32',
       'layout': 'NHWC',
-      'channels': 'grey' if spec.channels == 1 else 'RGB',
+      'channels': _colour(spec.channels),
       'range': [0.0, 1.0],
       'mean': list(spec.mean),
       'std': list(spec.std),
@@ -118,6 +118,10 @@ def of(
     'versions': {**runs.versions(), **{p: version(p) for p in packages}},
   }
   return made
+
+
+def _colour(channels: int) -> str:
+  return {1: 'grey', 3: 'RGB'}.get(channels, f'{channels} channels')
 
 
 def described(structure: Structure) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def card(
 ) -> str:
   """The model card in Markdown; `measured` has further rows of its table."""
   name = structure.model.get('name') or structure.model.get('factory')
-  size, colour = spec.image_size, 'grey' if spec.channels == 1 else 'RGB'
+  size, colour = spec.image_size, _colour(spec.channels)
   shape = f'float32 [N, {size}, {size}, {spec.channels}], {colour}'
   rows = [
     ['data', spec.name],

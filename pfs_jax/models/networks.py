@@ -69,14 +69,18 @@ def network(
   gate_site: str = 'acting',
   counts: Sequence[int] = (),
 ) -> Network:
-  """The registry's model as a `Network`; other arguments as for `build`.
+  """The registry's model as a `Network`.
 
   Args:
+    name: A name of the registry.
+    num_classes: Number of classes.
     image_size: Side of the square images.
     channels: Channels of the images.
     base_width: Base width of the reference network; None: the family's.
     width: Base width of the searched network; None: `base_width`.
     multiplier: Widens the searched network's block outputs.
+    dtype: Dtype of the computation.
+    gate_site: As for `registry.build`.
     counts: Channels of the gated layers of the reference network, which then is
       also the searched one; () means those of the base width.
   """

@@ -14,6 +14,11 @@ import ml_collections
 
 from pfs_jax import console, stages, storage
 
+PICTURES = (
+  'macs network probe tournament candidates gates search training mistakes '
+  'accuracy differences varied shares similarity'
+).split()
+
 
 def write(
   c: ml_collections.ConfigDict,
@@ -39,8 +44,8 @@ def write(
   if not storage.is_first_process():
     return
   page, folder = (out or workdir) / f'{stem}.html', (out or workdir) / stem
-  for old in folder.glob('*.svg'):  # Pictures of an earlier report.
-    old.unlink(missing_ok=True)  # Another report may do the same.
+  for name in PICTURES:  # Those of an earlier report.
+    (folder / f'{name}.svg').unlink(missing_ok=True)
   for name, svg in report.pictures.items():
     storage.write_bytes(folder / f'{name}.svg', svg)
   storage.write_text(page, report.html())

@@ -270,8 +270,10 @@ def examples(images: np.ndarray, titles: Sequence[str]) -> mpl_figure.Figure:
   drawn, grid = _figure(1.15 * rows, rows, 6)
   for axes in grid.ravel():
     axes.set_axis_off()
+  if images.shape[-1] != 3:  # The first of other channels.
+    images = images[..., 0]
   for axes, image, title in zip(grid.ravel(), images, titles, strict=False):
-    axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
+    axes.imshow(image, cmap='gray', vmin=0, vmax=255)
     lines = [_shortened(line, 14) for line in title.splitlines()]
     axes.set_title('\n'.join(lines), fontsize=7)
   return drawn

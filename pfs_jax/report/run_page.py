@@ -111,12 +111,12 @@ def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
   """The reference network and the searched one, with their known results."""
   network, model = job.network, job.network.cost_model
   known: dict[str, Any] = {}
-  for r in (cut.result for cut in trained[:1]):
+  for r in (cut.result for cut in trained):
     accuracy, n = r['reference_test_accuracy'], r['test_examples']
-    if accuracy is not None:
-      known = {'test_accuracy': accuracy, 'test_examples': n}
-    ms = r.get('latency', {}).get('reference_ms')
-    known['latency'] = {} if ms is None else {'narrow_ms': ms}
+    if accuracy is not None and not known:
+      times = dict(r.get('latency', {}))
+      times['narrow_ms'] = times.get('reference_ms')
+      known = {'test_accuracy': accuracy, 'test_examples': n, 'latency': times}
   widths = network.table.sizes
   counts, description = widths, network.description
   if 'name' in description and 'counts' not in description:
@@ -139,7 +139,7 @@ def _title(job: Job, cuts: Sequence[Cut]) -> str:
   done = f'{len(cuts)} budgets' if cuts else _before_cuts(job)[0]
   if len(cuts) == 1:
     done = f'cut to {_share(job, cuts[0].macs)} of the MACs'
-  return f'{name} on {c.data.name}, {done}, seed {c.seed}'
+  return f'{name} on {job.spec.name}, {done}, seed {c.seed}'
 
 
 def _before_cuts(job: Job) -> tuple[str, str]:
@@ -190,8 +190,9 @@ def _first_screen(
     )
   columns = ['network', 'test accuracy', '95% interval', 'MACs', 'share']
   columns += ['parameters', 'float32 weights']
-  latencies = [cut.result.get('latency', {}) for cut in trained]
-  columns += [f'ms for {ms["batch"]}' for ms in latencies if 'batch' in ms][:1]
+  batches = [cut.result.get('latency', {}).get('batch') for cut in trained]
+  batch = next(filter(None, batches), None)
+  columns += [f'ms for {batch}'] * (batch is not None)
   rows = []
   for name, _, macs, params, r in [*cuts, *whole]:
     shown = ['-', '-']
@@ -200,7 +201,8 @@ def _first_screen(
       ends = f'{100 * low:.1f} .. {100 * high:.1f}'
       shown = [f'{r["test_accuracy"]:.2%}', ends]
     costs = [f'{macs:,}', _share(job, macs), f'{params:,}']
-    ms = r.get('latency', {}).get('narrow_ms')
+    times = r.get('latency', {})
+    ms = times.get('narrow_ms') if times.get('batch') == batch else None
     last = [f'{4 * params / 1e6:.2f} MB', '-' if ms is None else f'{ms:.3g}']
     rows.append([name, *shown, *costs, *last][: len(columns)])
   networks = Table('Networks', columns, rows)

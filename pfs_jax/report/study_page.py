@@ -71,8 +71,8 @@ def build(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> Page:
     for i, (k, g) in enumerate(groups.items(), 1)
   ]
   trained = [arm for arm in arms if arm.values]
-  name = study.base.model.name
-  report = Page(f'Study {study.study}: {name} on {study.base.data.name}')
+  name, given = study.base.model.name, study.base.data
+  report = Page(f'Study {study.study}: {name} on {given.factory or given.name}')
   count = f'{len(records)} of {total} cells are finished'
   if len(records) < total:
     count += '; the others may change what this page says'

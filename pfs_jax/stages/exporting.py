@@ -18,12 +18,18 @@ def run(
 
   By default `out` is the folder export/ of the budget, and the formats are all
   that are possible. The network computes in float32, whatever the dtype of its
-  training. The names of its classes are those at the time of the training.
+  training. Its class names and its normalisation are those of the training.
   """
   name, structure = cutting.read(job)
   state = training.restore(job, name, structure)[-1]
   folder = out or job.folder(name) / 'export'
   result = runs.read_result(job.folder(name) / 'result.json')
+  spec = dataclasses.replace(
+    job.spec,
+    class_names=tuple(result['class_names']),
+    mean=tuple(result.get('mean', job.spec.mean)),  # Older ones lack them.
+    std=tuple(result.get('std', job.spec.std)),
+  )
   c = job.config.copy_and_resolve_references()
   c.dtype = 'float32'
   if storage.is_first_process():
@@ -33,7 +39,7 @@ def run(
       Job(c, job.workdir).network.narrow(structure.counts),
       state.variables,
       dataclasses.replace(structure, model=job.network.description),
-      dataclasses.replace(job.spec, class_names=tuple(result['class_names'])),
+      spec,
       formats=formats or _possible(job.config.model),
       factory=job.config.model.factory,
       measured={

@@ -232,7 +232,13 @@ class Job:
 
   def budget_folders(self) -> dict[str, pathlib.Path]:
     """{budget: folder} of the structures and results in the workdir."""
-    inside = [p for p in self.workdir.glob('*/') if p.name not in FOLDERS]
+    # A folder with one of these is an export, or another workdir.
+    others = ('manifest.json', 'budget.txt')
+    inside = [
+      p
+      for p in self.workdir.glob('*/')
+      if p.name not in FOLDERS and not any((p / f).exists() for f in others)
+    ]
     folders = {self._first or self.budgets[0].name: self.workdir}
     folders |= {p.name: p for p in sorted(inside)}
     files = ('structure.json', 'result.json')

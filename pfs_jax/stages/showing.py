@@ -34,7 +34,7 @@ def show(job: Job, name: str, structure: prune.Structure) -> None:
   accuracy = result['reference_test_accuracy']
   shown = '-' if accuracy is None else f'{accuracy:.2%}'
   console.table(
-    f'{job.workdir}: {job.model_name} on {job.config.data.name}, seed '
+    f'{job.workdir}: {job.model_name} on {job.spec.name}, seed '
     f'{job.config.seed}, {console.duration(result["seconds"])} of training',
     ['network', 'MACs', 'of reference', 'parameters', 'test accuracy'],
     [

@@ -215,13 +215,19 @@ def _add_reference(job: Job, result: pathlib.Path) -> None:
     module = job.network.reference
     state = fit(job, module, folder, 'reference', job.config.train.epochs)
     exam = examine(module, state.variables, job.data.test())
-    found = {'test_accuracy': exam.accuracy, 'batch_ms': exam.milliseconds}
+    found = {
+      'test_accuracy': exam.accuracy,
+      'batch': exam.batch,
+      'batch_ms': exam.milliseconds,
+    }
     storage.write_json(path, found, sealed=True)
     runs.barrier('reference')
   found = storage.read_json(path, dict[str, float])
   content = storage.read_json(result, dict[str, Any])
   content['reference_test_accuracy'] = found['test_accuracy']
-  content.setdefault('latency', {})['reference_ms'] = found['batch_ms']
+  times = content.setdefault('latency', {})
+  if found.get('batch', times.get('batch')) == times.get('batch'):
+    times['reference_ms'] = found['batch_ms']
   storage.write_json(result, content, sealed=True)
   runs.barrier('result with reference')
 
@@ -297,6 +303,8 @@ def _result(job: Job, name, structure, exam: Exam) -> dict[str, Any]:
     'counts': dict(zip(structure.layers, structure.counts, strict=True)),
     'model': dict(network.description),
     'class_names': list(job.data.spec.class_names),
+    'mean': list(job.data.spec.mean),
+    'std': list(job.data.spec.std),
     'budget': name,
     'warnings': warnings,
     'seed': c.seed,

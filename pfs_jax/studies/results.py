@@ -29,7 +29,8 @@ def path(
   study: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> pathlib.Path:
   """The file of a study's results."""
-  folder = pathlib.Path(study.results_dir) if study.results_dir else workdir
+  given = study.results_dir
+  folder = storage.expanded(given) if given else workdir
   return folder / f'{study.study}.json'
 
 
