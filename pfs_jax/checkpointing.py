@@ -73,6 +73,8 @@ class _Args(ocp.args.CheckpointArgs):
 
 def _on_devices_of(leaf: Any, array: np.ndarray) -> jax.Array:
   """Puts an array on the devices of a leaf of the same shape and type."""
+  if array.dtype.kind == 'V' and array.dtype.itemsize == leaf.dtype.itemsize:
+    array = array.view(leaf.dtype)  # NumPy's files do not name bfloat16.
   if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
     raise ValueError('another shape or type')
   return jax.make_array_from_callback(

@@ -95,11 +95,21 @@ def identity(
 ) -> dict[str, Any]:
   """The fields that the results of sections such as 'search' depend on."""
   found = flat(config, 'seed', 'dtype', 'model', 'data', *sections)
-  return {
+  found = {
     name: value
     for name, value in found.items()
     if fields.BY_NAME[name.removeprefix('config.')].result
   }
+  if 'probe' in sections:  # A draw is a batch of the evaluation.
+    found['config.data.eval_batch_size'] = config.data.eval_batch_size
+  return found
+
+
+def search_identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The fields that a search depends on; its evaluations choose the step."""
+  found, statistics = identity(config, 'search'), config.train.statistics
+  chosen = {'config.train.statistics': statistics}
+  return found if statistics == 'auto' else found | chosen
 
 
 def digest(values: Mapping[str, Any]) -> str:

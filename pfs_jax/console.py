@@ -184,7 +184,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
           _fail(f'error: {e.name} is not installed: {command}.', 2)
       raise
     except Exception as e:
-      if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
+      if errors.out_of_memory(e):
         reason = str(e).partition('\n')[0]
         _fail(f'error: not enough memory: {reason}.', 2)
       if not peers.joined():

@@ -15,6 +15,15 @@ class UserError(ValueError):
   """
 
 
+class Diverged(UserError):
+  """A number of a training is not finite."""
+
+
+def out_of_memory(e: Exception) -> bool:
+  """Whether an exception of Python or of XLA says that the memory is full."""
+  return isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e)
+
+
 class Interrupted(Exception):
   """The signal `.signal` stopped the work at `where`; the state is saved.
 

@@ -31,24 +31,23 @@ TRAIN_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgument:
-  """Calls a model, and tells it by an argument or a field whether it trains.
+  """Calls a model, and tells it by arguments or fields whether it trains.
 
   Attributes:
-    name: One of `TRAIN_NAMES`, or '' if the model has none of them.
-    field: Whether it names a field of the module, not an argument of the call.
+    arguments: Those of `TRAIN_NAMES` that are arguments of the call.
+    fields: Where there are none: those that are fields of the module.
   """
 
-  name: str
-  field: bool = False
+  arguments: tuple[str, ...]
+  fields: tuple[str, ...] = ()
 
   def __call__(
     self, module: nn.Module, x: Any, *args: Any, train: bool, **kwargs: Any
   ) -> Any:
     """The module's output."""
-    if self.field:  # The module is the wrapper's own copy.
-      object.__setattr__(module, self.name, TRAIN_NAMES[self.name] == train)
-    elif self.name:
-      kwargs[self.name] = TRAIN_NAMES[self.name] == train
+    for name in self.fields:  # The module is the wrapper's own copy.
+      object.__setattr__(module, name, TRAIN_NAMES[name] == train)
+    kwargs |= {name: TRAIN_NAMES[name] == train for name in self.arguments}
     return module(x, *args, **kwargs)
 
 
@@ -56,11 +55,9 @@ def train_argument(model: nn.Module) -> TrainArgument:
   """The way to tell a model whether it trains; arguments before fields."""
   arguments = inspect.signature(type(model).__call__).parameters
   fields = [f.name for f in dataclasses.fields(model)]
-  for is_field, there in ((False, arguments), (True, fields)):
-    for name in TRAIN_NAMES:
-      if name in there:
-        return TrainArgument(name, is_field)
-  return TrainArgument('')
+  told = tuple(name for name in TRAIN_NAMES if name in arguments)
+  by_field = tuple(name for name in TRAIN_NAMES if name in fields)
+  return TrainArgument(told, () if told else by_field)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,11 +191,13 @@ class Wrapped(nn.Module):
         change('axis_name', None)  # The statistics cover all images anyway.
       y = call(x)
       if path in carriers:
-        gate = _gates_of(gates, carriers[path]).astype(y.dtype)  # [C], [N, C]
+        gate = _gates_of(gates, carriers[path])  # [C] or [N, C].
         if gate.ndim > 1 and len(gate) < len(y):  # Several rows an image.
           gate = jnp.repeat(gate, len(y) // len(gate), axis=0)
         between = (1,) * (y.ndim - gate.ndim)
-        y = y * gate.reshape(*gate.shape[:-1], *between, gate.shape[-1])
+        gate = gate.reshape(*gate.shape[:-1], *between, gate.shape[-1])
+        # In the type of the gates, so that their gradient is summed in it.
+        y = (y * gate).astype(y.dtype)
       return y
 
     return costs.intercept(around, len(self.path))

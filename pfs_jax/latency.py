@@ -15,6 +15,7 @@ difference is shown; a budget in milliseconds is a budget on the *sum*.
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from pfs_jax import console, costs, errors, storage
+from pfs_jax import console, costs, errors, runs, storage
 
 # The shares of a layer's width at which it is timed.
 _GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -87,7 +88,7 @@ class LatencyModel:
   Args:
     cost_model: Costs of the searched network.
     batch_size: Images in a batch.
-    cache: The JSON file of measured seconds, by device kind, dtype, batch size
+    cache: The JSON file of measured seconds, by hardware, dtype, batch size
       and shapes. A file with other content is replaced.
     dtype: Dtype of the computation.
   """
@@ -101,17 +102,23 @@ class LatencyModel:
   ):
     self._batch_size, self._dtype = batch_size, jnp.dtype(dtype)
     self._seconds: dict[str, float] = {}
-    with contextlib.suppress(errors.UserError):
-      self._seconds = storage.read_json(cache, dict[str, _Positive])
-    self._tables = [
-      (op, *self._table(op))
-      for op in cost_model.ops
-      if op.kind in ('depthwise', *costs.MIXING)
-    ]
-    try:
-      storage.write_json(cache, self._seconds)
-    except errors.UserError as e:
-      console.note(f'latency: measured, but not saved: {e}')
+    busy = f'{cache}: another process measures; waiting'
+    # Two processes at once would disturb each other, and find other times.
+    with contextlib.ExitStack() as stack:
+      lock = storage.locked(cache.parent, wait=lambda: console.note(busy))
+      with contextlib.suppress(errors.UserError):  # Nothing can be saved, then.
+        stack.enter_context(lock)
+      with contextlib.suppress(errors.UserError):
+        self._seconds = storage.read_json(cache, dict[str, _Positive])
+      self._tables = [
+        (op, *self._table(op))
+        for op in cost_model.ops
+        if op.kind in ('depthwise', *costs.MIXING)
+      ]
+      try:
+        storage.write_json(cache, self._seconds)
+      except errors.UserError as e:
+        console.note(f'latency: measured, but not saved: {e}')
 
   def _table(self, op: costs.Layer):
     """(points of inputs, points of outputs, seconds [inputs, outputs])."""
@@ -124,13 +131,14 @@ class LatencyModel:
       grid = np.array([[self._time(op, i, o) for o in outputs] for i in inputs])
     for axis in (0, 1):
       grid = np.maximum.accumulate(grid, axis=axis)
-    return inputs, outputs, grid
+    return inputs, outputs, runs.agreed(grid)
 
   def _time(self, op: costs.Layer, inputs: int, outputs: int) -> float:
     key = json.dumps(
       [
-        jax.devices()[0].device_kind,
-        jax.device_count(),
+        runs.hardware(),
+        len(os.sched_getaffinity(0)),
+        jax.__version__,
         str(self._dtype),
         self._batch_size,
         op.kind,

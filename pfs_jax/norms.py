@@ -5,7 +5,7 @@ After T steps its first values still have the weight m^T, and the averages come
 from earlier weights of the network. With flax's default m = 0.99, a network
 trained for 70 steps classifies test images as if it were untrained, though its
 weights are good. The remedy (Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
-2021) is to compute the statistics of the present weights over some batches.
+2021) is to compute the statistics of the current weights over some batches.
 """
 
 import functools
@@ -25,6 +25,14 @@ _REMAINDER = 0.01  # A run is short if the first values weigh more than this.
 _FROZEN = 1 - 1e-5  # Statistics with this momentum or more are frozen.
 
 
+def _is_average(path: Any) -> bool:
+  """Whether a leaf's name is that of a mean or a variance.
+
+  Others, such as those of nn.SpectralNorm, are used by the call itself.
+  """
+  return any(word in str(path[-1].key) for word in ('mean', 'var'))
+
+
 @functools.cache
 def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
   """(variables, resident, chunk) -> (statistics of the batch, momenta)."""
@@ -32,9 +40,7 @@ def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
   def of_batch(variables, resident, chunk):
     x, _ = draw(resident, jax.tree.map(lambda v: v[0], chunk))
 
-    def updated(value):
-      stats = variables['batch_stats']
-      stats = jax.tree.map(lambda v: jnp.full_like(v, value), stats)
+    def updated(stats):
       _, found = module.apply(
         {**variables, 'batch_stats': stats},
         x,
@@ -44,9 +50,21 @@ def _batch_statistics(module: nn.Module, draw: Callable) -> Callable:
       )
       return found['batch_stats']
 
+    old = variables['batch_stats']
+    moves = jax.tree_util.tree_map_with_path(
+      lambda path, a, b: _is_average(path) & (a != b).any(), old, updated(old)
+    )
+
+    def filled(value):
+      return updated(
+        jax.tree.map(lambda a, m: jnp.where(m, value, a), old, moves)
+      )
+
     # (1 - m) * batch, and m + (1 - m) * batch: their difference is m.
-    low, high = updated(0.0), updated(1.0)
-    momenta = jax.tree.map(lambda a, b: jnp.median(b - a), low, high)
+    low, high = filled(0.0), filled(1.0)
+    momenta = jax.tree.map(
+      lambda a, b, m: jnp.where(m, jnp.median(b - a), 1.0), low, high, moves
+    )
     moved = jax.tree.map(
       lambda v, m: jnp.where(m < _FROZEN, v / jnp.maximum(1 - m, 1e-6), v),
       low,
@@ -77,7 +95,7 @@ def is_short(momentum: float, steps: int) -> bool:
 
 
 def estimated(state: Any, source: Any, step: int) -> Any:
-  """The state with statistics of its present weights over training batches.
+  """The state with statistics of its current weights over training batches.
 
   With means a_i and variances v_i of n batches, the mean is the mean of a_i and
   the variance is the mean of v_i plus the variance of a_i. Statistics that a

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pfs_jax import costs, devices, groups, scores
+from pfs_jax import costs, devices, groups, scores, train
 
 # The share of the cheapest layer's channels that one draw drops.
 _SHARE = 0.25
@@ -103,9 +103,10 @@ def _loss_fn(module: nn.Module, augmentation: Any) -> Callable[..., jax.Array]:
   """(variables, images, labels, weights) -> the weighted mean loss."""
 
   def loss(variables, images, labels, weight):
-    logits = module.apply(variables, augmentation.test(images), train=False)
+    x = augmentation.test(images)
+    logits = train.as_float32(module.apply(variables, x, train=False))
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return (ce * weight).sum() / weight.sum()
+    return train.weighted_sum(ce, weight) / weight.sum()
 
   return jax.jit(loss, out_shardings=devices.replicated())
 

@@ -35,7 +35,7 @@ _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 # What a workdir holds besides work.
 _NOTES = {'.lock', 'data', 'data/identity.json', 'data/checksums.json'}
 _NOTES |= {'budget.txt', 'checksums.json', 'config.json', 'data.json'}
-_NOTES |= {'versions.json'}
+_NOTES |= {'model.json', 'versions.json'}
 _claimed: list[pathlib.Path] = []  # What `claim` has written.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -114,15 +114,20 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     storage.write_json(path, identity)
     _claimed.append(path)
     return
-  known = {k: fields.BY_NAME.get(k.removeprefix('config.')) for k in identity}
-  plain = {k: field.default for k, field in known.items() if field}
   kept = storage.read_json(path, dict[str, Any])
-  there = json.loads(json.dumps(plain)) | kept
-  names = dict.fromkeys([*identity, *there])
-  differ = [k for k in names if there.get(k) != identity.get(k)]
+  known = {
+    k: fields.BY_NAME.get(k.removeprefix('config.')) for k in identity | kept
+  }
+  plain = {k: field.default for k, field in known.items() if field}
+  plain = json.loads(json.dumps(plain))
+  there, asked = plain | kept, plain | identity
+  compared = (
+    k for k, f in known.items() if k in identity or f is None or f.result
+  )
+  differ = [k for k in compared if there.get(k) != asked.get(k)]
   if differ:
     shown = ', '.join(
-      f'{k} (there {there.get(k)!r}, asked {identity.get(k)!r})'
+      f'{k} (there {there.get(k)!r}, asked {asked.get(k)!r})'
       for k in differ[:4]
     )
     more = f' and {len(differ) - 4} more' if len(differ) > 4 else ''
@@ -306,11 +311,12 @@ def barrier(name: str) -> None:
   multihost_utils.sync_global_devices(name)
 
 
-def agreed(value: bool) -> bool:
-  """The value of the first process, on all processes."""
+def agreed(value: Any) -> Any:
+  """The boolean or the array of the first process, on all processes."""
   if jax.process_count() == 1:
     return value
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+  found = multihost_utils.broadcast_one_to_all(np.asarray(value))
+  return bool(found) if isinstance(value, bool) else np.asarray(found)
 
 
 class StopSignal:

@@ -183,7 +183,12 @@ def logits(
       f'the model returns a {type(found).__name__}: to search or train it, '
       'give surgery.discover a call= (config.model.call) that returns logits.'
     )
-  return found, updates.get('batch_stats', {})
+  return as_float32(found), updates.get('batch_stats', {})
+
+
+def as_float32(logits: Any) -> Any:
+  """Logits of 16 bits as float32, in which losses are computed."""
+  return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 @jax.jit
@@ -221,6 +226,11 @@ def step(
   return state, {'loss': value, 'accuracy': accuracy}
 
 
+def weighted_sum(values: jax.Array, weight: jax.Array) -> jax.Array:
+  """The sum of values [N] by weights; a weight of 0 also hides a NaN."""
+  return jnp.where(weight > 0, values * weight, 0).sum()
+
+
 @functools.cache
 def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
   """A jitted function that evaluates one batch.
@@ -231,11 +241,11 @@ def evaluation_step(module: nn.Module, augmentation: Any) -> Callable[..., Any]:
 
   def evaluate_batch(variables, images, labels, weight):
     x = augmentation.test(images)
-    logits = module.apply(variables, x, train=False)
+    logits = as_float32(module.apply(variables, x, train=False))
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    predicted = logits.argmax(-1)  # type: ignore[union-attr]
+    predicted = logits.argmax(-1)
     correct = predicted == labels
-    return (ce * weight).sum(), (correct * weight).sum(), predicted
+    return weighted_sum(ce, weight), (correct * weight).sum(), predicted
 
   return jax.jit(evaluate_batch, out_shardings=devices.replicated())
 
@@ -339,7 +349,7 @@ def loop(
 
   Raises:
     errors.Interrupted: A signal came, and the state is saved.
-    errors.UserError: A metric in a record or before a checkpoint is not finite.
+    errors.Diverged: A metric in a record or before a checkpoint is not finite.
   """
   state = devices.replicate(state)
   call = compiled_call(step_fn, source.draw)
@@ -394,7 +404,7 @@ def _means(recent) -> dict[str, float]:
 def _check_finite(record: Mapping[str, float], label: str, done: int) -> None:
   for name, value in record.items():
     if not math.isfinite(value):
-      raise errors.UserError(
+      raise errors.Diverged(
         f'{label}: {name} is {value} at step {done}; a lower learning rate may '
         'help. The last checkpoint is kept.'
       )

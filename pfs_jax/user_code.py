@@ -6,6 +6,7 @@ is never imported or called.
 """
 
 import contextlib
+import hashlib
 import importlib
 import os
 import pathlib
@@ -48,6 +49,13 @@ def imported(field: str, spec: str) -> Any:
   if not callable(target):
     raise errors.UserError(f'config.{field}={spec}: it is not callable.')
   return target
+
+
+def checksum(*objects: Any) -> str:
+  """A hash of the source files that define these functions and classes."""
+  files = {sys.modules[x.__module__].__file__ for x in objects}
+  texts = (pathlib.Path(file).read_bytes() for file in sorted(map(str, files)))
+  return hashlib.sha256(b'\0'.join(texts)).hexdigest()
 
 
 @contextlib.contextmanager

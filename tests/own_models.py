@@ -408,6 +408,31 @@ class Between(nn.Module):
     return nn.Dense(3)(unit(train, x, 5, 'second').mean((1, 2)))
 
 
+class ReadInParts(nn.Module):
+  """A share of the channels goes through a layer of its own."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = unit(train, x, 16)
+    quarter = x.shape[-1] // 4
+    first = unit(train, x[..., :quarter], 4)
+    x = jnp.concatenate([first, x[..., quarter:]], axis=-1)
+    return nn.Dense(3)(unit(train, x, 6, kernel=(1, 1)).mean((1, 2)))
+
+
+class PaddedShortcut(nn.Module):
+  """A shortcut with zeros for the missing channels, half on each side."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = unit(train, x, 6)
+    y = norm(train)(nn.Conv(12, (3, 3))(x))
+    more = y.shape[-1] - x.shape[-1]
+    sides = (more // 2, more - more // 2)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), sides))
+    return nn.Dense(3)(nn.relu(x + y).mean((1, 2)))
+
+
 def printing(x):
   jax.debug.print('called')
   return x
@@ -526,6 +551,17 @@ CASES = {
     },
     constant=('layer_norm',),
   ),
+  'read in parts': Case(
+    ReadInParts(),
+    {'Conv_1': 4, 'Conv_2': 6},
+    {'Conv_0': 'Conv_1 does not read all of its channels equally'},
+  ),
+  'padded shortcut': Case(
+    PaddedShortcut(),
+    {'Conv_0+Conv_1': 6},
+    {'Conv_1': "the model's code sends other channels to Dense_0"},
+    options={'residual': True},
+  ),
   'no norm': Case(MnistCnn(), {'Conv_0': 6, 'Conv_1': 8, 'Dense_0': 12}),
   'upward': Case(UNet(), {'down': 5, 'middle': 6, 'up': 4}),
   'upward transposed': Case(UNet(True), {'down': 5, 'middle': 6, 'up': 4}),
@@ -557,7 +593,7 @@ CASES = {
   'doubled end': Case(
     Between(lambda x: jnp.concatenate([x, x[..., -1:]], -1)),
     {'second': 5},
-    {'first': "the model's code"},
+    {'first': 'second does not read all of its channels equally'},
   ),
   'chosen': Case(
     Between(lambda x: jnp.take(x, jnp.array([0, 3, 7]), axis=-1)),

@@ -225,6 +225,10 @@ def test_weights_come_along(finished_run, tmp_path, init, monkeypatch):
     with pytest.raises(errors.UserError, match='wide holds .*learning_rate'):
       shutil.rmtree(tmp_path / 'train')
       stages.execute('train', other)
+  other = job(tmp_path, train__init=init, seed=1, train__structure='keep0.5')
+  with pytest.raises(errors.UserError, match='config.seed must be 0, that of'):
+    shutil.rmtree(tmp_path / 'train', ignore_errors=True)
+    stages.execute('train', other)
   kept = json.loads((tmp_path / 'kept.json').read_text())['stage1_block0/conv1']
   ours, block = given['train']['stage1_block0'], wide['stage1_block0']
   for layer, at in (('conv1', np.s_[..., kept]), ('conv2', np.s_[:, :, kept])):
@@ -364,6 +368,22 @@ def test_latency_on_this_device(finished, capsys, tmp_path, monkeypatch):
   c.config.budget.latency_ms = (1e-6,)
   with pytest.raises(errors.UserError, match='cannot be met'):
     stages.execute('prune', stages.Job(c.config, finished))
+
+
+def test_what_is_trained_is_not_cut_by_new_times(finished, monkeypatch, capsys):
+  """Another machine has other times; the trained structure stays."""
+  fields = {'budget__keep': (), 'budget__latency_ms': (5.0,)}
+  for ms in (2.0, 1.0):
+    times = lambda counts, ms=ms: ms * sum(counts) / 10  # noqa: E731
+    monkeypatch.setattr(stages.Job, 'latency_model', staticmethod(times))
+    monkeypatch.setattr(stages.cutting, '_show_latency', lambda *_: None)
+    stages.execute('prune', job(finished, **fields))
+    kept = structure(finished, 'latency5ms').counts
+    if ms == 2.0:
+      first = kept
+      (finished / 'latency5ms' / 'train').mkdir()
+  assert kept == first
+  assert 'is trained and is kept' in capsys.readouterr().out
 
 
 def test_padding_use():

@@ -44,6 +44,8 @@ BAD = {
   },
   f'{DIGITS} --mode=run --config.train.structure=keep0.1': 'not exist',
   f'{DIGITS} --mode=run --config.train.batch_size=1501': 'in [1, 1500]',
+  f'{DIGITS} {INFO} --out=x': '--out is for --mode=export and report',
+  f'{DIGITS} --mode=report --formats=onnx': '--formats is for --mode=export',
   f'{DIGITS} {INFO} now': "unexpected argument 'now'",
   f'{DIGITS} {INFO} --fast': "Unknown command line flag 'fast'",
   '': '--config is required',

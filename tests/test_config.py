@@ -354,7 +354,7 @@ def test_the_same_budget_twice_is_refused(given, refused):
 # A change of these does not change what a stage produces.
 NOT_IDENTITY = """
   data.data_dir data.source_dir data.download data.workers data.eval_batch_size
-  train.structure train.reference""".split()
+  data.corrupt train.structure train.reference""".split()
 
 
 def _changed(value):

@@ -351,6 +351,30 @@ def test_leave_call_and_classes_come_from_names(registered):
   assert network.description['leave'] == ['OwnConv_0']
 
 
+def test_other_code_is_refused_in_the_same_workdir(
+  tmp_path, monkeypatch, refused
+):
+  """Weights of one model are not used in another one of the same shapes."""
+  code = (
+    'import flax.linen as nn\n\n\nclass Mine(nn.Module):\n'
+    '  num_classes: int\n\n'
+    '  @nn.compact\n  def __call__(self, x, train=False):\n'
+    '    x = nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x))\n'
+    '    return nn.Dense(self.num_classes)(nn.relu(x).mean((1, 2)))\n'
+  )
+  file = tmp_path / 'their_model.py'
+  monkeypatch.syspath_prepend(str(tmp_path))
+  c = digits.get_config('smoke')
+  c.model.factory, c.budget.ranking = 'their_model:Mine', 'uniform'
+  file.write_text(code)
+  stages.execute('prune', stages.Job(c, tmp_path / 'w'))
+  stages.Job(c, tmp_path / 'w')
+  file.write_text(code.replace('relu', 'gelu'))
+  message = 'the code of their_model:Mine is not that with which'
+  refused(message, stages.Job, c, tmp_path / 'w')
+  stages.Job(c, tmp_path / 'other')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'factory', [f'{__name__}:resnet', 'tests.test_nnx:on_digits']

@@ -20,6 +20,7 @@ from pfs_jax.data import (
   listing,
   loading,
   pipeline,
+  records,
   shapes,
   specs,
 )
@@ -100,7 +101,8 @@ def _config(root, **fields):
 
 
 def _open(root, **fields):
-  return data.open_set(_config(root, **fields), pathlib.Path('/nonexistent'))
+  workdir = root.with_name(f'run-{root.name}')
+  return data.open_set(_config(root, **fields), workdir)
 
 
 def _batches(source, steps):
@@ -429,7 +431,41 @@ def test_a_corrupt_file_is_named(damaged, refused):
   assert len(message.splitlines()) <= 3
   refused('val/n02/n02_0.JPEG cannot be', list, d.test())
   os.remove(damaged / 'val/n01/n01_37.JPEG')  # Gone since it was listed.
-  refused('n01_37.JPEG cannot be decoded', list, d.test())
+  for corrupt in ('error', 'skip'):  # The image may be a good one.
+    d._config.data.corrupt = corrupt
+    refused('n01_37.JPEG cannot be read', list, d.test())
+
+
+def test_another_folder_is_refused_in_the_same_workdir(
+  folder, tmp_path, refused
+):
+  c, root = _config(folder), tmp_path / 'moved'
+  data.open_set(c, tmp_path / 'run')
+  shutil.copytree(folder, root)
+  c.data.source_dir = str(root)
+  data.open_set(c, tmp_path / 'run')  # Where it lies does not matter.
+  for split in ('train', 'val'):
+    (root / split / 'n03').rename(root / split / 'n99')
+  refused('not those .* a class differs', data.open_set, c, tmp_path / 'run')
+
+
+def test_held_out_images_come_in_a_mixed_order(folder):
+  """A probe takes the first batches alone; the folder is sorted by class."""
+  (_, labels, _), *_ = _open(folder, data__eval_batch_size=8).validation()
+  assert len(set(np.asarray(labels).tolist())) > 3
+
+
+def test_a_damaged_record_is_named_without_its_file():
+  class Source:
+    def __len__(self):
+      return 3
+
+    def __getitems__(self, places):
+      raise ValueError('damaged')
+
+  split = object.__new__(records.Records)
+  split.name, split.split, split._source = 'x', 'train', Source()
+  assert split.where(1) == 'the record (x train[1])'
 
 
 def test_corrupt_files_are_skipped_and_counted(damaged, capfd):

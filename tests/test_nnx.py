@@ -152,6 +152,22 @@ class Mixer(nnx.Module):
     return self.head(x.mean(1))
 
 
+class Weighed(nnx.Module):
+  """A unit whose kernel is normalised before each call, and a plain one."""
+
+  def __init__(self, *, rngs, counted=False):
+    self.first = nnx.WeightNorm(nnx.Conv(3, 6, (3, 3), rngs=rngs), rngs=rngs)
+    self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs)
+    self.last, self.head = Unit(6, 5, rngs), nnx.Linear(5, 3, rngs=rngs)
+    self.calls = nnx.Variable(jnp.zeros(())) if counted else None
+
+  def __call__(self, x):
+    if self.calls is not None:
+      self.calls[...] += 1
+    x = nnx.relu(self.norm(self.first(x)))
+    return self.head(self.last(x).mean((1, 2)))
+
+
 # {name: (how to make the model, {group: channels})}.
 BOTH, LAST = {'first/conv': 6, 'last/conv': 5}, {'last/conv': 5}
 UPWARD = {'units/0/conv': 6, 'up': 4, 'units/1/conv': 5}
@@ -170,6 +186,7 @@ CASES = {
   'jit': (functools.partial(Transformed, nnx.jit), LAST),
   'remat': (functools.partial(Transformed, nnx.remat), LAST),
   'scan': (Scanned, LAST),
+  'weight norm': (Weighed, LAST),
 }
 
 
@@ -239,6 +256,21 @@ def test_a_mixer_is_left_alone_with_the_reason(refused):
   table = surgery.discover(model, X, residual=True)
   assert table.left_alone['embed'] == 'all tied together'
   refused('carry a gate: .*all tied together', surgery.gate, model, table)
+
+
+def test_a_kernel_that_the_model_changes_is_changed_in_the_search():
+  model, table = found('weight norm')
+  gated = surgery.gate(model, table)
+  variables = nnx_models.variables_of(model) | {'gates': gated.unit_gates()}
+  expected = nnx.clone(model)
+  expected.eval()
+  np.testing.assert_allclose(gated.apply(variables, X), expected(X), atol=1e-6)
+
+
+def test_variables_that_the_model_changes_are_statistics(refused):
+  model = Weighed(rngs=nnx.Rngs(0), counted=True)
+  message = 'changes calls, a Variable: make it an nnx.BatchStat'
+  refused(message, surgery.discover, model, X)
 
 
 class Noisy(nnx.Module):

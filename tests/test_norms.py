@@ -1,5 +1,6 @@
 """BatchNorm's statistics in short runs, with models as users write them."""
 
+import functools
 import shutil
 
 import flax.linen as nn
@@ -133,6 +134,58 @@ def test_frozen_statistics_stay(digits):
   settled = norms.estimated(state, source, 0)
   np.testing.assert_array_equal(settled.batch_stats['frozen']['mean'], 0)
   np.testing.assert_array_equal(settled.batch_stats['frozen']['var'], 1)
+
+
+class Normalised(nn.Module):
+  """A BatchNorm after a frozen one, and a kernel normalised by its state."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = functools.partial(nn.BatchNorm, momentum=0.9)
+    x = nn.SpectralNorm(nn.Conv(4, (3, 3)))(x, update_stats=train)
+    x = norm(use_running_average=True, name='frozen')(x)
+    x = norm(use_running_average=not train, name='free')(x)
+    return nn.Dense(10)(x.mean((1, 2)))
+
+
+def test_statistics_that_the_call_itself_uses_stay(digits):
+  """They are no running averages, or are frozen at other values than 0, 1."""
+  _, source, _ = digits
+  state = _state(Normalised())
+  stats = {
+    **state.batch_stats,
+    'frozen': {k: jnp.full(4, 2.0) for k in ('mean', 'var')},
+  }
+  state = state.replace(batch_stats=stats)
+  assert norms.longest_momentum(state, source) == pytest.approx(0.9, abs=1e-4)
+  settled = norms.estimated(state, source, 0).batch_stats
+  for name in ('frozen', 'SpectralNorm_0'):
+    assert jax.tree.all(
+      jax.tree.map(np.array_equal, settled[name], stats[name])
+    )
+  # By hand, from the inputs of the free BatchNorm on whole batches.
+  x = jnp.concatenate(
+    [
+      source.draw(
+        source.resident, jax.tree.map(lambda v: v[0], source.chunk(i, 1))
+      )[0]
+      for i in range(source.steps_per_epoch)
+    ]
+  )
+  _, found = state.module.apply(
+    state.variables,
+    x,
+    train=True,
+    mutable=['batch_stats', 'intermediates'],
+    capture_intermediates=lambda module, _: module.name == 'frozen',
+  )
+  (y,) = found['intermediates']['frozen']['__call__']
+  np.testing.assert_allclose(
+    settled['free']['mean'], y.mean((0, 1, 2)), atol=1e-4
+  )
+  np.testing.assert_allclose(
+    settled['free']['var'], y.var((0, 1, 2)), rtol=2e-3
+  )
 
 
 def test_a_model_without_batchnorm_has_no_memory(digits):

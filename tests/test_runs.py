@@ -61,6 +61,14 @@ def assert_restored(folder, step):
   own_models.assert_same(state, make_state(step))
 
 
+def test_parameters_of_16_bits_are_restored(tmp_path):
+  state = {'x': jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3) / 7}
+  with checkpointing.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+    _, found, _ = checkpoints.restore(devices.replicate(state))
+  own_models.assert_same(found, state)
+
+
 def kept_steps(folder):
   return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
 
@@ -400,6 +408,13 @@ def test_another_identity_is_refused_by_what_differs(tmp_path, refused):
   assert 'keep' not in message and 'config.x' not in message
   fewer = {k: v for k, v in IDENTITY.items() if k != 'config.x'}
   refused(r"config\.x \(there 'a'", runs.claim, tmp_path, fewer)
+  # Fields at their default and fields that no result depends on may be absent.
+  plain = {'config.dtype': 'float32', 'config.data.corrupt': 'skip'}
+  runs.claim(tmp_path / 'more', {**IDENTITY, **plain})
+  runs.claim(tmp_path / 'more', IDENTITY)
+  other = {**IDENTITY, 'config.dtype': 'bfloat16'}
+  dtype = r"config.dtype \(there 'float32', asked 'bfloat16'\)"
+  refused(dtype, runs.claim, tmp_path / 'more', other)
   many = {f'f{i}': 0 for i in range(6)}
   refused('and 2 more', runs.claim, tmp_path, {**IDENTITY, **many})
   runs.claim(tmp_path, IDENTITY)  # Still the first one's.

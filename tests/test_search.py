@@ -200,6 +200,11 @@ def test_gates_that_are_all_at_one_end_are_refused(value, refused):
     ({}, '', True),
     ({'gates': {'a': np.full(3, 0.5)}}, 'All gates are 0.5', True),
     ({'gates': {'a': np.array([0, 1, 1.0])}}, 'exactly 0 or 1', True),
+    (
+      {'gates': {'a': np.full(3, 0.5), 'b': np.ones(2)}},
+      'gates of a, so',
+      True,
+    ),
     ({'regulariser': 92 / 4}, '', True),  # 23 < 10 ln 10 = 23.03.
     ({'regulariser': 93 / 4}, 'starts at 23.2, more than 10 times', True),
     ({'regulariser': 93.0, 'losses': ()}, '', False),  # Nothing was searched.

@@ -9,6 +9,7 @@ import jax
 import matplotlib.figure
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import study_results
 from pfs_jax import errors, models, prune, scores, stages, studies
@@ -574,6 +575,45 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, instead):
   with pytest.raises(errors.UserError, match='uniform, seed 0: loss is nan'):
     studies.run(config_of('headline'), tmp_path)
   assert len(done) == 2
+
+
+def test_a_cell_without_enough_memory_does_not_stop_the_others(
+  tmp_path, instead
+):
+  def act(cell):
+    if cell.name == 'searched':
+      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+
+  done = instead(act)
+  with pytest.raises(errors.UserError, match='searched, seed 0: RESOURCE'):
+    studies.run(config_of('headline'), tmp_path)
+  assert len(done) == 2
+
+
+def test_a_study_keeps_to_its_data(tmp_path, instead):
+  """In its workdir, and on another machine by its results."""
+  study = config_of('headline')
+  study.results_dir = str(tmp_path / 'results')
+  study.base.data.name, study.base.data.image_size = 'folder', 8
+  study.base.data.validation_examples = 2
+
+  def made(name, *values):
+    for split, count in (('train', 6), ('test', 2)):
+      for kind, value in zip('ab', values, strict=True):
+        folder = tmp_path / name / split / kind
+        folder.mkdir(parents=True)
+        for i in range(count):
+          image = Image.new('RGB', (8, 8), (value, i, 0))
+          image.save(folder / f'{i}.png')
+    study.base.data.source_dir = str(tmp_path / name)
+
+  instead(lambda cell: None)
+  made('first', 10, 20)
+  studies.run(study, tmp_path / 'w')
+  made('second', 10, 30)
+  for workdir in ('w', 'new'):
+    with pytest.raises(errors.UserError, match='are not those that'):
+      studies.run(study, tmp_path / workdir)
 
 
 def test_a_cell_whose_search_is_in_work_waits(tmp_path, monkeypatch, instead):

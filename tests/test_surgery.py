@@ -85,6 +85,57 @@ def test_unit_gates_change_nothing(name):
   assert not np.allclose(changed, expected), 'the gates do nothing'
 
 
+def test_gradients_of_gates_are_summed_in_float32():
+  """Over all pixels, of a model that computes in 16 bits."""
+  case, sites = found('bfloat16')
+  gated, low = surgery.gate(case.model, sites), case.model
+  high = surgery.gate(low.clone(dtype=jnp.float32), sites)
+  x = np.random.default_rng(1).normal(1, 1, (64, 8, 8, 3)).astype(np.float32)
+  variables = own_models.drawn(gated, X)
+
+  def gradient(module):
+    def loss(gates):
+      found = module.apply({**variables, 'gates': gates}, x)
+      return jnp.float32(found).sum()
+
+    return jax.grad(loss)(variables['gates'])
+
+  for a, b in zip(
+    *map(jax.tree.leaves, map(gradient, (gated, high))), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=0.015 * np.abs(b).max())
+
+
+class Told(nn.Module):
+  """Two arguments say that it trains: one for dropout, one for statistics."""
+
+  @nn.compact
+  def __call__(self, x, deterministic=True, use_running_average=True):
+    x = nn.BatchNorm(use_running_average=use_running_average)(
+      nn.Conv(4, (3, 3))(x)
+    )
+    x = nn.Dropout(0.5, deterministic=deterministic)(nn.relu(x).mean((1, 2)))
+    return nn.Dense(3)(x)
+
+
+def test_all_arguments_that_say_it_trains_are_set():
+  gated = surgery.gate(Told(), surgery.discover(Told(), X))
+  variables = own_models.drawn(gated, X)
+  (first, stats), (second, _) = (
+    gated.apply(
+      variables,
+      X,
+      train=True,
+      mutable=['batch_stats'],
+      rngs={'dropout': jax.random.key(i)},
+    )
+    for i in (0, 1)
+  )
+  assert not np.array_equal(first, second)
+  old = variables['batch_stats']['BatchNorm_0']['mean']
+  assert not np.array_equal(old, stats['batch_stats']['BatchNorm_0']['mean'])
+
+
 def test_weights_are_drawn_as_without_gates():
   case, sites = found('plain')
   gated, key = surgery.gate(case.model, sites), jax.random.key(1)

@@ -174,6 +174,45 @@ def test_uniform_width_stays_where_nothing_is_better(choose):
   assert 'chance' not in found['sentence']
 
 
+def test_a_candidate_that_diverges_loses(choose, refused):
+  losses = {
+    'uniform': lambda epochs, seed: 1.0,
+    'wild': lambda epochs, seed: tournament.DIVERGED,
+    'good': lambda epochs, seed: 0.9 + 0.001 * seed,
+  }
+  found, _ = choose(losses)
+  assert found['chosen'] == 'good'
+  assert found['rows'][1][:2] == ['wild', 'diverged']
+  losses['uniform'] = losses['wild']
+  message = 'training of uniform width for 1 epochs diverged'
+  refused(message, choose, losses, **{'train.learning_rate': 0.2})
+
+
+def test_a_training_that_diverges_is_noted(tmp_path, monkeypatch):
+  def fit(*args, **kwargs):
+    raise errors.Diverged('loss is nan')
+
+  monkeypatch.setattr(stages, 'fit', fit)
+  job = stages.Job(small(), tmp_path)
+  found = tournament._training(job, job.uniform(), 1.0, tmp_path)
+  assert found['loss'] == tournament.DIVERGED
+
+
+def test_a_workdir_keeps_to_one_tournament(tmp_path, monkeypatch, refused):
+  def choose(job, folder):
+    (folder / 'tournament' / 'x').touch()  # Else the claim is given back.
+    raise Cut
+
+  monkeypatch.setattr(tournament, 'choose', choose)
+  with pytest.raises(Cut):
+    tournament.run(small(), tmp_path)
+  for field, value in (('seed', 1), ('budget.keep', (0.7,))):
+    c = small(**{field: value})
+    refused('tournament holds the work of', tournament.run, c, tmp_path)
+  with pytest.raises(Cut):  # Other candidates may replace it.
+    tournament.run(small(**{'tournament.candidates': ('tilt1',)}), tmp_path)
+
+
 @pytest.mark.parametrize(('loss', 'warned'), [(2.2, True), (2.18, False)])
 def test_losses_at_chance_are_told(choose, loss, warned):
   """Of ten classes: 0.95 ln 10 = 2.187."""
@@ -370,13 +409,14 @@ def test_what_is_trained_is_not_cut_to_other_counts(tmp_path, refused):
   counts = {'structure.counts': list(stages.cutting.read(job)[1].counts)}
   runs.claim(tmp_path / 'train', config.identity(job.config) | counts)
   (tmp_path / 'train' / 'metrics.jsonl').touch()  # Else it is given back.
-  with pytest.raises(errors.UserError, match='not yet trained in this workdir'):
+  with pytest.raises(errors.UserError, match='not trained yet in this workdir'):
     tournament.run(job.config, tmp_path)
   path = tmp_path / 'structure.json'
   found = prune.Structure.from_json(path.read_text())
   chosen = dataclasses.replace(found, source={'tournament': {}})
   path.write_text(chosen.to_json())
-  refused('is the choice of a tournament', stages.training.check, job)
+  for stage in (stages.cut, stages.search):
+    refused('is the choice of a tournament', stage, job)
   path.write_text(found.to_json() + '\n')
   refused('train holds .* config.seed', stages.cut, job.reseeded(1))
   assert before == [p.read_text() for p in sorted(tmp_path.glob('*.json'))]
@@ -400,7 +440,7 @@ SEEDS = ('first', '', '²', '9' * 5000)
     ('tournament.candidates', ('widest',), "an arm .*tilt.X.*; got 'widest'"),
     ('tournament.candidates', ('uniform',), 'must name one besides uniform;'),
     ('budget.keep', (0.0001,), 'cannot be met: the narrowest structure'),
-    ('budget.keep', (0.3, 0.5), 'config.budget must name one budget'),
+    ('budget.keep', (0.3, 0.5), 'config.budget must name exactly one budget'),
     ('data.validation_examples', 0, 'must be >= 1 for a tournament; got 0.'),
     ('tournament.epochs', 5.0, 'must be <= 4, so that the last round'),
     ('tournament.share', 0.25, 'must be >= 1.29, the cost of 4 candidates as'),

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 
 import flax
@@ -16,7 +17,7 @@ from scipy import special
 from pfs_jax import checkpointing, config, devices, errors, models, runs, train
 from pfs_jax.data import pipeline
 from pfs_jax.stages import training
-from tests import own_models, processes
+from tests import own_models, processes, small_run
 
 
 class Tiny(nn.Module):
@@ -317,6 +318,38 @@ def test_evaluation_counts_every_image_once(n, batch_size):
   assert 0 < accuracy < 1  # Neither would notice a lost image.
 
 
+def test_padding_hides_what_a_model_makes_of_it():
+  """A model that divides by the range of an image gives NaN for zeros."""
+
+  class Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(3)(
+        (x / jnp.ptp(x, axis=(1, 2))[:, None, None]).mean((1, 2))
+      )
+
+  module = Scaled()
+  variables = module.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+  losses = [
+    train.evaluate(module, variables, make_evaluation(10, size))['loss']
+    for size in (10, 8)
+  ]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_losses_of_logits_of_16_bits_are_of_32():
+  class Low(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(3, dtype=jnp.bfloat16)(x.mean((1, 2)))
+
+  state = make_state(Low())
+  x, y = make_batch(0)
+  found, _ = train.logits(state, {'params': state.params}, x)
+  _, metrics = train.step(state, x, y)
+  assert found.dtype == metrics['loss'].dtype == jnp.float32
+
+
 @pytest.mark.parametrize('seed', range(5))
 def test_the_next_stop_is_the_first_step_with_something_to_do(seed):
   rng = np.random.default_rng(seed)
@@ -476,6 +509,35 @@ def test_what_is_not_finite_is_refused_and_not_saved(
   step, state = latest(tmp_path) or (0, counting_state())
   assert step == int(state['step']) == saved
   assert all(np.isfinite(r['n']) for r in runs.read_metrics(tmp_path))
+
+
+def test_a_test_loss_that_is_not_finite_leaves_no_result(finished, monkeypatch):
+  shutil.rmtree(finished / 'train')
+  (finished / 'result.json').unlink()
+  exam = training.Exam(0.1, np.nan, 297, 297, 1.0, {})
+  monkeypatch.setattr(training, 'examine', lambda *_: exam)
+  monkeypatch.setattr(training, 'fit', lambda *_: make_state())
+  with pytest.raises(errors.UserError, match='on the test images is nan'):
+    training.run(training.Job(small_run.config(), finished))
+  assert not (finished / 'result.json').exists()
+
+
+def test_the_reference_is_trained_as_the_inherited_network(
+  finished, monkeypatch
+):
+  fields = {'train.init': 'inherit', 'train.wide_epochs': 3.0}
+  c = small_run.config(**fields, train__reference=True)
+  c.train.wide_learning_rate = 0.3
+  job, given = training.Job(c, finished), []
+
+  def fit(job, module, folder, label, epochs):
+    given.append((label, epochs, job.config.train.learning_rate))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(training, 'fit', fit)
+  with pytest.raises(KeyboardInterrupt):
+    training._add_reference(job, finished / 'result.json')
+  assert given == [('reference', 3.0, 0.3)]
 
 
 def test_an_evaluation_that_is_not_finite_is_refused(tmp_path):

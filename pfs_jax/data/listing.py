@@ -43,10 +43,20 @@ class Folder:
     folder = self.classes[self.labels[i]]
     return os.path.join(self.root, folder, os.fsdecode(self.names[i]))
 
+  def identity(self) -> str:
+    """A hash of classes, labels and file names, which the images follow."""
+    known = ['\0'.join(self.classes).encode('utf-8', 'surrogateescape')]
+    known += [self.labels.tobytes(), b'\0'.join(self.names.tolist())]
+    return hashlib.sha256(b'\0\0'.join(known)).hexdigest()
+
   def read(self, i: int) -> tuple[bytes, int]:
     """(file content, label) of image i."""
-    with open(self.where(i), 'rb') as file:
-      content = file.read(MAX_BYTES + 1)
+    path = self.where(i)
+    try:
+      with open(path, 'rb') as file:
+        content = file.read(MAX_BYTES + 1)
+    except OSError as e:  # The image may be good: it must not be left out.
+      raise errors.UserError(f'{path} cannot be read: {e.strerror}.') from e
     if len(content) > MAX_BYTES:
       raise ValueError(f'larger than {MAX_BYTES >> 20} MiB')
     return content, int(self.labels[i])

@@ -110,6 +110,8 @@ class Batches:
           )
           weights[i] = 1
           break
+        except (errors.UserError, MemoryError):
+          raise
         except Exception as e:  # Pillow raises many types of errors.
           corrupt.append((image, reason(e)))
     arrays = dict(zip(ARRAYS, (pixels, labels, weights), strict=True))

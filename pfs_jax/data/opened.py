@@ -171,6 +171,12 @@ class Streamed(Opened):
     if isinstance(self._train, listing.Folder):
       spec = dataclasses.replace(spec, class_names=self._train.classes)
     self.spec = spec
+    splits = (self._train, self._test)
+    own.check_identity(
+      workdir / 'data' / 'identity.json',
+      f'the images ({spec.name})',
+      {'images': [split.identity() for split in splits]},
+    )
     self._held_out = np.zeros(len(self._train), bool)
     if per_class:
       names, labels = _names_and_labels(self._train, workdir)
@@ -207,6 +213,8 @@ class Streamed(Opened):
 
   def _evaluation(self, images, chosen):
     c, n = self._config, jax.device_count()
+    if chosen is not None:  # By class; a probe takes the first batches alone.
+      chosen = np.random.default_rng(0).permutation(chosen)
     count = len(images) if chosen is None else len(chosen)
     size = -(-min(c.data.eval_batch_size, count) // n) * n
     return loading.StreamEvaluation(

@@ -42,7 +42,11 @@ def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
     spec, *splits = _listed(fields)
     train, test = (_decoded(s, spec.image_size, fields) for s in splits)
     found = arrays.Dataset(*train, *test, spec)
-  _check_identity(workdir, found)
+  check_identity(
+    workdir / 'data' / 'identity.json',
+    f'the data ({found.spec.name})',
+    identity(found),
+  )
   order = np.random.default_rng(0).permutation(len(found.train_labels))
   return dataclasses.replace(
     found,
@@ -51,23 +55,29 @@ def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
   ).first(fields.train_examples)
 
 
-def _check_identity(workdir: pathlib.Path, found: arrays.Dataset) -> None:
-  train, test = found.train_images, found.test_images
-  known = {
-    'sha256': storage.checksum(
-      [train, found.train_labels, test, found.test_labels]
-    ),
+def identity(found: arrays.Dataset) -> dict[str, Any]:
+  """What no later use of the data may change."""
+  images = [found.train_images, found.train_labels]
+  images += [found.test_images, found.test_labels]
+  return {
+    'sha256': storage.checksum(images),
     'image_size': found.spec.image_size,
     'class_names': list(found.spec.class_names),
   }
-  path = workdir / 'data' / 'identity.json'
+
+
+def check_identity(path: pathlib.Path, what: str, known: Any) -> None:
+  """Notes the identity of data in a file, or compares it with the file.
+
+  Raises:
+    errors.UserError: The data differ.
+  """
   if not path.exists():
     storage.write_json(path, known)
   elif storage.read_json(path) != known:
     raise errors.UserError(
-      f'the data ({found.spec.name}) are not those that {workdir} was begun '
-      'with: an image, a label or a class differs.\n'
-      'Put the former data back, or give another --workdir.'
+      f'{what} are not those that {path} knows: an image, a label or a class '
+      'differs.\nPut the former data back, or give another --workdir.'
     )
 
 

@@ -72,7 +72,8 @@ class Records:
   def __init__(self, builder: Any, split: str):
     import tensorflow_datasets as tfds
 
-    self.name, self.split = builder.name, split
+    self.name, self.version = builder.name, str(builder.version)
+    self.split = split
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._source = builder.as_data_source(split, deserialize_method=raw)
     self._features = builder.info.features
@@ -81,6 +82,10 @@ class Records:
 
   def __len__(self) -> int:
     return len(self._source)
+
+  def identity(self) -> str:
+    """What changes if other images are prepared."""
+    return f'{self.name} {self.version} {self.split}[{len(self)}]'
 
   def __iter__(self) -> Iterator[Example]:
     """(file content, label, file name or b'') of all images, in order."""
@@ -102,8 +107,12 @@ class Records:
 
   def where(self, i: int) -> str:
     """File name, data set, split and place of image i."""
-    ((_, _, file),) = self._examples([int(i)])
-    return f'{os.fsdecode(file)} ({self.name} {self.split}[{i}])'
+    place = f'({self.name} {self.split}[{i}])'
+    try:
+      ((_, _, file),) = self._examples([int(i)])
+    except Exception:  # The record itself is damaged.
+      return f'the record {place}'
+    return f'{os.fsdecode(file)} {place}'
 
   def names_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
     """File names (bytes [N]) and labels (int32 [N]); reads every record."""

@@ -65,7 +65,7 @@ def _check_workdir(job: Job) -> None:
   if probed:
     runs.claim_part(workdir / 'probe', config.identity(c, 'train', 'probe'))
   if _searched(job):
-    runs.claim(workdir / 'search', config.identity(c, 'search'))
+    runs.claim_part(workdir / 'search', config.identity(c, 'search'))
   elif not (probed or job.budget_folders() or (workdir / 'train').exists()):
     raise errors.UserError(
       f'{workdir} holds no run yet: --mode=search or --mode=run makes one.'

@@ -28,6 +28,7 @@ def cut(job: Job) -> None:
   (gates, source), rows = _gates(job), []
   for budget in job.budgets:
     check_budget(job, budget)
+    check_choice(job, budget)
     ranked, by = scored(job, budget, gates)
     structure = job.cut(ranked, budget)
     structure = write(job, budget, structure, ranked, source | by)
@@ -69,7 +70,7 @@ def _gates(job: Job) -> tuple[Mapping[str, Any], dict[str, str]]:
       )
     return scores.equal(model), {}
   identity = config.identity(job.config, 'search')
-  runs.claim(path.parent, identity)
+  runs.claim_part(path.parent, identity)
   shapes = {n: (w,) for n, w in zip(model.layers, model.widths, strict=True)}
   gates = storage.read_arrays(path, shapes)
   checksum = storage.checksum(gates)
@@ -124,7 +125,9 @@ def write(
     runs.claim_part(path.with_name('train'), known)
     storage.write_text(path, structure.to_json() + '\n')
   else:
-    console.say(f'{path} was edited and is kept; delete it to cut again.')
+    timed = 'max_latency_ms' in structure.budget
+    why = 'is trained' if timed else 'was edited'
+    console.say(f'{path} {why} and is kept; delete it to cut again.')
     structure = edited
   kept = prune.kept(ranked, structure).items()
   lists = {layer: indices.tolist() for layer, indices in kept}
@@ -135,16 +138,31 @@ def write(
 def _edited(job: Job, path: pathlib.Path, fresh) -> prune.Structure | None:
   """The structure in a file if a user has edited its counts, else None.
 
-  Its gates and its budget are those of the new structure `fresh`. A budget in
-  milliseconds gives None, because its cut changes with the measurement.
+  Its gates and its budget are those of the new structure `fresh`. The cut to a
+  budget in milliseconds changes with the measurement: there, the structure
+  counts if it is trained.
   """
-  if not path.exists() or fresh.budget.get('max_latency_ms') is not None:
+  timed = fresh.budget.get('max_latency_ms') is not None
+  if not path.exists() or (timed and not path.with_name('train').exists()):
     return None
   there = prune.Structure.from_json(storage.read_text(path), path)
   if there.source != fresh.source or there.counts == fresh.counts:
     return None
   _check_structure(job, path, there)
   return there
+
+
+def check_choice(job: Job, budget: prune.Budget) -> None:
+  """Refuses to replace the choice of a tournament by a cut."""
+  path = job.folder(budget.name) / 'structure.json'
+  if not path.exists():
+    return
+  there = prune.Structure.from_json(storage.read_text(path), path)
+  if 'tournament' in there.source:
+    raise errors.UserError(
+      f'{path} is the choice of a tournament: give another --workdir, or '
+      'delete it to cut here.'
+    )
 
 
 def check_budget(job: Job, budget: prune.Budget) -> None:

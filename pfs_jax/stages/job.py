@@ -28,11 +28,15 @@ from pfs_jax import (
   storage,
   surgery,
   train,
+  user_code,
 )
 
 # Folders of a workdir that belong to no budget.
 FOLDERS = tuple(
-  'search probe train wide reference export report data shapes shared'.split()
+  (
+    'search probe tournament train wide reference export report data shapes '
+    'shared'
+  ).split()
 )
 # From so many pixels in a batch on, keeping freed memory makes steps faster.
 _LARGE_BATCH = 2**16
@@ -56,6 +60,7 @@ class Job:
     if batch * self.spec.image_size**2 >= _LARGE_BATCH:
       cpu.keep_freed_memory()
     self.network = self._network()
+    self._code = self._checked_code()
     self.budgets = budgets.from_section(c.budget, self.network.reference_macs)
 
   def _spec(self) -> data.Spec:
@@ -93,6 +98,29 @@ class Job:
       gate_site=c.gate_site,
       counts=c.counts,
     )
+
+  def _checked_code(self) -> dict[str, str]:
+    """{'sha256': of the code of the user's own model}; {} for another one.
+
+    Refuses code that has changed since the workdir was begun.
+    """
+    c = self.config.model
+    if not c.factory:
+      return {}
+    names = ('factory', 'call', 'norm', 'conv')
+    given = (user_code.imported(f'model.{n}', c[n]) for n in names if c[n])
+    model = self.network.gated.model
+    held = getattr(model, 'held', None)  # Of an NNX module.
+    made = type(held.model if held else model)
+    found = {'sha256': user_code.checksum(made, *given)}
+    path = self.workdir / 'model.json'
+    if path.exists() and storage.read_json(path, dict[str, str]) != found:
+      raise errors.UserError(
+        f'the code of {c.factory} is not that with which {self.workdir} was '
+        f'begun: give another --workdir, or undo the change.\nIf it changes no '
+        f'result, delete {path}.'
+      )
+    return found
 
   def say_unused_fields(self) -> None:
     """Says which widths of the config a model of the user's own ignores."""
@@ -254,5 +282,7 @@ class Job:
       ('config', self.config.to_dict()),
       ('data', dataclasses.asdict(self.spec)),
       ('versions', runs.versions()),
+      ('model', self._code),
     ):
-      storage.write_json(self.workdir / f'{name}.json', content, sealed=True)
+      if content:
+        storage.write_json(self.workdir / f'{name}.json', content, sealed=True)

@@ -27,9 +27,10 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   """
   for budget in job.budgets:  # Refuses before hours of search.
     cutting.check_budget(job, budget)
+    cutting.check_choice(job, budget)
     cutting.scored(job, budget, {})
   folder = job.workdir / 'search'
-  runs.claim(folder, config.identity(job.config, 'search'))
+  runs.claim(folder, config.search_identity(job.config))
   if not (folder / 'gates.npz').exists():
     job.note_config()
     _search(job, folder, weights or job.first_weights)
@@ -176,6 +177,16 @@ def summarise(
     warnings.append(
       'All gates are exactly 0 or 1: config.search.learning_rate is too high, '
       'and most channels were chosen among equal gates.'
+    )
+  still = [
+    name
+    for name, gate in gates.items()
+    if losses and np.size(gate) > 1 and np.ptp(gate) == 0 and 0 < gate[0] < 1
+  ]
+  if still and not warnings:
+    warnings.append(
+      f'The loss does not depend on the gates of {", ".join(still)}, so their '
+      'width is arbitrary. Does the model start with a factor of 0 there?'
     )
   if losses and regulariser > _DOMINANT * chance:
     warnings.append(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -45,7 +46,8 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
   Its first weights are those given, or those that `config.train.init` says.
   """
   if (job.workdir / 'search').exists() and not job.config.train.structure:
-    runs.claim(job.workdir / 'search', config.identity(job.config, 'search'))
+    searched = config.identity(job.config, 'search')
+    runs.claim_part(job.workdir / 'search', searched)
   name, structure = cutting.read(job)
   job.note_budget(name)
   folder = job.folder(name)
@@ -62,6 +64,11 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
     weights = weights or _initial_weights(job, folder / 'kept.json', structure)
     state = fit(job, module, trained, 'train', epochs, weights)
     exam = examine(module, state.variables, job.data.test())
+    if not math.isfinite(exam.loss):
+      raise errors.UserError(
+        f'the loss of the trained network on the test images is {exam.loss}; a '
+        f'lower learning rate may help. Delete {trained} to train again.'
+      )
     if exam.mistakes:
       storage.write_arrays(trained / 'mistakes.npz', exam.mistakes, sealed=True)
     result = _result(job, name, structure, exam)
@@ -76,15 +83,6 @@ def run(job: Job, weights: Mapping[str, Any] | None = None) -> None:
 
 def check(job: Job) -> None:
   """Refuses a training that cannot start, before the search for it."""
-  for budget in job.budgets:
-    path = job.folder(budget.name) / 'structure.json'
-    if path.exists() and (path.parent / 'train').exists():
-      text = storage.read_text(path)
-      if 'tournament' in prune.Structure.from_json(text, path).source:
-        raise errors.UserError(
-          f'{path} is the choice of a tournament, and is trained: give another '
-          '--workdir for a search.'
-        )
   job.data.chosen('train', job.config.train.holdout)
   if job.config.train.structure not in ('', *(b.name for b in job.budgets)):
     cutting.read(job)
@@ -99,6 +97,12 @@ def _initial_weights(job: Job, path: pathlib.Path, structure: prune.Structure):
   """
   if job.config.train.init == 'random':
     return None
+  seed = structure.source.get('seed', job.config.seed)
+  if seed != job.config.seed:
+    raise errors.UserError(
+      f'config.seed must be {seed}, that of the structure, with '
+      f'config.train.init={job.config.train.init}; got {job.config.seed}.'
+    )
   kept = storage.read_json(path, dict[str, list[int]])
   lengths = {layer: len(indices) for layer, indices in kept.items()}
   if lengths != dict(zip(structure.layers, structure.counts, strict=True)):
@@ -206,9 +210,14 @@ def _initial_state(job: Job, module, total, label, weights=None, penalty=None):
 
 
 def _add_reference(job: Job, result: pathlib.Path) -> None:
-  """Adds the reference network's accuracy and time to a result.json."""
+  """Adds the reference network's accuracy and time to a result.json.
+
+  It is trained as the network is whose weights the narrow one inherits.
+  """
   runs.barrier('reference is missing')  # Before the first process adds it.
   folder = job.workdir / 'reference'
+  if job.config.train.init == 'inherit':
+    job = _wide_job(job)
   runs.claim(folder, config.identity(job.config, 'train'))
   path = folder / 'result.json'
   if not path.exists():

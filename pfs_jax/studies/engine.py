@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from pfs_jax import console, errors, runs, storage
+from pfs_jax import console, data, errors, runs, storage
+from pfs_jax.data import own
 from pfs_jax.studies import cells, plan, products, results, tables
 
 _POLL_SECONDS = 1.0
@@ -49,6 +50,7 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         '--mode=study takes no --coordinator: start the command several times; '
         'each process does other cells.'
       )
+    _check_data(study, workdir)
     runs.commit()  # Caches the commit of the imported code.
     # Compiled programs are kept on disk: each structure has its own.
     if jax.config.values['jax_compilation_cache_dir'] is None:
@@ -56,6 +58,18 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       jax.config.update('jax_compilation_cache_dir', folder)
     _Work(study, workdir, planned).run()
   tables.show(study, workdir)
+
+
+def _check_data(
+  study: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Refuses files of the user's that are not those of the finished cells."""
+  fields, path = study.base.data, workdir / 'data' / 'identity.json'
+  if data.is_own(fields) or not data.configured(fields).in_memory:
+    data.open_set(study.base, workdir)  # It notes or checks the identity.
+    noted = results.path(study, workdir).with_name(f'{study.study}-data.json')
+    what = f'the data of {study.study}'
+    own.check_identity(noted, what, storage.read_json(path))
 
 
 class _Work:
@@ -110,7 +124,7 @@ class _Work:
       results.merge(self.file, record, self.order)
 
   def attempt(self, cell: plan.Cell) -> bool:
-    """Does a cell unless another process does it; returns if it is settled."""
+    """Does a cell unless another process does it; False if one does."""
     with storage.locked(self.workdir / 'cells' / cell.hash) as held:
       if not held:
         return False
@@ -123,7 +137,11 @@ class _Work:
           self.done += 1
       except products.Busy:
         return False
-      except (errors.UserError, OSError) as e:
+      except Exception as e:
+        if not isinstance(e, errors.UserError | OSError):
+          if not errors.out_of_memory(e):
+            raise
+          products.forget_programs()
         self.pending.remove(cell)
         self.failed.append(f'{cell.label}, seed {cell.seed}: {e}')
         console.say(f'failed: {self.failed[-1]}')

@@ -143,6 +143,8 @@ def searched(
   """(gates, folder) of the search of a cell."""
   variables = None
   fields = plan.changed(cell.wide, 'search')
+  if cell.wide.train.statistics != 'auto':  # By it, the step is chosen.
+    fields['config.train.statistics'] = cell.wide.train.statistics
   if cell.arm.pretrain_epochs:
     variables, where = trained(cell, root, cell.arm.pretrain_epochs)
     fields['trained'] = where.name

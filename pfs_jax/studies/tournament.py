@@ -24,6 +24,7 @@ from pfs_jax.studies import arms, plan, products
 
 INCUMBENT = 'uniform'
 Losses = Mapping[str, Sequence[float]]
+DIVERGED = 1e6  # The loss that stands for a training that diverged.
 _POLL_SECONDS = 1.0
 
 
@@ -85,6 +86,9 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Chooses a structure for `--mode=train`; processes share the work."""
   job = stages.Job(c, workdir)
   with runs.giving_back(workdir):
+    sections = ('search', 'train', 'probe')
+    name = {'budget': job.budgets[0].name}
+    runs.claim(workdir / 'tournament', config.identity(c, *sections) | name)
     while True:
       try:
         found = choose(job, workdir)
@@ -126,6 +130,8 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
   tasks = {n: functools.partial(scored, job, n, root) for n in candidates(c)}
   entries = all_of(tasks)
   structures = {n: job.cut_plain(e.scores) for n, e in entries.items()}
+  # Another set of candidates has the same trainings.
+  trained = products.folder(root, 'short', plan.changed(c, 'train'))
   seconds: dict[str, float] = {}
   for entry in entries.values():
     seconds |= entry.seconds
@@ -133,11 +139,16 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
   for challengers, epochs, seeds in _rounds(c):
     trainings = {}
     for i, n in [(i, n) for i in range(seeds) for n in names]:
-      args = (job.reseeded(i + 1), structures[n], epochs, folder)
+      args = (job.reseeded(i + 1), structures[n], epochs, trained)
       trainings[n, i] = functools.partial(_training, *args)
     done = all_of(trainings)
     products.forget_programs()  # Each round has other schedules.
     losses = {n: [done[n, i]['loss'] for i in range(seeds)] for n in names}
+    if DIVERGED in losses[INCUMBENT]:
+      raise errors.UserError(
+        f'the training of uniform width for {epochs:g} epochs diverged: lower '
+        'config.train.learning_rate.'
+      )
     log.append({'epochs': epochs, 'losses': losses})
     seconds |= {t['name']: t['seconds'] for t in done.values()}
     names = [INCUMBENT, *best(losses, challengers // 2)]
@@ -211,14 +222,22 @@ def _training(
 
   def train() -> None:
     module = job.network.narrow(structure.counts)
-    stages.fit(job, module, folder, 'tournament', epochs, hold_out=True)
-    last = runs.read_metrics(folder)[-1]
-    found = {'loss': last['validation_loss'], 'seconds': last['seconds']}
+    loss = DIVERGED
+    try:
+      stages.fit(job, module, folder, 'tournament', epochs, hold_out=True)
+      loss = runs.read_metrics(folder)[-1]['validation_loss']
+    except errors.Diverged as e:
+      console.note(f'counts {structure.counts}, {e}')
+    found = {'loss': loss, 'seconds': runs.Clock(folder).seconds()}
     storage.write_json(path, {'name': folder.name, **found}, sealed=True)
     runs.barrier('loss')
 
   products.make(path, folder, train)
   return storage.read_json(path)
+
+
+def _loss_text(losses: Sequence[float]) -> str:
+  return 'diverged' if DIVERGED in losses else f'{np.mean(losses):.4f}'
 
 
 def _result_summary(
@@ -232,7 +251,7 @@ def _result_summary(
   log, rows = found['rounds'], []
   for name, macs in found['macs'].items():
     losses = [r['losses'].get(name) for r in log]
-    cells = ['' if v is None else f'{np.mean(v):.4f}' for v in losses]
+    cells = ['' if v is None else _loss_text(v) for v in losses]
     mark = 'chosen' if name == found['chosen'] else ''
     rows.append([name, *cells, f'{macs:,}', mark])
   last = log[-1]['losses']
@@ -336,5 +355,6 @@ def cost(job: stages.Job) -> float:
   searched = [cell.wide for cell in cells if cell.arm.searches]
   searches = {one.to_json(): one.search.epochs for one in searched}
   epochs += 2 / 3 * wide * sum(searches.values())
-  probed = any(cell.arm.scores == 'probe' for cell in cells)
-  return _share(job, epochs) + (stages.probe_cost(job) if probed else 0)
+  probed = {cell.seed for cell in cells if cell.arm.scores == 'probe'}
+  probes = len(probed) * stages.probe_cost(job) if probed else 0.0
+  return _share(job, epochs) + probes

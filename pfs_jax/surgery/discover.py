@@ -77,7 +77,7 @@ def discover(
       'surgery: the model calls no layer of flax.linen that makes channels. '
       '(Layers of flax.nnx inside bridge.to_linen are not seen.)'
     )
-  if told == gating.TrainArgument('') and shapes.get('batch_stats'):
+  if told == gating.TrainArgument(()) and shapes.get('batch_stats'):
     raise errors.UserError(
       f'surgery: {type(model).__name__} has no argument or field '
       f'{", ".join(gating.TRAIN_NAMES)}; say how to call it with '
@@ -273,9 +273,23 @@ class _FoundGroups:
         tied = sum(number for _, number in made) > len(made)
         channels.fix(roots, 'all tied together' if tied else 'a single channel')
         del self.classes[made]
+      elif path := self._reads_part(roots):
+        channels.fix(
+          roots, f'{path} does not read all of its channels equally often'
+        )
+        del self.classes[made]
     self.unit_of = np.full(len(channels.owners), -1)
     for unit, root in enumerate(itertools.chain(*self.classes.values())):
       self.unit_of[self._members[root]] = unit
+
+  def _reads_part(self, roots: Sequence[int]) -> str:
+    """A layer that does not read all of these channels equally often, or ''."""
+    find = self.flow.cells.find
+    for path, channels in self.flow.inputs.items():
+      reads = collections.Counter(map(find, channels.tolist()))
+      if len({reads[root] for root in roots}) > 1:
+        return path
+    return ''
 
   def refuse(self, reasons: Mapping[Any, str]) -> None:
     """Leaves groups alone, for the given reasons."""
@@ -382,12 +396,15 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
   kept = np.ones(len(flow.cells.owners), bool)
   for made in chosen:
     roots = np.array(found.classes[made])
-    # About half stay. The first and the last channel are removed, so that a
-    # split at a fixed place, and a rotation, are noticed.
-    half = (len(roots) + 1) // 2
-    number = int(random.integers(min(2, half), half, endpoint=True))
-    ends = [roots[0], roots[-1]][:number]
-    dropped = [*ends, *random.permutation(roots[1:-1])[: max(0, number - 2)]]
+    # The first and the last channel are removed, so that a split at a fixed
+    # place, and a rotation, are noticed. Of large groups the first half is, so
+    # that a split at a share of the channels is noticed; two or more stay.
+    n = len(roots)
+    half = n // 2 if n >= 6 else 1
+    more = int(random.integers(0, max(1, n - half - 2)))
+    more *= n >= 6 or n < 4
+    dropped = [*roots[:half], *roots[n - 1 :][: n > 2]]
+    dropped += random.permutation(roots[half : n - 1])[:more].tolist()
     kept &= ~np.isin(found.unit_of, found.unit_of[dropped])
   # A layer with one output makes channel 0, which is no channel (`Flow._mix`).
   emitted = {p: c[kept[c]] * (len(c) > 1) for p, c in flow.outputs.items()}

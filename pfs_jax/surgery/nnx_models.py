@@ -10,6 +10,7 @@ an ordinary NNX module with fewer channels.
 import functools
 import inspect
 import math
+import operator
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from pfs_jax import described, errors, gating, groups
 _JOINT = (nnx.LayerNorm, nnx.RMSNorm)  # Statistics over all channels.
 _NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, *_JOINT)
 _LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, *_NORMS)
+# Variables whose values no later call needs.
+_STATELESS = (nnx.RngKey, nnx.RngCount, nnx.Intermediate)
 _COLLECTIONS = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats'}
 
 
@@ -90,7 +93,18 @@ class Adapter(nn.Module):
     own = self._own_variables(model)
     for path, layer in _layers(model, self.held.transformed):
       _replace_calls(layer, functools.partial(self._run, path))
+    others = [
+      (path, v, v.get_value())
+      for path, v in nnx.iter_graph(model)
+      if type(v) not in _STATELESS and isinstance(v, nnx.Variable)
+    ]
     out = model(x, *args, **kwargs)
+    for path, variable, before in others:
+      if not _collection(variable) and variable.get_value() is not before:
+        raise errors.UserError(
+          f'surgery: the model changes {"/".join(map(str, path))}, a '
+          f'{type(variable).__name__}: make it an nnx.BatchStat.'
+        )
     _copy_statistics(self.scope, own)
     return out
 
@@ -100,12 +114,17 @@ class Adapter(nn.Module):
     return model
 
   def _find_transformed(self, found, x, args, kwargs, train: bool) -> None:
-    """Adds the layers of which NNX calls copies, inside its transforms."""
+    """Adds the layers that NNX copies or changes before it calls them."""
     model = self._copy(train)
     for path, layer in _layers(model):
+      arrays = _parameters(layer)
 
-      def run(layer, x, *args, path=path, original=layer, **kwargs):
-        if layer is not original:
+      def run(
+        layer, x, *args, path=path, original=layer, arrays=arrays, **kwargs
+      ):
+        there = _parameters(layer)
+        # WeightNorm and the like put other parameters into the layer.
+        if layer is not original or any(map(operator.is_not, there, arrays)):
           found.add(path)
         return _original_call(layer)(x, *args, **kwargs)
 
@@ -228,6 +247,15 @@ def _collection(node: Any) -> str:
 def _variables(layer: Any) -> list[tuple[str, Any]]:
   """(name, variable) of the parameters and statistics of a layer."""
   return [(name, v) for name, v in vars(layer).items() if _collection(v)]
+
+
+def _parameters(layer: Any) -> list[Any]:
+  """The arrays of the parameters of a layer."""
+  return [v.get_value() for _, v in _variables(layer) if _is_param(v)]
+
+
+def _is_param(variable: Any) -> bool:
+  return _collection(variable) == 'params'
 
 
 def _linked(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
