@@ -402,7 +402,6 @@ def _failure(source, arguments, found: _FoundGroups, chosen) -> str:
     n = len(roots)
     half = n // 2 if n >= 6 else 1
     more = int(random.integers(0, max(1, n - half - 2)))
-    more *= n >= 6 or n < 4
     dropped = [*roots[:half], *roots[n - 1 :][: n > 2]]
     dropped += random.permutation(roots[half : n - 1])[:more].tolist()
     kept &= ~np.isin(found.unit_of, found.unit_of[dropped])
