@@ -107,9 +107,8 @@ def identity(
 
 def search_identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The fields that a search depends on; its evaluations choose the step."""
-  found, statistics = identity(config, 'search'), config.train.statistics
-  chosen = {'config.train.statistics': statistics}
-  return found if statistics == 'auto' else found | chosen
+  chosen = {'config.train.statistics': config.train.statistics}
+  return identity(config, 'search') | chosen
 
 
 def digest(values: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ difference is shown; a budget in milliseconds is a budget on the *sum*.
 import contextlib
 import functools
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -137,7 +136,7 @@ class LatencyModel:
     key = json.dumps(
       [
         runs.hardware(),
-        len(os.sched_getaffinity(0)),
+        runs.cores(),
         jax.__version__,
         str(self._dtype),
         self._batch_size,

@@ -36,6 +36,8 @@ _CODE = ('pfs_jax', 'configs', 'main.py', 'requirements.txt')
 _NOTES = {'.lock', 'data', 'data/identity.json', 'data/checksums.json'}
 _NOTES |= {'budget.txt', 'checksums.json', 'config.json', 'data.json'}
 _NOTES |= {'model.json', 'versions.json'}
+# Fields of an identity that older folders lack, whatever their value was.
+_LATER = {'config.train.statistics', 'config.data.eval_batch_size'}
 _claimed: list[pathlib.Path] = []  # What `claim` has written.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -75,6 +77,14 @@ def versions() -> dict[str, str]:
     **{package: importlib.metadata.version(package) for package in _PACKAGES},
     'hardware': hardware(),
   }
+
+
+def cores() -> int:
+  """The cores that this process may use."""
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:  # Not on Linux.
+    return os.cpu_count() or 1
 
 
 def hardware() -> str:
@@ -121,6 +131,8 @@ def claim(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
   plain = {k: field.default for k, field in known.items() if field}
   plain = json.loads(json.dumps(plain))
   there, asked = plain | kept, plain | identity
+  for name in _LATER - kept.keys():
+    there[name] = asked.get(name)
   compared = (
     k for k, f in known.items() if k in identity or f is None or f.result
   )

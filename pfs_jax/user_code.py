@@ -6,11 +6,13 @@ is never imported or called.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import os
 import pathlib
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -52,9 +54,19 @@ def imported(field: str, spec: str) -> Any:
 
 
 def checksum(*objects: Any) -> str:
-  """A hash of the source files that define these functions and classes."""
-  files = {sys.modules[x.__module__].__file__ for x in objects}
-  texts = (pathlib.Path(file).read_bytes() for file in sorted(map(str, files)))
+  """A hash of the source files that define these functions and classes.
+
+  Files of installed packages and of Python are left out.
+  """
+  files, installed = set(), (sysconfig.get_path('stdlib'), *_LIBRARIES)
+  for x in objects:
+    while isinstance(x, functools.partial):
+      x = x.func
+    module = sys.modules.get(getattr(x, '__module__', ''))
+    file = str(getattr(module, '__file__', None) or '')
+    if os.path.isfile(file) and not any(part in file for part in installed):
+      files.add(file)
+  texts = (pathlib.Path(file).read_bytes() for file in sorted(files))
   return hashlib.sha256(b'\0'.join(texts)).hexdigest()
 
 

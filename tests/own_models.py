@@ -425,12 +425,36 @@ class PaddedShortcut(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = unit(train, x, 6)
-    y = norm(train)(nn.Conv(12, (3, 3))(x))
+    x = unit(train, x, 8)
+    y = norm(train)(nn.Conv(16, (3, 3))(x))
     more = y.shape[-1] - x.shape[-1]
     sides = (more // 2, more - more // 2)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), sides))
     return nn.Dense(3)(nn.relu(x + y).mean((1, 2)))
+
+
+class Swapped(nn.Module):
+  """Halves that change places, at a fixed channel."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = unit(train, x, 64, 'first')
+    x = jnp.concatenate([x[..., 32:], x[..., :32]], axis=-1)
+    return nn.Dense(3)(unit(train, x, 5, 'second').mean((1, 2)))
+
+
+class ByShape(nn.Module):
+  """Blocks with a shortcut of their own where two shapes differ."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = unit(train, x, 32)
+    for width in (32, 72):
+      y = norm(train)(nn.Conv(width, (3, 3))(unit(train, x, width)))
+      if x.shape != y.shape:
+        x = norm(train)(nn.Conv(width, (1, 1))(x))
+      x = nn.relu(x + y)
+    return nn.Dense(3)(x.mean((1, 2)))
 
 
 def printing(x):
@@ -558,8 +582,17 @@ CASES = {
   ),
   'padded shortcut': Case(
     PaddedShortcut(),
-    {'Conv_0+Conv_1': 6},
+    {'Conv_0+Conv_1': 8},
     {'Conv_1': "the model's code sends other channels to Dense_0"},
+    options={'residual': True},
+  ),
+  'swapped': Case(Swapped(), {'second': 5}, {'first': "the model's code"}),
+  'by shape': Case(
+    ByShape(),
+    {
+      **{'Conv_0+Conv_1': 32, 'Conv_2': 32},
+      **{'Conv_3+Conv_5': 72, 'Conv_4': 72},
+    },
     options={'residual': True},
   ),
   'no norm': Case(MnistCnn(), {'Conv_0': 6, 'Conv_1': 8, 'Dense_0': 12}),

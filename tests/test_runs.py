@@ -415,6 +415,12 @@ def test_another_identity_is_refused_by_what_differs(tmp_path, refused):
   other = {**IDENTITY, 'config.dtype': 'bfloat16'}
   dtype = r"config.dtype \(there 'float32', asked 'bfloat16'\)"
   refused(dtype, runs.claim, tmp_path / 'more', other)
+  # An older folder does not say what these were.
+  later = {'config.train.statistics': 'estimated'}
+  runs.claim(tmp_path, {**IDENTITY, **later})
+  runs.claim(tmp_path / 'new', {**IDENTITY, **later})
+  later['config.train.statistics'] = 'auto'
+  refused('statistics', runs.claim, tmp_path / 'new', {**IDENTITY, **later})
   many = {f'f{i}': 0 for i in range(6)}
   refused('and 2 more', runs.claim, tmp_path, {**IDENTITY, **many})
   runs.claim(tmp_path, IDENTITY)  # Still the first one's.

@@ -610,6 +610,8 @@ def test_a_study_keeps_to_its_data(tmp_path, instead):
   instead(lambda cell: None)
   made('first', 10, 20)
   studies.run(study, tmp_path / 'w')
+  study.base.data.source_dir = '/nowhere'  # A finished study needs no data.
+  studies.run(study, tmp_path / 'w')
   made('second', 10, 30)
   for workdir in ('w', 'new'):
     with pytest.raises(errors.UserError, match='are not those that'):

@@ -9,7 +9,6 @@ here (measured: docs/imagenet.md).
 
 import dataclasses
 import functools
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pfs_jax import console, devices, errors
+from pfs_jax import console, devices, errors, runs
 from pfs_jax.data import decoding, listing, pipeline, records
 
 _PIECE = 16  # Images that a thread decodes at a time.
@@ -154,7 +153,7 @@ class Reader:
   ):
     self.batches, self.seconds_waited = batches, 0.0
     self._named = set() if named is None else named
-    threads = workers if workers > 0 else len(os.sched_getaffinity(0))
+    threads = workers if workers > 0 else runs.cores()
     self._new_pool = functools.partial(
       futures.ThreadPoolExecutor, threads, 'decode'
     )

@@ -175,7 +175,7 @@ class Streamed(Opened):
     own.check_identity(
       workdir / 'data' / 'identity.json',
       f'the images ({spec.name})',
-      {'images': [split.identity() for split in splits]},
+      {type(self._train).__name__: [split.identity() for split in splits]},
     )
     self._held_out = np.zeros(len(self._train), bool)
     if per_class:

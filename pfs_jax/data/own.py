@@ -4,6 +4,7 @@ All three become arrays in memory. The training images are shuffled once, by a
 fixed permutation, so that the last ones can be held out as a random sample.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -55,6 +56,10 @@ def load(fields: Any, workdir: pathlib.Path) -> arrays.Dataset:
   ).first(fields.train_examples)
 
 
+class OtherData(errors.UserError):
+  """The data are not those with which the work was begun."""
+
+
 def identity(found: arrays.Dataset) -> dict[str, Any]:
   """What no later use of the data may change."""
   images = [found.train_images, found.train_labels]
@@ -70,12 +75,15 @@ def check_identity(path: pathlib.Path, what: str, known: Any) -> None:
   """Notes the identity of data in a file, or compares it with the file.
 
   Raises:
-    errors.UserError: The data differ.
+    OtherData: The data differ.
   """
   if not path.exists():
-    storage.write_json(path, known)
-  elif storage.read_json(path) != known:
-    raise errors.UserError(
+    with contextlib.suppress(errors.UserError):  # A folder that is read only.
+      storage.write_json(path, known)
+    return
+  there = storage.read_json(path, dict[str, Any])
+  if any(there.get(name, value) != value for name, value in known.items()):
+    raise OtherData(
       f'{what} are not those that {path} knows: an image, a label or a class '
       'differs.\nPut the former data back, or give another --workdir.'
     )

@@ -72,8 +72,7 @@ class Records:
   def __init__(self, builder: Any, split: str):
     import tensorflow_datasets as tfds
 
-    self.name, self.version = builder.name, str(builder.version)
-    self.split = split
+    self.name, self.split = builder.name, split
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._source = builder.as_data_source(split, deserialize_method=raw)
     self._features = builder.info.features
@@ -85,7 +84,7 @@ class Records:
 
   def identity(self) -> str:
     """What changes if other images are prepared."""
-    return f'{self.name} {self.version} {self.split}[{len(self)}]'
+    return f'{self.name} {self.split}[{len(self)}]'
 
   def __iter__(self) -> Iterator[Example]:
     """(file content, label, file name or b'') of all images, in order."""

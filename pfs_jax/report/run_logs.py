@@ -10,6 +10,7 @@ from pfs_jax import errors, runs, storage
 from pfs_jax.report import figures
 from pfs_jax.report.page import Page
 from pfs_jax.stages import Job
+from pfs_jax.studies.tournament import DIVERGED
 from pfs_jax.tables import Table
 
 
@@ -92,11 +93,12 @@ def tournament(report: Page, job: Job) -> None:
   lines = []
   for name in found['counts']:
     rounds = [r for r in found['rounds'] if name in r['losses']]
+    rounds = [r for r in rounds if max(r['losses'][name]) < DIVERGED]
     values = [r['losses'][name] for r in rounds]
     means = [float(np.mean(v)) for v in values]
     spread = [float(np.std(v, ddof=len(v) > 1) / len(v) ** 0.5) for v in values]
     epochs = [r['epochs'] for r in rounds]
-    lines.append(figures.Line(name, epochs, means, spread))
+    lines += [figures.Line(name, epochs, means, spread)] if rounds else []
   shares = 100 * np.divide(list(found['counts'].values()), widths).T
   titles = [f'{i}. {name}' for i, name in enumerate(found['counts'], 1)]
   rows = [

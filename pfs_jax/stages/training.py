@@ -216,7 +216,9 @@ def _add_reference(job: Job, result: pathlib.Path) -> None:
   """
   runs.barrier('reference is missing')  # Before the first process adds it.
   folder = job.workdir / 'reference'
-  if job.config.train.init == 'inherit':
+  recipe = job.config.train
+  other = recipe.wide_epochs or recipe.wide_learning_rate
+  if recipe.init == 'inherit' and other:
     job = _wide_job(job)
   runs.claim(folder, config.identity(job.config, 'train'))
   path = folder / 'result.json'

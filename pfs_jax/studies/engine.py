@@ -50,7 +50,6 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         '--mode=study takes no --coordinator: start the command several times; '
         'each process does other cells.'
       )
-    _check_data(study, workdir)
     runs.commit()  # Caches the commit of the imported code.
     # Compiled programs are kept on disk: each structure has its own.
     if jax.config.values['jax_compilation_cache_dir'] is None:
@@ -61,12 +60,21 @@ def run(study: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _check_data(
-  study: ml_collections.ConfigDict, workdir: pathlib.Path
+  study: ml_collections.ConfigDict, workdir: pathlib.Path, needed: bool
 ) -> None:
-  """Refuses files of the user's that are not those of the finished cells."""
+  """Refuses files of the user's that are not those of the finished cells.
+
+  If the data are not `needed`, they may be gone.
+  """
   fields, path = study.base.data, workdir / 'data' / 'identity.json'
-  if data.is_own(fields) or not data.configured(fields).in_memory:
+  try:
+    if not data.is_own(fields) and data.configured(fields).in_memory:
+      return
     data.open_set(study.base, workdir)  # It notes or checks the identity.
+  except errors.UserError as e:
+    if needed or isinstance(e, own.OtherData):
+      raise
+  if path.exists():
     noted = results.path(study, workdir).with_name(f'{study.study}-data.json')
     what = f'the data of {study.study}'
     own.check_identity(noted, what, storage.read_json(path))
@@ -95,6 +103,7 @@ class _Work:
       f'{self.study.study}: {total - len(self.pending)} of {total} cells are '
       f'done; results in {self.file}'
     )
+    _check_data(self.study, self.workdir, bool(self.pending))
     for folder in (self.workdir, self.file.parent) if self.pending else ():
       folder.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryFile(dir=folder).close()  # Fails now, not after a cell.

@@ -88,7 +88,9 @@ def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   with runs.giving_back(workdir):
     sections = ('search', 'train', 'probe')
     name = {'budget': job.budgets[0].name}
-    runs.claim(workdir / 'tournament', config.identity(c, *sections) | name)
+    claimed, done = (workdir / n for n in ('tournament', 'tournament.json'))
+    if claimed.exists() or not done.exists():  # An older one has no claim.
+      runs.claim(claimed, config.identity(c, *sections) | name)
     while True:
       try:
         found = choose(job, workdir)
