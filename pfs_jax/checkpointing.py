@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import signal
 from collections.abc import Iterator
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ def _on_devices_of(leaf: Any, array: np.ndarray) -> jax.Array:
   )
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
   """The newest two checkpoints of one stage, in checkpoints/ of its folder."""
 
   def __init__(self, folder: pathlib.Path, *, read_only: bool = False):
@@ -103,9 +103,6 @@ class Checkpoints:
       )
     self._skipped: list[int] = []
 
-  def __enter__(self) -> Self:
-    return self
-
   def __exit__(self, *_: object) -> None:
     with _quiet():
       self._manager.close()
@@ -125,16 +122,13 @@ class Checkpoints:
         if self._manager.latest_step() != step:
           self._manager.save(step, args=_Args(state, check), force=True)
     except Exception as e:
-      self._refuse(step, state, e)
-
-  def _refuse(self, step: int, state: Any, e: Exception) -> None:
-    if storage.is_first_process():
-      for left in self._folder.glob('*.orbax-checkpoint-tmp'):
-        shutil.rmtree(left, ignore_errors=True)
-    if isinstance(e, OSError):
-      size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-      storage.refuse_write(self._folder / str(step), e, size)
-    raise e
+      if storage.is_first_process():
+        for left in self._folder.glob('*.orbax-checkpoint-tmp'):
+          shutil.rmtree(left, ignore_errors=True)
+      if isinstance(e, OSError):
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        storage.refuse_write(self._folder / str(step), e, size)
+      raise
 
   def restore(self, target: Any) -> tuple[int, Any, Any] | None:
     """(step, state, notes) of the newest good checkpoint; None if none exists.

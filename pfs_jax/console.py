@@ -133,9 +133,6 @@ def table(
   console.print(shown)
 
 
-# Errors.
-
-
 def _fail(text: str, code: int) -> NoReturn:
   """Prints an error, tells it to the other processes, and ends this one."""
   # It may quote a file, which must not control the terminal.

@@ -35,11 +35,9 @@ _REPEATS = 15
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
-def _milliseconds(
-  repeats: int, function: Callable[..., Any], *args
-) -> list[float]:
-  call = jax.jit(function)
-  jax.block_until_ready(call(*args))  # Compiles.
+def milliseconds(repeats: int, call: Callable, *args: Any) -> list[float]:
+  """Times of so many calls of a jitted function, after one that compiles."""
+  jax.block_until_ready(call(*args))
   times = []
   for _ in range(repeats):
     start = time.perf_counter()
@@ -65,6 +63,7 @@ def _time_layer(
     )
   )
 
+  @jax.jit
   def layer(x, kernel, scale, shift):
     if op.kind == 'dense':
       return x @ kernel + shift
@@ -78,7 +77,7 @@ def _time_layer(
     )
     return jax.nn.relu(y * scale + shift)
 
-  return min(_milliseconds(_REPEATS, layer, x, kernel, scale, shift)) / 1000
+  return min(milliseconds(_REPEATS, layer, x, kernel, scale, shift)) / 1000
 
 
 class LatencyModel:
@@ -187,9 +186,9 @@ def measure(
   image_shape: tuple[int, int, int],
 ) -> tuple[float, float]:
   """(median, least) milliseconds of one batch through a whole network."""
-  apply = functools.partial(module.apply, train=False)
+  apply = jax.jit(functools.partial(module.apply, train=False))
   x = jnp.zeros((batch_size, *image_shape), jnp.float32)
-  times = _milliseconds(2 * _REPEATS, apply, variables, x)
+  times = milliseconds(2 * _REPEATS, apply, variables, x)
   return statistics.median(times), min(times)
 
 

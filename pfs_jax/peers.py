@@ -78,7 +78,10 @@ def start(coordinator: str | None, processes: int, process: int) -> None:
   ended = threading.Event()
   thread = threading.Thread(target=_listen, args=(ended,), daemon=True)
   thread.start()
-  atexit.register(_stop, ended, thread)  # Runs before JAX's own handler.
+  # The last one runs first, and both run before JAX's own handler: the thread
+  # ends before JAX leaves the service and Python ends.
+  atexit.register(thread.join)
+  atexit.register(ended.set)
 
 
 def _heartbeat() -> int:
@@ -203,9 +206,3 @@ def _listen(ended: threading.Event) -> None:
     said = f'error: {line} This process ends too.'
     print(said, file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def _stop(ended: threading.Event, thread: threading.Thread) -> None:
-  """Ends the thread before JAX leaves the service and Python ends."""
-  ended.set()
-  thread.join()

@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NotRequired, Self, TypedDict, cast
 
 import jax
@@ -167,20 +167,16 @@ def giving_back(workdir: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except (errors.UserError, OSError):
-    _give_back(workdir, made)
+    with contextlib.suppress(OSError):
+      for path in _claimed:
+        if path.is_relative_to(workdir) and [*path.parent.glob('*')] == [path]:
+          shutil.rmtree(path.parent)
+      left = (str(p.relative_to(workdir)) for p in workdir.rglob('*'))
+      if made and _NOTES.issuperset(left):
+        shutil.rmtree(workdir)
+        for parent in made[1:]:
+          parent.rmdir()
     raise
-
-
-def _give_back(workdir: pathlib.Path, made: Sequence[pathlib.Path]) -> None:
-  with contextlib.suppress(OSError):
-    for path in _claimed:
-      if path.is_relative_to(workdir) and [*path.parent.glob('*')] == [path]:
-        shutil.rmtree(path.parent)
-    left = (str(p.relative_to(workdir)) for p in workdir.rglob('*'))
-    if made and _NOTES.issuperset(left):
-      shutil.rmtree(workdir)
-      for parent in made[1:]:
-        parent.rmdir()
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -219,7 +215,7 @@ def read_result(path: pathlib.Path) -> Result:
   return cast(Result, storage.read_json(path, Result))
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager):
   """metrics.jsonl, one JSON line a record, and TensorBoard events.
 
   Records after `resume_step` are dropped, because the run writes them again.
@@ -265,9 +261,6 @@ class MetricsLog:
     for file in (self._file, self._events):
       with contextlib.suppress(OSError):  # `write` reported it.
         file.close()
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, kind: type | None, *_: object) -> None:
     """Closes the log, and seals it unless an exception occurred."""

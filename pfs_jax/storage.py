@@ -237,12 +237,8 @@ def read_arrays(
   except Exception as e:  # numpy and zipfile raise many types of errors.
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise errors.UserError(f'{path} cannot be read: {reason}') from e
-  if shapes is not None:
-    _check_arrays(path, arrays, shapes)
-  return arrays
-
-
-def _check_arrays(path, arrays, shapes) -> None:
+  if shapes is None:
+    return arrays
   if list(arrays) != list(shapes):
     raise errors.UserError(
       f'{path} must hold {", ".join(shapes)} in this order; got '
@@ -257,6 +253,7 @@ def _check_arrays(path, arrays, shapes) -> None:
         f'{found.dtype} {list(found.shape)}'
         f'{" that are not all finite" if good else ""}.'
       )
+  return arrays
 
 
 def checksum(arrays: Any) -> str:
@@ -301,17 +298,14 @@ def locked(
     yield True
     return
   with file:
-    yield _flock(file, wait)
-
-
-def _flock(file, wait: Callable[[], object] | None) -> bool:
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    if wait is None:
-      return False
-    wait()
-    fcntl.flock(file, fcntl.LOCK_EX)
-  except OSError:
-    pass
-  return True
+    held = True
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      held = wait is not None
+      if wait is not None:
+        wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+      pass
+    yield held

@@ -119,10 +119,8 @@ def decay_mask(rule: str) -> Callable[[Any], Any]:
   return lambda params: jax.tree_util.tree_map_with_path(decays, params)
 
 
-_OPTIMIZER_FIELDS = (
-  'batch_size learning_rate scale_rate momentum nesterov weight_decay '
-  'decay_rule schedule decay_at decay_factor warmup_share'
-).split()
+_OPTIMIZER_FIELDS = """batch_size learning_rate scale_rate momentum nesterov
+  weight_decay decay_rule schedule decay_at decay_factor warmup_share""".split()
 
 
 def optimizer(
@@ -148,11 +146,6 @@ def _optimizer(fields, total_steps: int) -> optax.GradientTransformation:
   )
 
 
-def dropout_key(state: Any) -> jax.Array:
-  """The key of all random layers in the next step of a state."""
-  return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-
-
 def _cross_entropy(logits, labels, smoothing: float) -> jax.Array:
   if not smoothing:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -171,12 +164,14 @@ def logits(
   Raises:
     errors.UserError: The model returns several arrays, or none.
   """
+  # The key of all random layers in this step.
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   found, updates = state.module.apply(
     {**trained, 'batch_stats': state.batch_stats},
     x,
     train=True,
     mutable=['batch_stats'],
-    rngs=dict.fromkeys(('dropout', 'params'), dropout_key(state)),
+    rngs=dict.fromkeys(('dropout', 'params'), key),
   )
   if not isinstance(found, jax.Array):
     raise errors.UserError(

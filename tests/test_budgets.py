@@ -332,7 +332,7 @@ def test_latency_counts_each_call_positions_and_groups(monkeypatch, tmp_path):
     shapes.append((x.shape, call(x, *rest).shape))
     return [1.0]
 
-  monkeypatch.setattr(latency, '_milliseconds', milliseconds)
+  monkeypatch.setattr(latency, 'milliseconds', milliseconds)
   for op in (layer, dataclasses.replace(layer, positions=64), grouped):
     assert latency._time_layer(op, 4, 4, 2, np.float32) == 1e-3
   assert shapes == [((2, n, 4), (2, n, 4)) for n in (1, 64, 6)]

@@ -36,7 +36,7 @@ def lines_of(paths):
 
 def test_the_house_stays_small():
   """The goal is 13,500 and 9,500 lines; it may not grow from here."""
-  assert lines_of(PACKAGE.rglob('*.py')) <= 17749
+  assert lines_of(PACKAGE.rglob('*.py')) <= 17599
   assert lines_of((ROOT / 'tests').rglob('*.py')) <= 12624
   assert not {n: k for n, p in MODULES.items() if (k := lines_of([p])) > 450}
 

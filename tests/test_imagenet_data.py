@@ -101,7 +101,7 @@ def _config(root, **fields):
 
 
 def _open(root, **fields):
-  workdir = root.with_name(f'run-{root.name}')
+  workdir = pathlib.Path(root).with_name(f'run-{pathlib.Path(root).name}')
   return data.open_set(_config(root, **fields), workdir)
 
 

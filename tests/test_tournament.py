@@ -99,9 +99,9 @@ def test_the_incumbent_stays_unless_the_gain_is_clear(gains, errors_, wins):
   uniform = np.array([0.5, 0.6, 0.55])
   losses = {'uniform': uniform, 'tilt1': uniform - np.array(gains)}
   found = tournament.decide(losses, errors_)
-  assert found.chosen == ('tilt1' if wins else 'uniform')
-  assert found.gain == pytest.approx(np.mean(gains))
-  assert found.error == pytest.approx(np.std(gains, ddof=1) / np.sqrt(3))
+  assert found['chosen'] == ('tilt1' if wins else 'uniform')
+  assert found['gain'] == pytest.approx(np.mean(gains))
+  assert found['error'] == pytest.approx(np.std(gains, ddof=1) / np.sqrt(3))
 
 
 class Named(str):

@@ -7,13 +7,14 @@ global lock while it decodes and resizes, so threads are as fast as processes
 here (measured: docs/imagenet.md).
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,7 +140,7 @@ def reason(e: Exception) -> str:
   return ' '.join(text.split())[:100] or type(e).__name__
 
 
-class Reader:
+class Reader(contextlib.AbstractContextManager):
   """Batches by step, decoded ahead by threads; a context manager.
 
   0 and -1 `workers` mean one thread for each core. `named` has the indices of
@@ -159,9 +160,6 @@ class Reader:
     )
     self._pool = self._new_pool()
     self._ahead: dict[int, list[futures.Future]] = {}  # Of each step.
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *_: object) -> None:
     self._pool.shutdown(cancel_futures=True)

@@ -6,10 +6,11 @@ So the state of the pipeline is the step alone: a run that continues gets
 exactly the batches of a run without interruption, on any number of devices.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def check_batch(field: str, batch_size: int, images: int) -> None:
 _permutation = jax.jit(jax.random.permutation, static_argnums=1)
 
 
-class ArraySource:
+class ArraySource(contextlib.AbstractContextManager):
   """Training batches from arrays that lie on the device.
 
   A step's batch is `draw(resident, item)` inside the compiled program, where
@@ -178,9 +179,6 @@ class ArraySource:
     self._batch_size, self._n = batch_size, len(images)
     self._order_key, self._augment_key = jax.random.split(key)
     self._epoch, self._order = -1, np.empty(0, int)
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *_: object) -> None:
     """Does nothing; a streamed source ends its threads here."""

@@ -30,9 +30,6 @@ _TIMEOUT = 1800  # Seconds that the fresh process may take.
 _LARGEST = 2**34  # Most bytes of a file that is read.
 
 
-# Writing.
-
-
 def save(
   directory: str | os.PathLike[str],
   module: Any,
@@ -74,11 +71,20 @@ def save(
       something else, or the logits differ. Then nothing is written.
   """
   target = pathlib.Path(os.path.realpath(storage.expanded(directory)))
-  _check_formats(formats)
+  unknown = set(formats) - set(FORMATS)
+  if unknown or not formats:
+    raise errors.UserError(
+      f'formats must be some of {", ".join(FORMATS)}; got {list(formats)}.'
+    )
+  for name in formats:
+    for package in FORMATS[name].PACKAGES:
+      manifest.version(package)
   _check_target(target, structure, overwrite)
   shape = (spec.image_size, spec.image_size, spec.channels)
   variables = jax.tree.map(np.asarray, jax.device_get(dict(variables)))
-  batches = _batches(shape, spec)
+  random = np.random.default_rng(0)
+  pixels = [random.integers(0, 256, (n, *shape), np.uint8) for n in BATCH_SIZES]
+  batches = [manifest.normalised(p, spec.mean, spec.std) for p in pixels]
   wanted = [_logits(module, variables, x, spec.num_classes) for x in batches]
   if 'safetensors' in formats:
     weights.build(structure, factory)  # Refuses before anything is written.
@@ -98,17 +104,6 @@ def save(
       made['formats'][name]['max_error'] = _error(name, found, wanted)
     storage.write_json(folder / manifest.FILE, made)
   return made
-
-
-def _check_formats(formats: Sequence[str]) -> None:
-  unknown = set(formats) - set(FORMATS)
-  if unknown or not formats:
-    raise errors.UserError(
-      f'formats must be some of {", ".join(FORMATS)}; got {list(formats)}.'
-    )
-  for name in formats:
-    for package in FORMATS[name].PACKAGES:
-      manifest.version(package)
 
 
 def _check_target(
@@ -137,15 +132,6 @@ def _check_target(
       f'{target} holds the export of another structure: delete it, or give '
       'another directory.'
     )
-
-
-def _batches(shape: Sequence[int], spec: data.Spec) -> list[np.ndarray]:
-  random = np.random.default_rng(0)
-  batches = []
-  for n in BATCH_SIZES:
-    pixels = random.integers(0, 256, (n, *shape), np.uint8)
-    batches.append(manifest.normalised(pixels, spec.mean, spec.std))
-  return batches
 
 
 def _logits(module, variables, x: np.ndarray, classes: int) -> np.ndarray:
@@ -236,9 +222,6 @@ def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
     if not target.exists() and (scratch / 'former').exists():
       os.replace(scratch / 'former', target)
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-# Reading.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,21 +124,16 @@ class Graph:
     import onnx
     from onnx import helper, numpy_helper
 
-    def value(name, *sizes):
-      return helper.make_tensor_value_info(
-        name, onnx.TensorProto.FLOAT, ['N', *sizes]
-      )
-
+    info, kind = helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    inputs = [info(INPUT, kind, ['N', *shape])]
+    outputs = [info(OUTPUT, kind, ['N', classes])]
     nodes = [
       helper.make_node(n.op, n.inputs, [n.output], n.output, **n.attributes)
       for n in self.nodes
     ]
-    constants = [
-      numpy_helper.from_array(v, k) for k, v in self.constants.items()
-    ]
-    ends = [value(INPUT, *shape)], [value(OUTPUT, classes)]
+    arrays = [numpy_helper.from_array(v, k) for k, v in self.constants.items()]
     model = helper.make_model(
-      helper.make_graph(nodes, 'pfs_jax', *ends, constants),
+      helper.make_graph(nodes, 'pfs_jax', inputs, outputs, arrays),
       producer_name='pfs_jax',
       ir_version=IR_VERSION,
       opset_imports=[helper.make_opsetid('', OPSET)],

@@ -107,19 +107,15 @@ def _walk(graph: Graph, program: Any, arguments: Sequence[Any]) -> list[Any]:
     try:
       return _write(graph, equation, inputs)
     except Refused as e:
-      raise _refusal(equation, str(e)) from e
+      name, where = equation.primitive.name, equation.source_info.name_stack
+      place = f' in {where}' if str(where) else ''
+      known = sorted({*operators.TABLE, *jaxprs.CALLS})
+      raise errors.UserError(
+        f'ONNX: the operator {name}{place} cannot be written{e}. Leave onnx '
+        f'out of the formats (--formats).\nKnown: {", ".join(known)}.'
+      ) from e
 
   return jaxprs.walk(program, arguments, results, np.asarray)
-
-
-def _refusal(equation, why: str) -> errors.UserError:
-  name, where = equation.primitive.name, str(equation.source_info.name_stack)
-  known = sorted({*operators.TABLE, *jaxprs.CALLS})
-  place = f' in {where}' if where else ''
-  return errors.UserError(
-    f'ONNX: the operator {name}{place} cannot be written{why}. Leave onnx out '
-    f'of the formats (--formats).\nKnown: {", ".join(known)}.'
-  )
 
 
 def _write(graph: Graph, equation, inputs) -> Sequence[Any]:

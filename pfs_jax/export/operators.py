@@ -198,19 +198,17 @@ def _pooled(graph, equation, x) -> Tensor:
   return Tensor(output, order)
 
 
-def _reduced(op: str) -> Callable[..., Tensor]:
-  def write(graph, equation, x) -> Tensor:
-    axes = equation.params['axes']
-    places = sorted(x.order.index(axis) for axis in axes)
-    if op == 'ReduceSum':  # Axes became an input in opset 13; others later.
-      inputs, more = [x.name, graph.integers(places)], {}
-    else:
-      inputs, more = [x.name], {'axes': places}
-    left = [axis for axis in x.order if axis not in axes]
-    order = tuple(sorted(left).index(axis) for axis in left)
-    return Tensor(graph.add(op, inputs, keepdims=0, **more), order)
-
-  return write
+def _reduced(graph, equation, x) -> Tensor:
+  op = 'Reduce' + equation.primitive.name.removeprefix('reduce_').capitalize()
+  axes = equation.params['axes']
+  places = sorted(x.order.index(axis) for axis in axes)
+  if op == 'ReduceSum':  # Axes became an input in opset 13; others later.
+    inputs, more = [x.name, graph.integers(places)], {}
+  else:
+    inputs, more = [x.name], {'axes': places}
+  left = [axis for axis in x.order if axis not in axes]
+  order = tuple(sorted(left).index(axis) for axis in left)
+  return Tensor(graph.add(op, inputs, keepdims=0, **more), order)
 
 
 # Shapes.
@@ -367,9 +365,7 @@ TABLE: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(['max', 'min'], _limited),
   'ne': _elementwise_op('Equal', 'Not'),
   'pad': _padded,
-  'reduce_max': _reduced('ReduceMax'),
-  'reduce_min': _reduced('ReduceMin'),
-  'reduce_sum': _reduced('ReduceSum'),
+  **dict.fromkeys(['reduce_max', 'reduce_min', 'reduce_sum'], _reduced),
   **dict.fromkeys(['reduce_window_max', 'reduce_window_sum'], _pooled),
   **dict.fromkeys(['reshape', 'squeeze'], _reshaped),
   'rev': _reversed,

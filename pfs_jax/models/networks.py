@@ -137,9 +137,7 @@ def structure_from_list(
   )
 
 
-def build_from(
-  structure: structures.Structure, dtype: Any = jnp.float32
-) -> nn.Module:
+def build_from(structure: structures.Structure) -> nn.Module:
   """The narrow network that a structure describes."""
   model = structure.model
   if not model.get('name'):
@@ -160,5 +158,4 @@ def build_from(
     width=model.get('width'),
     counts=structure.counts,
     multiplier=model.get('multiplier', 1.0),
-    dtype=dtype,
   )

@@ -14,10 +14,8 @@ import ml_collections
 
 from pfs_jax import console, stages, storage
 
-PICTURES = (
-  'macs network probe tournament candidates gates search training mistakes '
-  'accuracy differences varied shares similarity'
-).split()
+PICTURES = """macs network probe tournament candidates gates search training
+  mistakes accuracy differences varied shares similarity""".split()
 
 
 def write(

@@ -60,15 +60,15 @@ class Line(NamedTuple):
 
 
 class Interval(NamedTuple):
-  """A row with a diamond at a mean, an interval around it, and single values.
+  """A row with a diamond at a mean, error bars around it, and single values.
 
-  `dots` are drawn as circles; `filled` says whether the diamond is filled.
+  `error` is the length of each bar. `dots` are drawn as circles; `filled` says
+  whether the diamond is filled.
   """
 
   label: str
   mean: float
-  low: float
-  high: float
+  error: float
   dots: Sequence[float] = ()
   filled: bool = True
 
@@ -250,9 +250,8 @@ def intervals(
   for place, row in zip(y, rows, strict=True):
     at = [place] * len(row.dots)
     axes.scatter(row.dots, at, 22, facecolors='none', edgecolors=_GREY)
-    half = [[row.mean - row.low], [row.high - row.mean]]
-    style = _DIAMONDS[row.filled]
-    axes.errorbar(row.mean, place, xerr=half, fmt='D', capsize=3, **style)
+    bar = {'xerr': row.error, 'capsize': 3, **_DIAMONDS[row.filled]}
+    axes.errorbar(row.mean, place, fmt='D', **bar)
   for filled, meaning in meanings.items():
     axes.plot([], [], 'D', label=meaning, **_DIAMONDS[filled])
   if any(row.dots for row in rows):

@@ -63,11 +63,10 @@ def probe(report: Page, job: Job) -> None:
     raise errors.UserError(f'{path}: mean and error must name all layers.')
   if len(found['losses']) != len(found['layers']):
     raise errors.UserError(f'{path}: losses must have an entry for each layer.')
-  rows = []
-  for layer, values in zip(found['layers'], found['losses'], strict=True):
-    mean, error = found['mean'][layer], found['error'][layer]
-    ends = (mean - error, mean + error)
-    rows.append(figures.Interval(layer, mean, *ends, values))
+  rows = [
+    figures.Interval(k, found['mean'][k], found['error'][k], values)
+    for k, values in zip(found['layers'], found['losses'], strict=True)
+  ]
   meaning = {True: 'mean ± standard error'}
   report.section('Probe')
   report.paragraph(found['sentence'])
@@ -123,9 +122,6 @@ def tournament(report: Page, job: Job) -> None:
   )
 
 
-# Gates.
-
-
 def chosen_gates(job: Job) -> dict[str, np.ndarray]:
   """The gates that the search chose; {} before its end."""
   path = job.workdir / 'search' / 'gates.npz'
@@ -177,8 +173,6 @@ def gates(report: Page, job: Job) -> None:
     Table('Gates in %', ['gates', 'number', 'mean', *bins], rows),
   )
 
-
-# Metrics.
 
 Log = Sequence[Mapping[str, Any]]  # The records of metrics.jsonl.
 Panels = Mapping[str, Mapping[str, str]]  # {axis: {field: label}}.
@@ -233,7 +227,7 @@ def _curves(
   report: Page, name: str, logs: Mapping[str, Log], panels: Panels
 ) -> None:
   """Adds tables of metrics by step, and a picture of lines with two points."""
-  found: dict[str, list[figures.Line]] = {}
+  found, drawn = {}, {}  # {axis: lines}, and those of at least two points.
   for axis, fields in panels.items():
     for prefix, log in logs.items():
       for field, label in fields.items():
@@ -241,12 +235,9 @@ def _curves(
         if points:
           line = figures.Line(prefix + label, *zip(*points, strict=True))
           found.setdefault(axis, []).append(line)
+          if len(points) > 1:
+            drawn.setdefault(axis, []).append(line)
   by_step = [_step_table(axis, lines) for axis, lines in found.items()]
-  several = {
-    axis: [line for line in lines if len(line.x) > 1]
-    for axis, lines in found.items()
-  }
-  drawn = {axis: lines for axis, lines in several.items() if lines}
   if not drawn:
     for table in by_step:
       report.table(table)

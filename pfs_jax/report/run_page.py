@@ -29,6 +29,9 @@ class Cut(NamedTuple):
   result: Mapping[str, Any]
 
 
+Cuts = Sequence[Cut]
+
+
 def build(job: Job) -> Page:
   """The page of the run in the job's workdir, which need not be finished.
 
@@ -107,7 +110,7 @@ def _share(job: Job, macs: int) -> str:
   return f'{macs / job.network.reference_macs:.1%}'
 
 
-def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
+def _uncut(job: Job, trained: Cuts) -> list[Cut]:
   """The reference network and the searched one, with their known results."""
   network, model = job.network, job.network.cost_model
   known: dict[str, Any] = {}
@@ -133,7 +136,7 @@ def _uncut(job: Job, trained: Sequence[Cut]) -> list[Cut]:
 # The first screen.
 
 
-def _title(job: Job, cuts: Sequence[Cut]) -> str:
+def _title(job: Job, cuts: Cuts) -> str:
   """A short title: 'vgg16 on digits, cut to 50.0% of the MACs, seed 0'."""
   c, name = job.config, job.model_name.rpartition(':')[2]
   done = f'{len(cuts)} budgets' if cuts else _before_cuts(job)[0]
@@ -167,11 +170,7 @@ def interval(accuracy: float, n: int) -> tuple[float, float]:
 
 
 def _first_screen(
-  report: Page,
-  job: Job,
-  cuts: Sequence[Cut],
-  trained: Sequence[Cut],
-  whole: Sequence[Cut],
+  report: Page, job: Job, cuts: Cuts, trained: Cuts, whole: Cuts
 ) -> None:
   for line in _result_lines(job, cuts, trained):
     report.paragraph(line, 'answer')
@@ -211,10 +210,7 @@ def _first_screen(
     _accuracy_over_costs(report, trained, whole[0], networks)
 
 
-def _result_lines(
-  job: Job, cuts: Sequence[Cut], trained: Sequence[Cut]
-) -> Sequence[str]:
-  """The result in a few sentences."""
+def _result_lines(job: Job, cuts: Cuts, trained: Cuts) -> Sequence[str]:
   if not cuts:
     return [f'{_before_cuts(job)[1]}. No structure is cut yet.']
   lines = []
@@ -236,9 +232,8 @@ def _result_lines(
 
 
 def _accuracy_over_costs(
-  report: Page, trained: Sequence[Cut], whole: Cut, networks: Table
+  report: Page, trained: Cuts, whole: Cut, networks: Table
 ) -> None:
-  """Adds a picture of accuracy against MACs and parameters."""
   panels: dict[str, list[figures.Line]] = {}
   for label, cuts in (
     ('narrow networks', trained[::-1]),
@@ -262,10 +257,7 @@ def _accuracy_over_costs(
   )
 
 
-def _structure(
-  report: Page, job: Job, cuts: Sequence[Cut], whole: Sequence[Cut]
-) -> None:
-  """Adds a picture and a table of the widths before and after the cut."""
+def _structure(report: Page, job: Job, cuts: Cuts, whole: Cuts) -> None:
   gates, layers = run_logs.chosen_gates(job), list(cuts[0].counts)
   reference, searched = (list(net.counts.values()) for net in whole)
   columns = ['layer', 'searched', 'reference', *(cut.name for cut in cuts)]
@@ -289,7 +281,6 @@ def _structure(
 
 
 def _mistakes(report: Page, job: Job, cut: Cut) -> None:
-  """Adds test images that the widest trained network misclassifies."""
   path = job.folder(cut.name) / 'train' / 'mistakes.npz'
   report.section('Misclassified images')
   if not path.exists():
@@ -315,7 +306,7 @@ def _mistakes(report: Page, job: Job, cut: Cut) -> None:
 # How it was made.
 
 
-def _details(report: Page, job: Job, cuts: Sequence[Cut]) -> None:
+def _details(report: Page, job: Job, cuts: Cuts) -> None:
   """Adds times, exported files, versions and the config."""
   folders = {'search': job.workdir / 'search'}
   for cut in cuts:

@@ -106,11 +106,7 @@ def _numbered(table: Table, arms: Sequence[Arm]) -> Table:
 
 
 def _accuracy(report: Page, arms: Sequence[Arm], numbers: Table) -> None:
-  rows = []
-  for arm in arms:
-    mean, sd = arm.spread
-    ends = (mean - sd, mean + sd)
-    rows.append(figures.Interval(arm.title, mean, *ends, arm.values))
+  rows = [figures.Interval(arm.title, *arm.spread, arm.values) for arm in arms]
   meaning = {True: 'mean ± standard deviation'}
   report.figure(
     'accuracy',
@@ -128,10 +124,10 @@ def _differences(
   rows = []
   for arm in arms:
     if arm.versus:
-      mean, low, high = arm.versus.mean, arm.versus.low, arm.versus.high
-      ends = (mean if low is None else low, mean if high is None else high)
+      mean, high = arm.versus.mean, arm.versus.high
+      error = 0.0 if high is None else high - mean
       filled = tables.verdict(arm.versus) in ('better', 'worse')
-      rows.append(figures.Interval(arm.title, mean, *ends, (), filled))
+      rows.append(figures.Interval(arm.title, mean, error, (), filled))
   if not rows:
     return
   xlabel = f'accuracy in points, minus that of\n{baseline}'
@@ -153,7 +149,6 @@ def _accuracy_over(
   arms: Sequence[Arm],
   numbers: Table,
 ) -> None:
-  """Adds accuracy over the MACs, and over the values of the study's field."""
   shares = [
     100 * float(np.mean([r['macs_share'] for r in arm.records])) for arm in arms
   ]
@@ -191,7 +186,6 @@ def _accuracy_over(
 
 
 def _shares(report: Page, arms: Sequence[Arm]) -> None:
-  """Adds the mean share that each arm keeps of each layer."""
   some = [arm for arm in arms if arm.records[0]['arm'] != 'full'] or arms
   table = tables.counts({arm.title: arm.records for arm in some})
   layers, titles = list(table.columns[2:]), [arm.title for arm in some]
@@ -208,7 +202,6 @@ def _shares(report: Page, arms: Sequence[Arm]) -> None:
 
 
 def _similarity(report: Page, arms: Sequence[Arm]) -> None:
-  """Adds the mean correlation of the shares kept, between every two arms."""
   some = [arm for arm in arms if tables.has_shape(arm.records[0])]
   values = np.full((len(some), len(some)), np.nan)
   for i, j in np.ndindex(values.shape):
@@ -238,7 +231,6 @@ def _details(
   study: ml_collections.ConfigDict,
   records: Sequence[tables.Record],
 ) -> None:
-  """Adds a table of all cells, their time, and the config."""
   columns = ['arm', 'seed', 'test accuracy', 'MACs', 'share', 'seconds', 'cell']
   cells = [
     [

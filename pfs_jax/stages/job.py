@@ -32,12 +32,8 @@ from pfs_jax import (
 )
 
 # Folders of a workdir that belong to no budget.
-FOLDERS = tuple(
-  (
-    'search probe tournament train wide reference export report data shapes '
-    'shared'
-  ).split()
-)
+FOLDERS = """search probe tournament train wide reference export report data
+  shapes shared""".split()
 # From so many pixels in a batch on, keeping freed memory makes steps faster.
 _LARGE_BATCH = 2**16
 # A width profile of a probe keeps at least this share of each uniform width.

@@ -126,12 +126,10 @@ def _measure(job: Job, folder: pathlib.Path) -> dict[str, Any]:
 def _rises(
   job: Job, counts: Sequence[int], folder: pathlib.Path
 ) -> dict[str, np.ndarray]:
-  """Rises of the loss of a narrow network trained with channel dropout.
+  """{'rises': [n, L], 'seconds': the time that they took, also before a stop}.
 
-  They are read from a file of the folder if they are already there.
-
-  Returns:
-    {'rises': [n, L], 'seconds': the time that they took, also before a stop}.
+  The rises of the loss of a narrow network trained with channel dropout; read
+  from a file of the folder if they are already there.
   """
   path = folder / 'rises.npz'
   if path.exists():

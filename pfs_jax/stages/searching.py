@@ -113,9 +113,6 @@ def classifier(job: Job) -> str | None:
   return c.classifier or dense[-1]
 
 
-# Checks and summaries of its losses and its gates.
-
-
 def check(gates: Mapping[str, np.ndarray], steps: int) -> None:
   """Refuses gates that no cut can rank: all are 0, or all are 1.
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from pfs_jax import (
   console,
   devices,
   errors,
+  latency,
   models,
   norms,
   prune,
@@ -243,9 +243,6 @@ def _add_reference(job: Job, result: pathlib.Path) -> None:
   runs.barrier('result with reference')
 
 
-# The test set.
-
-
 class Exam(NamedTuple):
   """The results of a network on the test images.
 
@@ -282,23 +279,25 @@ def examine(module: nn.Module, variables: Mapping[str, Any], test: Any) -> Exam:
       wrong = (predicted != labels) & (weights > 0)
       for name, values in zip(found, (images, labels, predicted), strict=True):
         found[name].extend(values[wrong])
-  times = []
-  for _ in range(3):
-    start = time.perf_counter()
-    jax.block_until_ready(call(variables, *batch))
-    times.append(1000 * (time.perf_counter() - start))
+  times = latency.milliseconds(3, call, variables, *batch)
   mistakes = {k: np.array(v[:_MISTAKES]) for k, v in found.items() if v}
   n = test.size
   return Exam(correct / n, loss / n, n, len(batch[1]), min(times), mistakes)
 
 
 def _result(job: Job, name, structure, exam: Exam) -> dict[str, Any]:
-  """The content of result.json, to which the caller adds the steps."""
+  """The content of result.json but for its steps; warns on stderr, too."""
   c, network = job.config, job.network
   folder = job.folder(name) / 'train'
   foreign = pathlib.Path(c.train.structure).is_file()
   search = {} if foreign else searching.summary(job)
-  warnings = search.pop('warnings', []) + _warnings(folder, exam.accuracy)
+  warnings = search.pop('warnings', [])
+  records = runs.read_metrics(folder)
+  last = [r['accuracy'] for r in records if 'accuracy' in r][-1:]
+  if last and (odd := norms.warning(last[0], exam.accuracy)):
+    warnings.append(odd)
+    if storage.is_first_process():
+      console.note(f'warning: {odd}')
   return {
     'test_accuracy': exam.accuracy,
     'test_loss': exam.loss,
@@ -324,16 +323,6 @@ def _result(job: Job, name, structure, exam: Exam) -> dict[str, Any]:
     'versions': runs.versions(),
     'config': c.to_dict(),
   }
-
-
-def _warnings(folder: pathlib.Path, test_accuracy: float) -> list[str]:
-  """Sentences about what is odd in a training; also prints them on stderr."""
-  records = runs.read_metrics(folder)
-  last = [r['accuracy'] for r in records if 'accuracy' in r][-1:]
-  found = norms.warning(last[0], test_accuracy) if last else ''
-  if found and storage.is_first_process():
-    console.note(f'warning: {found}')
-  return [found] if found else []
 
 
 def restore(

@@ -80,11 +80,7 @@ def scale_penalty(penalty: float) -> optax.GradientTransformation:
       return gradient
     return gradient + penalty * jnp.sign(parameter)
 
-  return optax.stateless(
-    lambda updates, params: jax.tree_util.tree_map_with_path(
-      add, updates, params
-    )
-  )
+  return optax.stateless(functools.partial(jax.tree.map_with_path, add))
 
 
 def trained(

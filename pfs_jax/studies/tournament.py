@@ -14,7 +14,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -49,37 +49,29 @@ def best(losses: Losses, n: int) -> list[str]:
   return sorted(challengers, key=lambda name: np.mean(losses[name]))[:n]
 
 
-class Decision(NamedTuple):
-  """The chosen candidate, and the challenger's gain: mean, standard error."""
-
-  chosen: str
-  challenger: str
-  gain: float
-  error: float
-
-
-def decide(losses: Losses, standard_errors: float) -> Decision:
+def decide(losses: Losses, standard_errors: float) -> dict[str, Any]:
   """Chooses the challenger if its paired gain exceeds the standard errors.
 
   >>> losses = {'uniform': [0.5, 0.6, 0.5], 'tilt1': [0.4, 0.4, 0.5]}
-  >>> decision = decide(losses, 1.0)
-  >>> decision.chosen, round(decision.gain, 3), round(decision.error, 3)
-  ('tilt1', 0.1, 0.058)
+  >>> decide(losses, 1.0)['chosen']
+  'tilt1'
 
   Args:
     losses: {name: loss of each seed} of the incumbent and one challenger, for
       at least two seeds.
     standard_errors: The gain must exceed this number of them, and exceed 0.
+
+  Returns:
+    'chosen' and 'challenger' (names), and the challenger's 'gain' (mean) and
+    its 'error' (standard error).
   """
   (challenger,) = (name for name in losses if name != INCUMBENT)
   gains = np.subtract(losses[INCUMBENT], losses[challenger])
   gain = float(gains.mean())
   error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
   won = gain > max(0.0, standard_errors * error)
-  return Decision(challenger if won else INCUMBENT, challenger, gain, error)
-
-
-# The mode.
+  chosen = challenger if won else INCUMBENT
+  return dict(chosen=chosen, challenger=challenger, gain=gain, error=error)
 
 
 def run(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -156,7 +148,7 @@ def choose(job: stages.Job, root: pathlib.Path) -> dict[str, Any]:
     names = [INCUMBENT, *best(losses, challengers // 2)]
   one_training = done[INCUMBENT, 0]['seconds'] / _share(job, epochs)
   found = {
-    **decide(losses, c.tournament.standard_errors)._asdict(),
+    **decide(losses, c.tournament.standard_errors),
     'rounds': log,
     'layers': list(job.network.cost_model.layers),
     'counts': {name: list(s.counts) for name, s in structures.items()},
@@ -275,9 +267,6 @@ def _result_summary(
   epochs = [f'{r["epochs"]:g} epochs' for r in log]
   columns = ['candidate', *epochs, 'MACs', '']
   return {'columns': columns, 'rows': rows, 'sentence': sentence}
-
-
-# Checks and costs.
 
 
 def check(job: stages.Job) -> None:

@@ -137,9 +137,6 @@ def cost_model(
   ).cost_model()
 
 
-# Tracing.
-
-
 def _traced(plain: gating.Wrapped, arguments) -> tuple[Any, ...]:
   """The shapes of the variables and of a call's arrays, and the trace.
 
@@ -169,15 +166,10 @@ def _traced(plain: gating.Wrapped, arguments) -> tuple[Any, ...]:
 def _follow(
   traced: tuple[Any, ...], emitted=None, wide=None
 ) -> tuple[Flow, list[costs.Layer], tuple[str, ...]]:
-  """Walks through the trace of a model.
+  """(the walk through a trace, the calls that cost something, the uncounted).
 
-  Returns:
-    The walk, the calls that cost something, and what cannot be counted.
-
-  Args:
-    traced: The trace of the model, wide or narrowed.
-    emitted: The channels that layers of the narrowed model make.
-    wide: The walk through the wide model, if this is the narrowed one.
+  For the trace of a narrowed model, `emitted` are the channels that its layers
+  make, and `wide` is the walk through the wide model.
   """
   shapes, arrays, program, calls = traced
   layers = groups.first_calls(calls)
@@ -214,9 +206,6 @@ def _follow(
   if unknown:
     more.append(trace.fixed_cost('other parameters', params=unknown))
   return flow, [*calls, *more], uncounted
-
-
-# Groups.
 
 
 class _FoundGroups:
@@ -340,18 +329,15 @@ class _FoundGroups:
       number = f'.{names[name]}' if names[name] > 1 else ''
       found.append(self._group(made, roots, name + number))
     flow, gated = self.flow, self._gated()
+    reasons = {p: self._reason(p, gated.get(p)) for p in flow.layers}
     return groups.Table(
       groups=tuple(found),
       calls=tuple(calls),
       inputs={p: self.unit_of[c] for p, c in flow.inputs.items()},
       outputs={p: self.unit_of[c] for p, c in flow.outputs.items()},
       gated=gated,
-      left_alone=self._left_alone(gated),
+      left_alone={path: why for path, why in reasons.items() if why},
     )
-
-  def _left_alone(self, gated) -> dict[str, str]:
-    reasons = {p: self._reason(p, gated.get(p)) for p in self.flow.layers}
-    return {path: reason for path, reason in reasons.items() if reason}
 
   def _reason(self, path: str, gates: np.ndarray | None) -> str:
     """Why a layer has channels outside of groups; '' if it has none."""

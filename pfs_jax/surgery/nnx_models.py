@@ -250,12 +250,8 @@ def _variables(layer: Any) -> list[tuple[str, Any]]:
 
 
 def _parameters(layer: Any) -> list[Any]:
-  """The arrays of the parameters of a layer."""
-  return [v.get_value() for _, v in _variables(layer) if _is_param(v)]
-
-
-def _is_param(variable: Any) -> bool:
-  return _collection(variable) == 'params'
+  variables = [v for _, v in _variables(layer)]
+  return [v.get_value() for v in variables if _collection(v) == 'params']
 
 
 def _linked(scope: Any, name: Any, variable: Any, shape) -> tuple[Any, Any]:
