@@ -113,7 +113,7 @@ class Job:
     if path.exists() and storage.read_json(path, dict[str, str]) != found:
       raise errors.UserError(
         f'the code of {c.factory} is not that with which {self.workdir} was '
-        f'begun: give another --workdir, or undo the change.\nIf it changes no '
+        'begun: give another --workdir, or undo the change.\nIf it changes no '
         f'result, delete {path}.'
       )
     return found

@@ -29,8 +29,7 @@ def path(
   study: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> pathlib.Path:
   """The file of a study's results."""
-  given = study.results_dir
-  folder = storage.expanded(given) if given else workdir
+  folder = storage.expanded(study.results_dir or workdir)
   return folder / f'{study.study}.json'
 
 

@@ -256,8 +256,8 @@ def _result_summary(
     f'{who} (gain in loss {found["gain"]:+.4f}, standard error '
     f'{found["error"]:.4f}, n = {len(last[INCUMBENT])}). It took '
     f'{console.duration(found["seconds"])}, {found["share"]:.2g} times as long '
-    f'as one training.'
-    f' The structure {budget} has the widths of {found["chosen"]}.'
+    f'as one training. The structure {budget} has the widths of '
+    f'{found["chosen"]}.'
   )
   if min(map(min, last.values())) > stages.CHANCE * chance:
     sentence += (

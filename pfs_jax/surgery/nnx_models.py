@@ -96,11 +96,12 @@ class Adapter(nn.Module):
     others = [
       (path, v, v.get_value())
       for path, v in nnx.iter_graph(model)
-      if type(v) not in _STATELESS and isinstance(v, nnx.Variable)
+      if isinstance(v, nnx.Variable)
+      and not (_collection(v) or isinstance(v, _STATELESS))
     ]
     out = model(x, *args, **kwargs)
     for path, variable, before in others:
-      if not _collection(variable) and variable.get_value() is not before:
+      if variable.get_value() is not before:
         raise errors.UserError(
           f'surgery: the model changes {"/".join(map(str, path))}, a '
           f'{type(variable).__name__}: make it an nnx.BatchStat.'
